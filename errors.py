@@ -1,0 +1,74 @@
+"""How a user's mistake leaves the program: one line on stderr and an exit code, never a traceback.
+
+Raise a subclass of `UserError` for what the user can mend; use `assert` for what only we can.
+This module imports nothing of ours, so every room may use it.
+"""
+
+import argparse
+import contextlib
+import sys
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message says what, where and how; it is printed on one line."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A key, a value or a combination of them that cannot be built.
+
+    key: the configuration key at fault, so that the configurator can say where it was set.
+    """
+
+    def __init__(self, key, message):
+        super().__init__(f"{key}: {message}")
+        self.key = key
+
+
+class DataError(UserError):
+    """A dataset that is missing, damaged, or does not fit the model."""
+
+
+class CheckpointError(UserError):
+    """No usable checkpoint where one was asked for."""
+
+    exit_code = 3
+
+
+class SaveError(UserError):
+    """The final save failed."""
+
+    exit_code = 4
+
+
+class NonFiniteError(UserError):
+    """The loss or a gradient stopped being a number; nothing was updated with it."""
+
+    exit_code = 5
+
+
+@contextlib.contextmanager
+def told_in_one_line():
+    """Turn a `UserError` (or Ctrl-C) inside the block into one line on stderr and its exit code."""
+    try:
+        yield
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `| head` closed our stdout: nobody is left to tell
+        sys.stderr.close()
+        sys.exit(141)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse for the commands beside train.py, telling mistakes as train.py does."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UserError(message)
