@@ -7,6 +7,8 @@ and compared without it.
 """
 
 import dataclasses
+import difflib
+import operator
 import types
 import typing
 from dataclasses import dataclass, field
@@ -114,18 +116,20 @@ def check_fields(config):
             continue
         if value != value or value in (float("inf"), float("-inf")):
             raise ConfigError(f.name, f"{value} is not a finite number")
-        for bound, wrong, words in (("minimum", lambda v, b: v < b, "at least"), ("above", lambda v, b: v <= b, "above"),
-                                    ("maximum", lambda v, b: v > b, "at most"), ("below", lambda v, b: v >= b, "below")):
-            if limits[bound] is not None and wrong(value, limits[bound]):
+        for bound, outside, words in BOUNDS:
+            if limits[bound] is not None and outside(value, limits[bound]):
                 raise ConfigError(f.name, f"{value} is out of range, must be {words} {limits[bound]}")
 
 
-def did_you_mean(word, names):
-    """' (did you mean X?)' for a near miss, else ' (one of …)'."""
-    import difflib
+BOUNDS = (("minimum", operator.lt, "at least"), ("above", operator.le, "above"),
+          ("maximum", operator.gt, "at most"), ("below", operator.ge, "below"))
 
-    near = difflib.get_close_matches(str(word), [str(n) for n in names], n=1, cutoff=0.6)
-    return f" (did you mean {near[0]}?)" if near else f" (one of {', '.join(str(n) for n in names)})"
+
+def did_you_mean(word, names):
+    """' (did you mean X?)' for a near miss, else ' (one of …)'; the nearest of a long list."""
+    names = [str(n) for n in names]
+    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6 if len(names) < 20 else 0.0)
+    return f" (did you mean {near[0]}?)" if near else f" (one of {', '.join(names)})"
 
 
 def axis(name, default, help):
@@ -187,6 +191,10 @@ class ModelConfig:
             if getattr(self, name) not in (None, value):
                 raise ConfigError(name, f"{getattr(self, name)!r} has no place in ffn_type={self.ffn_type}, which "
                                         f"brings its own ({value}): drop {name}, or use ffn_type=standard")
+
+    def flat(self):
+        """{key: value}, as the run log keeps it."""
+        return dataclasses.asdict(self)
 
     def options(self):
         """{axis: Option} of the choices in force."""

@@ -1,0 +1,34 @@
+# make demo: train two architectures on the embedded corpus and compare them. make test: the tests.
+# Everything is installed into .venv, from the requirements files alone.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-long lint clean
+
+demo: .venv/run.stamp
+	@$(BIN)/python -m tools.demo
+
+test: .venv/dev.stamp
+	@$(BIN)/ruff check .
+	@$(BIN)/python -m pytest -m "not long"
+
+test-long: .venv/dev.stamp
+	@$(BIN)/python -m pytest
+
+lint: .venv/dev.stamp
+	@$(BIN)/ruff check .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/run.stamp: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/dev.stamp: requirements-dev.txt .venv/run.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,2 @@
+"""GPT-2 as released: pre-norm with biases everywhere. With config/size_124m.py and vocab_size=50257: 124,439,808."""
+arch_preset = "gpt2_openai"

@@ -1,0 +1,2 @@
+"""LLaMA: RoPE, RMSNorm, SwiGLU, pre-norm, untied head."""
+arch_preset = "llama"

@@ -1,0 +1,25 @@
+"""nanoGPT's CPU recipe from its README, in our terms: its published validation loss is 1.88."""
+dataset = "shakespeare_char"
+normalization = "layernorm_nobias"
+norm_position = "pre"
+ffn_type = "standard"
+activation = "gelu"
+position_encoding = "learned_absolute"
+bias = False
+weight_tying = True
+dropout = 0.0
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+batch_size = 12
+max_iters = 2000
+learning_rate = 1e-3
+min_lr = 1e-4
+warmup_iters = 100
+beta2 = 0.99
+eval_interval = 250
+eval_tokens = 15_360  # nanoGPT's 20 batches of 12 × 64
+checkpoint_interval = 0
+device = "cpu"
+compile = False

@@ -1,0 +1,9 @@
+"""Seconds a run: for trying an idea, or a test."""
+n_layer = 2
+n_head = 2
+n_embd = 64
+block_size = 64
+batch_size = 8
+max_iters = 200
+eval_interval = 100
+eval_tokens = 16_384

@@ -1,0 +1,69 @@
+"""The embedded corpus: the source of the standard library of the Python that runs this. No download.
+
+python data/pycode/prepare.py [--out_dir DIR]
+
+One document a file, as UTF-8 bytes with an end-of-text token behind. A file's path decides whether it is
+train or val, so that the split is the same on every machine with the same Python.
+"""
+
+import collections
+import hashlib
+import os
+import platform
+import sys
+import sysconfig
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
+
+from data_prepare import write_dataset
+from data_tokenizer import ByteTokenizer
+from errors import ArgumentParser, DataError, told_in_one_line
+
+NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
+
+
+def collect(root, skipped):
+    """Yield (split, text) of each .py file under `root`, in the order of their paths; count others in `skipped`.
+
+    `DataError` if there is no .py file at all.
+    """
+    files = {}
+    for directory, folders, names in os.walk(root, onerror=lambda _: skipped.update(unreadable=1)):
+        folders[:] = [f for f in folders if f not in NOT_STDLIB]
+        paths = [Path(directory, name) for name in names if name.endswith(".py")]
+        files |= {path.relative_to(root).as_posix(): path for path in paths}
+    if not files:
+        raise DataError(f"{root}: has no .py files: the standard library of this Python is not there as source "
+                        "(run prepare.py with another Python)")
+    for name, path in sorted(files.items()):
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            skipped.update(not_utf8=1)
+        except OSError:
+            skipped.update(unreadable=1)
+        else:
+            if text:
+                yield split_of(name), text
+            else:
+                skipped.update(empty=1)
+
+
+def split_of(name):
+    """One file in ten is val, by the hash of its path relative to the library."""
+    return "val" if int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16) % 10 == 0 else "train"
+
+
+def main():
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--out_dir", type=Path, default=Path(__file__).resolve().parent, help="where the files go")
+    args = parser.parse_args()
+    skipped = collections.Counter(not_utf8=0, unreadable=0, empty=0)
+    write_dataset(args.out_dir, ByteTokenizer(), collect(sysconfig.get_path("stdlib"), skipped), skipped=skipped,
+                  source="Python's standard library", python=platform.python_version())
+
+
+if __name__ == "__main__":
+    with told_in_one_line():
+        main()

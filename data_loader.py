@@ -1,0 +1,284 @@
+"""Token files to batches, each a pure function of (seed, step): nothing to save, nothing to replay on a resume.
+
+A dataset is opened against its meta.json and memory-mapped. Training walks it in windows of block_size + 1
+tokens, each of an epoch once, in an order that a keyed permutation computes on the spot. What a token means
+is not known here.
+"""
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_prepare import DTYPES, SCHEMA_VERSION, SPLITS, dataset_dir, not_prepared, prepare_command
+from errors import DataError
+from files import sha256_of
+
+VERIFY_BYTES = 2**30  # larger files are opened by size alone: their digest would take seconds at every start
+
+META = {"schema_version": (int,), "tokenizer": (dict,), "vocab_size": (int,), "eot": (int, type(None)),
+        "dtype": (str,), "source": (str,), "splits": (dict,), "skipped": (dict,)}
+SPLIT = {"tokens": (int,), "bytes": (int,), "documents": (int,), "files": (dict,)}
+FILE = {"sha256": (str,), "size": (int,)}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset whose files are what its meta.json says.
+
+    shards: {split: [1-d arrays of token ids, read-only]}. remedy: what to do if they turn out damaged after all.
+    """
+
+    name: str
+    directory: Path
+    meta: dict
+    shards: dict
+    remedy: str = ""
+
+    @property
+    def vocab_size(self):
+        return self.meta["vocab_size"]
+
+    @property
+    def fingerprint(self):
+        """Hex digest of what the batches depend on: every shard, the dtype, the vocabulary's size."""
+        shards = {s: [f["sha256"] for _, f in sorted(self.meta["splits"][s]["files"].items())] for s in SPLITS}
+        return hashlib.sha256(json.dumps([self.meta["dtype"], self.vocab_size, shards]).encode()).hexdigest()
+
+    def tokens(self, split):
+        """Tokens in a split, end-of-text tokens included."""
+        return self.meta["splits"][split]["tokens"]
+
+    def bytes_per_token(self, split):
+        """UTF-8 bytes of text per token of the split, on average; bits per byte = bits per token / this."""
+        return self.meta["splits"][split]["bytes"] / self.tokens(split)
+
+
+def open_dataset(dataset, data_dir=None):
+    """Open `<data_dir>/<dataset>`, checked: a `Dataset`. data_dir None: data/ beside this file.
+
+    `DataError` names the file at fault: absent, of another size or digest than meta.json says (the digest of files
+    up to VERIFY_BYTES), or with token ids beyond the vocabulary.
+    """
+    directory, remedy = dataset_dir(dataset, data_dir), f"(run {prepare_command(dataset, data_dir)} again)"
+    if not (directory / "meta.json").exists():
+        raise not_prepared(dataset, data_dir)
+    try:
+        meta = read_meta(directory / "meta.json")
+        shards = {split: [open_shard(directory / name, entry, DTYPES[meta["dtype"]], meta["vocab_size"])
+                          for name, entry in sorted(meta["splits"][split]["files"].items())] for split in SPLITS}
+    except DataError as error:
+        raise DataError(f"{error} {remedy}") from None
+    return Dataset(dataset, directory, meta, shards, remedy)
+
+
+def read_meta(path):
+    """The content of a meta.json; `DataError` if a field is absent or cannot be, alone or beside another."""
+    try:
+        meta = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{path}: is not JSON") from None
+    version = meta.get("schema_version") if type(meta) is dict else SCHEMA_VERSION
+    if type(version) is int and version != SCHEMA_VERSION:
+        raise DataError(f"{path}: schema_version is {version}, this program reads {SCHEMA_VERSION}")
+    check_fields(path, "", meta, META)
+    if meta["dtype"] not in DTYPES:
+        raise DataError(f"{path}: dtype is {meta['dtype']!r}, not one of {', '.join(DTYPES)}")
+    itemsize = DTYPES[meta["dtype"]].itemsize
+    if meta["vocab_size"] < 1:
+        raise DataError(f"{path}: vocab_size is {meta['vocab_size']}, must be at least 1")
+    for split in SPLITS:
+        where, entries = f"splits.{split}.", meta["splits"].get(split)
+        check_fields(path, where, entries, SPLIT)
+        for field in ("tokens", "bytes"):
+            if entries[field] < 1:
+                raise DataError(f"{path}: {where}{field} is {entries[field]}: the split is empty")
+        for name, entry in entries["files"].items():
+            if not re.fullmatch(rf"{split}[\w.-]*\.bin", name):
+                raise DataError(f"{path}: {where}files: {name!r} is not the name of a {split}*.bin beside it")
+            check_fields(path, f"{where}files.{name}.", entry, FILE)
+            if entry["size"] % itemsize:
+                raise DataError(f"{path}: {where}files.{name}.size is {entry['size']}, which is no whole number of "
+                                f"{meta['dtype']} tokens")
+        held = sum(entry["size"] for entry in entries["files"].values()) // itemsize
+        if held != entries["tokens"]:
+            raise DataError(f"{path}: {where}tokens is {entries['tokens']}, but its files hold {held} {meta['dtype']} "
+                            "tokens")
+    return meta
+
+
+def check_fields(path, where, value, fields):
+    """`DataError` unless `value` is an object that has every field of `fields` with one of its types."""
+    if type(value) is not dict:
+        raise DataError(f"{path}: {where.rstrip('.') or 'the whole'} is not an object")
+    for name, types in fields.items():
+        if name not in value:
+            raise DataError(f"{path}: {where}{name} is missing")
+        if type(value[name]) not in types:
+            raise DataError(f"{path}: {where}{name} is {value[name]!r:.80}, not of type {types[0].__name__}")
+
+
+def open_shard(path, entry, dtype, vocab_size):
+    """Memory-map one file of tokens after checking it against its entry in meta.json: 1-d array, read-only."""
+    try:
+        size = path.stat().st_size
+        if size != entry["size"]:
+            raise DataError(f"{path}: has {size} bytes, meta.json says {entry['size']}")
+        if size <= VERIFY_BYTES and sha256_of(path) != entry["sha256"]:
+            raise DataError(f"{path}: is damaged: its sha256 is not the one in meta.json")
+        tokens = np.memmap(path, dtype, mode="r").view(np.ndarray) if size else np.empty(0, dtype)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    if size <= VERIFY_BYTES:
+        check_ids(tokens, vocab_size, path)
+    return tokens
+
+
+def check_ids(ids, vocab_size, where, remedy=""):
+    """`DataError` if a token id lies beyond the vocabulary: an embedding would fail on it far from the cause."""
+    if ids.size and ids.max() >= vocab_size:
+        raise DataError(f"{where}: has the token id {ids.max()}, beyond vocab_size={vocab_size} {remedy}".rstrip())
+
+
+class Windows:
+    """The windows of block_size + 1 tokens of one split, numbered from 0 to `count` - 1 through its shards.
+
+    They start at multiples of block_size, plus an offset: inputs do not overlap, and the last token of one window
+    is the first of the next. None crosses from shard to shard. Each shard keeps `spare` tokens free for the offset
+    (or has one window, and gives the offset the room there is); a shard too short has none.
+    """
+
+    def __init__(self, dataset, split, block_size, spare=0):
+        shards = [tokens for tokens in dataset.shards[split] if len(tokens) > block_size]
+        if not shards:
+            longest = max(map(len, dataset.shards[split])) - 1
+            smaller = f"--block_size={longest} or smaller, or " if longest > 0 else ""
+            raise DataError(f"block_size={block_size} is too long for the {split} split of dataset {dataset.name!r}, "
+                            f"{dataset.tokens(split)} tokens ({smaller}more data)")
+        self.dataset, self.split = dataset, split
+        self.block_size = block_size
+        self.views = [np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1) for tokens in shards]
+        lengths = np.array([len(tokens) for tokens in shards])
+        counts = np.maximum(1, (lengths - 1 - spare) // block_size)
+        self.room = lengths - counts * block_size  # offsets that keep a shard's last window inside it: 0 … room - 1
+        self.ends = np.cumsum(counts)
+        self.firsts = self.ends - counts
+        self.count = int(self.ends[-1])
+
+    def read(self, numbers, offset=0):
+        """Inputs and targets of the windows `numbers` ((B,) int64): x, y, int64 tensors (B, block_size).
+
+        offset: one for all, or one for each ((B,) int64), taken modulo the room in the window's shard.
+        """
+        shard = np.searchsorted(self.ends, numbers, side="right")
+        start = (numbers - self.firsts[shard]) * self.block_size + offset % self.room[shard]
+        if len(self.views) == 1:
+            ids = self.views[0][start]  # (B, block_size + 1)
+        else:
+            ids = np.empty((len(numbers), self.block_size + 1), self.views[0].dtype)
+            for s in np.unique(shard):
+                ids[shard == s] = self.views[s][start[shard == s]]
+        check_ids(ids, self.dataset.vocab_size, f"{self.dataset.directory}: {self.split}", self.dataset.remedy)
+        return torch.from_numpy(ids[:, :-1].astype(np.int64)), torch.from_numpy(ids[:, 1:].astype(np.int64))
+
+
+class TrainBatches:
+    """The training sequences of a run: the k-th is a function of (seed, k) alone.
+
+    Epoch e is k // n_windows. A permutation keyed by (seed, e) orders its windows; from the second epoch on they
+    lie at an offset, also keyed, so that a token is not always predicted from the same place. batch_size:
+    sequences of a micro-batch; gradient_accumulation_steps: micro-batches of a step, over all processes.
+    `DataError` if no window of block_size + 1 tokens fits.
+    """
+
+    def __init__(self, dataset, seed, block_size, batch_size, gradient_accumulation_steps=1):
+        # Every epoch has as many windows as the first: the spare tokens are the room for any later offset.
+        self.windows = Windows(dataset, "train", block_size, spare=block_size - 1)
+        self.n_windows = self.windows.count
+        self.batch_size, self.gradient_accumulation_steps = batch_size, gradient_accumulation_steps
+        self.seed_key = scramble(np.array([seed], np.uint64))
+
+    def micro_batch(self, step, micro_step=0, rank=0, world_size=1):
+        """Process `rank`'s `micro_step`-th share of a step: x, y, int64 tensors (batch_size, block_size).
+
+        The processes' shares make up the same global batch, micro-batch for micro-batch, however many they are.
+        """
+        assert self.gradient_accumulation_steps % world_size == 0 and 0 <= rank < world_size and step >= 0
+        assert 0 <= micro_step < self.gradient_accumulation_steps // world_size
+        micro = step * self.gradient_accumulation_steps + micro_step * world_size + rank
+        return self.sequences(np.arange(micro * self.batch_size, (micro + 1) * self.batch_size))
+
+    def sequences(self, k):
+        """The k-th sequences of the run, k (B,) int64: x, y, int64 tensors (B, block_size)."""
+        epoch, place = np.divmod(k, self.n_windows)
+        key = scramble(self.seed_key + epoch.astype(np.uint64))
+        offset = np.where(epoch == 0, 0, (scramble(~key) % self.windows.block_size).astype(np.int64))
+        return self.windows.read(permute(place, self.n_windows, key), offset)
+
+
+def val_windows(dataset, block_size, eval_tokens=0):
+    """The windows an evaluation reads: (`Windows` of the val split, their numbers as int64 array).
+
+    They lie side by side or evenly apart over the whole split, and depend on nothing else: eval_tokens are rounded
+    down to whole windows, at least one; 0, or more than there are, means all. The whole split is all but the
+    fewer than block_size tokens left over at the end of a shard. `DataError` if no window fits.
+    """
+    windows = Windows(dataset, "val", block_size)
+    n = max(1, eval_tokens // block_size) if eval_tokens else windows.count
+    n = min(n, windows.count)
+    return windows, (2 * np.arange(n) + 1) * windows.count // (2 * n)  # the middle of each n-th part
+
+
+def val_batches(dataset, block_size, eval_tokens, batch_size, rank=0, world_size=1):
+    """Iterate over process `rank`'s share of `val_windows`: x, y, int64 tensors (up to batch_size, block_size).
+
+    Each window is read by exactly one process; shares differ by one window at most, and one may be empty.
+    """
+    windows, numbers = val_windows(dataset, block_size, eval_tokens)
+    mine = numbers[rank::world_size]
+    return (windows.read(mine[i:i + batch_size]) for i in range(0, len(mine), batch_size))
+
+
+def to_device(batch, device):
+    """The tensors of a batch on `device`; to a GPU through pinned memory, without waiting for the copy."""
+    if torch.device(device).type == "cuda":
+        return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
+    return tuple(t.to(device) for t in batch)
+
+
+def scramble(x):
+    """uint64 array -> uint64 array, a bijection that looks random: SplitMix64 (Steele et al. 2014). Wraps by design."""
+    x = x + 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+def permute(index, n, key):
+    """Where a permutation of 0 … n - 1 sends each index. index (B,) int64, key (B,) uint64 -> (B,) int64.
+
+    A Feistel network on the rectangle a × b, a = ⌈√n⌉, b = ⌈n / a⌉ (Black & Rogaway 2002): each round adds to one
+    coordinate, modulo its side, a hash of the other, so it can be undone. A result that falls on one of the fewer
+    than a cells beyond n walks on until it does not, which happens in no memory and nearly no time.
+    """
+    a = math.isqrt(n - 1) + 1
+    b = -(-n // a)
+
+    def network(x):
+        left, right = x // b, x % b
+        for r in range(0, 6, 2):  # `>> 32` keeps the sum from wrapping, which would not be a bijection modulo a
+            left = (left + (scramble(key + right + (r << 48)) >> 32)) % a
+            right = (right + (scramble(key + left + (r + 1 << 48)) >> 32)) % b
+        return left * b + right
+
+    x = network(index.astype(np.uint64))
+    while (beyond := x >= n).any():
+        x = np.where(beyond, network(x), x)
+    return x.astype(np.int64)

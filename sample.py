@@ -1,0 +1,71 @@
+"""Text from a trained model: `python sample.py --run=runs/NAME --prompt="def main("`."""
+
+import json
+import sys
+from pathlib import Path
+
+from errors import ArgumentParser, CheckpointError, UserError, told_in_one_line
+
+
+def arguments(argv):
+    """The parsed command line; `UserError` for a value out of range."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--run", required=True, help="run directory")
+    parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="by validation loss, or newest")
+    parser.add_argument("--prompt", default="\n", help="text to go on from")
+    parser.add_argument("--num_samples", type=int, default=1, help="independent continuations")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to add at most")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top_k", type=int, help="only the k likeliest tokens")
+    parser.add_argument("--top_p", type=float, help="only the likeliest tokens that together have this probability")
+    parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same text")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    args = parser.parse_args(argv)
+    for name, value, ok, range_ in (("num_samples", args.num_samples, args.num_samples >= 1, "at least 1"),
+                                    ("max_new_tokens", args.max_new_tokens, args.max_new_tokens >= 0, "at least 0"),
+                                    ("temperature", args.temperature, 0 <= args.temperature < 1e6, "0 or more"),
+                                    ("top_k", args.top_k, args.top_k is None or args.top_k >= 1, "at least 1"),
+                                    ("top_p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "in (0, 1]")):
+        if not ok:
+            raise UserError(f"--{name}: {value} is out of range, must be {range_}")
+    return args
+
+
+def load_run(run_dir, which, device):
+    """(model on `device`, tokenizer) of a run: its best or newest checkpoint, verified, whatever the run's status."""
+    import training_checkpoint as checkpoint
+    from data_tokenizer import from_meta
+    from model_builder import build_model, load_weights
+    from model_config import ModelConfig
+
+    if not run_dir.is_dir():
+        raise UserError(f"--run: {run_dir} is not a run directory (python compare_architectures.py lists them)")
+    path = checkpoint.find_best(run_dir) if which == "best" else checkpoint.find_newest(run_dir)
+    description = checkpoint.read_state(path)["description"]
+    model = build_model(ModelConfig(**description["model"]), device=device)
+    load_weights(model, checkpoint.load_file(path / "model.safetensors"), path)
+    return model.eval(), from_meta(description["tokenizer"])
+
+
+def main(argv):
+    args = arguments(argv)
+    import torch
+
+    from training_parallel import choose_device
+
+    model, tokenizer = load_run(Path(args.run), args.checkpoint, choose_device(args.device, local_rank=0))
+    ids = tokenizer.encode(args.prompt)
+    if len(ids) == 0:
+        raise UserError("--prompt: is empty (give at least one character)")
+    device = model.lm_head.weight.device
+    generator = torch.Generator(device).manual_seed(args.seed)
+    for i in range(args.num_samples):
+        idx = torch.tensor([list(ids)], device=device)
+        out = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                             vocab_size=tokenizer.vocab_size, stop=tokenizer.eot, generator=generator)
+        print(("-" * 80 + "\n" if i else "") + tokenizer.decode(out[0].tolist()))
+
+
+if __name__ == "__main__":
+    with told_in_one_line():
+        main(sys.argv[1:])

@@ -1,0 +1,101 @@
+"""model_config: what can be chosen, and what cannot be built."""
+
+import subprocess
+import sys
+
+import pytest
+
+from errors import ConfigError
+from model_config import AXES, PRESETS, ModelConfig, get_preset, list_presets
+
+SIZE_124M = dict(n_layer=12, n_head=12, n_embd=768)
+
+
+def test_architecture_names_of_the_two_house_presets():
+    assert get_preset("gpt2", **SIZE_124M).arch_name() == "12L-12H-768D-AbsPos-LN-NB-GELU-PostNorm"
+    assert get_preset("llama", **SIZE_124M).arch_name() == "12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm"
+
+
+def test_architecture_name_tells_what_is_unusual():
+    unusual = get_preset("llama", **SIZE_124M, n_kv_head=4, d_ff=1000, head_dim=32, bias=True)
+    assert unusual.arch_name() == "12L-12H4KV-768D-RoPE-RMS-SwiGLU-PreNorm-FF1000-HD32-Bias"
+    assert get_preset("llama", **SIZE_124M, d_ff=2048).arch_name() == get_preset("llama", **SIZE_124M).arch_name()
+
+
+@pytest.mark.parametrize("n_embd, ffn_type, d_ff", [
+    (768, "standard", 3072), (768, "swiglu", 2048), (128, "swiglu", 384), (100, "standard", 400), (4096, "swiglu", 10944),
+])
+def test_default_ffn_width(n_embd, ffn_type, d_ff):
+    assert ModelConfig(n_embd=n_embd, n_head=4, ffn_type=ffn_type).resolve().d_ff == d_ff
+
+
+def test_explicit_keys_beat_the_preset():
+    config = get_preset("gpt2", normalization="rmsnorm", weight_tying=False)
+    assert (config.normalization, config.weight_tying, config.norm_position) == ("rmsnorm", False, "post")
+
+
+def test_a_presets_activation_does_not_follow_into_swiglu():
+    assert get_preset("gpt2", ffn_type="swiglu").resolve().activation == "silu"
+
+
+def test_resolving_twice_changes_nothing():
+    for name in PRESETS:
+        once = get_preset(name).resolve()
+        assert once.resolve() == once
+        assert None not in once.flat().values()
+
+
+@pytest.mark.parametrize("key, overrides", [
+    ("n_head", dict(n_head=5)),
+    ("n_kv_head", dict(n_kv_head=5)),
+    ("n_kv_head", dict(n_kv_head=24)),
+    ("activation", dict(ffn_type="swiglu", activation="relu")),
+    ("normalization", dict(normalization="rms")),
+    ("normalization", dict(normalization=None)),
+    ("position_encoding", dict(position_encoding="rope", n_embd=60, n_head=12)),
+    ("dropout", dict(dropout=1.0)),
+    ("dropout", dict(dropout=-0.1)),
+    ("dropout", dict(dropout="0.1")),
+    ("dropout", dict(dropout=float("nan"))),
+    ("norm_eps", dict(norm_eps=0.0)),
+    ("rope_theta", dict(rope_theta=float("inf"))),
+    ("n_layer", dict(n_layer=0)),
+    ("n_layer", dict(n_layer=2.0)),
+    ("n_layer", dict(n_layer=True)),
+    ("bias", dict(bias=1)),
+    ("vocab_size", dict(vocab_size=0)),
+])
+def test_what_cannot_be_built_is_refused_by_key(key, overrides):
+    with pytest.raises(ConfigError) as refused:
+        get_preset("custom", **overrides)
+    assert refused.value.key == key
+    assert str(refused.value).startswith(f"{key}: ") and "\n" not in str(refused.value)
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean llama"):
+        get_preset("lama")
+
+
+def test_list_presets_prints_each_with_its_components(capsys):
+    list_presets()
+    printed = capsys.readouterr().out
+    for name in PRESETS:
+        assert f"\n{name} " in "\n" + printed
+        assert get_preset(name).arch_name() in printed
+
+
+def test_unused_keys_follow_the_axis_tables():
+    assert "rope_theta" in get_preset("gpt2").unused_keys()
+    assert get_preset("llama").unused_keys() == {}
+
+
+def test_labels_tell_options_apart():
+    for table in AXES.values():
+        labels = [o.label for o in table.values() if o.label]
+        assert len(labels) == len(set(labels))
+
+
+def test_torch_is_not_imported():
+    code = "import sys, model_config, configurator; configurator.load_config([]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

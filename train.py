@@ -1,0 +1,173 @@
+"""Train one model: `python train.py [config/*.py ...] [--key=value ...]`; `--help` lists every key.
+
+Several processes: `torchrun --standalone --nproc_per_node=8 train.py ...`. Exit codes: 0 done or cleanly
+interrupted, 2 a mistake in config or data, 3 no usable checkpoint, 4 the final save failed, 5 not finite.
+"""
+
+import sys
+
+from configurator import load_config
+from errors import told_in_one_line
+
+if __name__ == "__main__":
+    with told_in_one_line():
+        config = load_config(sys.argv[1:])  # before torch loads: a slip of the finger is told at once
+
+import math
+import signal
+import time
+
+import torch
+
+import training_checkpoint as checkpoint
+import training_parallel as parallel
+from errors import CheckpointError, NonFiniteError, SaveError
+from model_builder import build_model
+from model_flops import flops_per_token, peak_flops
+from training_logger import RunLog, environment, print_header, run_directory
+from training_objectives import LanguageModeling
+from training_optimizers import build_optimizer, gradient_statistics, learning_rate, set_learning_rate
+
+
+def train(config, machine):
+    # ---------------------------------------------------------------- what is trained, on what
+    run_dir = run_directory(config)
+    objective = LanguageModeling(config, machine)
+    config = config.for_vocabulary(objective.vocab_size)
+    model = build_model(config.model, config.seed, machine.device)
+    optimizer = build_optimizer(model, config, machine.device)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+
+    state = {"step": 0, "tokens": 0, "best": None, "scaler": None, "data": objective.fingerprint,
+             "description": {"model": model.built().flat(), "tokenizer": objective.tokenizer}}
+    resumed = config.init_from == "resume"
+    if resumed:
+        path = checkpoint.find_newest(run_dir)
+        state = checkpoint.load(path, model, optimizer, machine.device)
+        if state["data"] != objective.fingerprint:
+            raise CheckpointError(f"{path}: was made on other data than {config.dataset} holds now")
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+    wrapped = parallel.wrap(model, machine)
+
+    # ---------------------------------------------------------------- what the log says of it
+    flops = flops_per_token(model, config.model.block_size)
+    peak, peak_source = peak_flops(machine.device, machine.dtype, machine.tf32, config.mfu_peak)
+    header = {
+        "arch_name": model.built().arch_name(), "config": config.flat(), "model": model.built().flat(),
+        "parameters": model.parameter_counts(), "flops_per_token": flops, "data": objective.description(),
+        "hardware": {"device": str(machine.device), "name": machine.name(), "world_size": machine.world_size,
+                     "dtype": str(machine.dtype).removeprefix("torch."), "tf32": machine.tf32,
+                     "compile": machine.compile, "peak_flops": peak, "peak_source": peak_source},
+        **environment(),
+    }
+    log = RunLog(run_dir, header, config, resumed, quiet=not machine.is_main)
+    if machine.is_main:
+        print_header(header, config, model, flops, run_dir)
+        if resumed:
+            log.say(f"resumed from {path} at step {state['step']}")
+
+    def evaluate():
+        """Validation metrics into the log; whether they are the best so far."""
+        metrics = objective.evaluate(wrapped)
+        log.evaluation(state["step"], state["tokens"], **metrics)
+        best = math.isfinite(metrics["val_loss"]) and (
+            state["best"] is None or metrics["val_loss"] < state["best"]["val_loss"])
+        if best:
+            state["best"] = {"step": state["step"], **metrics}
+            log.best(state["best"])
+        return best
+
+    def save(final=False):
+        """A checkpoint of `state`; one that fails costs a warning, and at the end of the run exit code 4."""
+        if not machine.is_main:
+            return
+        try:
+            checkpoint.save(run_dir, model, optimizer, {**state, "scaler": scaler.state_dict() or None})
+            if final:
+                checkpoint.export(run_dir, model, {**state["description"], "step": state["step"]})
+        except OSError as error:
+            problem = f"the checkpoint of step {state['step']} failed: {error}"
+            if final:
+                raise SaveError(f"{run_dir}: {problem} (the last good one stands)") from None
+            log.warn(f"{problem}; training goes on")
+
+    with log, parallel.Interruption() as interruption:
+        if config.eval_only:
+            evaluate()
+            return
+
+        # ------------------------------------------------------------ the loop
+        first, saved = state["step"], state["step"] if resumed else None
+        busy, since_log = 0.0, 0
+        for step in range(first, config.max_iters):
+            started = time.perf_counter()
+            rate = learning_rate(step, config)
+            set_learning_rate(optimizer, rate)
+            parallel.seed_step(config.seed, step, machine.rank)
+
+            # Each micro-batch gives its share of the step's loss: the sum over its tokens / the step's tokens.
+            loss = torch.zeros((), device=machine.device)
+            for micro_step, batch in enumerate(objective.micro_batches(step)):
+                last = micro_step == objective.micro_steps - 1
+                with parallel.synchronise_gradients(wrapped, now=last):
+                    with machine.autocast():
+                        share = objective.loss(wrapped, batch)
+                    scaler.scale(share * machine.world_size).backward()  # the processes' gradients are averaged
+                loss += share.detach()
+
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
+            if not math.isfinite(grad_norm) and not (scaler.is_enabled() and scaler.get_scale() > 1):
+                raise NonFiniteError(
+                    f"step {step + 1}: loss {loss.item():g}, gradient norm {grad_norm:g} at learning rate {rate:.3g}: "
+                    f"stopped before the update (try a lower learning_rate, a longer warmup_iters, grad_clip=1, or "
+                    f"dtype=float32; the last good checkpoint: step {saved})")
+            done = step + 1
+            if config.gradient_log_interval and done % config.gradient_log_interval == 0:
+                log.gradients(done, gradient_statistics(model))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+            state["step"], state["tokens"] = done, state["tokens"] + objective.tokens_per_step
+            ended = done == config.max_iters
+            logged = done % config.log_interval == 0 or ended or step == first
+            if logged:
+                whole_loss = machine.sum(loss.item())[0]  # waits for the device, so the time is the step's
+            busy, since_log = busy + time.perf_counter() - started, since_log + 1
+
+            # -------------------------------------------------------- report, evaluate, save
+            if logged:
+                step_time = busy / since_log
+                speed = objective.tokens_per_step / step_time
+                achieved = flops["train"] * speed
+                log.step(step=done, tokens=state["tokens"], loss=whole_loss, lr=rate, grad_norm=grad_norm,
+                         step_time=step_time, tokens_per_sec=speed, tflops=achieved / 1e12,
+                         mfu=achieved / (peak * machine.world_size) if peak else None, memory=machine.memory())
+                busy, since_log = 0.0, 0
+            stop = interruption.asked(machine, now=logged)
+            is_best = evaluate() if done % config.eval_interval == 0 or ended else False
+            interval = config.eval_interval if config.checkpoint_interval is None else config.checkpoint_interval
+            if ended or stop or interval and (done % interval == 0 or is_best):
+                save(final=ended)
+                saved = done
+            if stop and not ended:
+                log.interrupted(f"{stop} at step {done}")
+                log.say(f"interrupted by {stop} at step {done}, saved; go on with --init_from=resume "
+                        f"--run_name={run_dir.name}")
+                return
+        log.say(f"done: {run_dir}")
+
+
+def main(config):
+    machine = parallel.init(config)
+    try:
+        train(config, machine)
+    finally:
+        parallel.shut_down(machine)
+
+
+if __name__ == "__main__":
+    with told_in_one_line():
+        main(config)

@@ -1,0 +1,298 @@
+"""The run directory: run.json, metrics.jsonl, the console, Weights & Biases.
+
+run.json says what the run is and how it ended, and is replaced whole; metrics.jsonl gets one object a line,
+flushed at once, so that a run killed at any moment leaves a log that reads. A resumed run appends: readers
+keep the last record of a step. Only the main process writes.
+"""
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import torch
+
+from errors import UserError
+from files import write_json
+
+SCHEMA_VERSION = 1
+ROOT = Path(__file__).resolve().parent
+
+
+def run_directory(config):
+    """The directory of this run: a new name for a fresh run, the run's own for a resumed one.
+
+    `UserError` if a fresh run would land on another.
+    """
+    if config.run_name is None:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        name = f"{stamp}-{config.model.arch_preset}"
+        taken = [name, *(f"{name}-{i}" for i in range(2, 100))]
+        return next(p for p in (Path(config.out_dir) / n for n in taken) if not p.exists())
+    path = Path(config.out_dir) / config.run_name
+    if config.init_from == "scratch" and path.exists():
+        raise UserError(f"--run_name: run_name: {path} exists (another name, --init_from=resume, or delete it)")
+    return path
+
+
+class RunLog:
+    """The log of one run, a context manager: whatever ends the block is recorded as the run's status."""
+
+    def __init__(self, run_dir, header, config, resumed, quiet=False):
+        """header: what run.json says beside status and results. quiet: write nothing (not the main process)."""
+        self.dir, self.config, self.quiet = Path(run_dir), config, quiet
+        self.live = sys.stdout.isatty()
+        self.results, self.speeds, self.tracker = {}, {"tokens_per_sec": [], "mfu": [], "step_time": []}, None
+        self.started, self.first_step = time.time(), None
+        if quiet:
+            return
+        try:
+            self.dir.mkdir(parents=True, exist_ok=resumed)
+            self.metrics = open(self.dir / "metrics.jsonl", "a+b")
+        except OSError as error:
+            raise UserError(f"{self.dir}: cannot be written: {error.strerror} (--out_dir=…)") from None
+        if resumed:
+            before = json.loads((self.dir / "run.json").read_text())
+            header = {**header, "created_at": before["created_at"]}
+            self.results = before.get("results") or {}
+            self._end_torn_line()
+        self.record = {"schema_version": SCHEMA_VERSION, "run_name": self.dir.name, "status": "running",
+                       "status_reason": None, "created_at": utc_now(), **header}
+        self._write_record()
+        if config.wandb_log:
+            self.tracker = WandbTracker(config, self.dir, self.record)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.quiet:
+            return
+        if self.record["status"] == "running":
+            if kind is None:
+                self.record["status"] = "finished"
+            else:
+                interrupted = issubclass(kind, KeyboardInterrupt)
+                self.record["status"] = "interrupted" if interrupted else "failed"
+                self.record["status_reason"] = " ".join(f"{kind.__name__}: {error}".split())[:500]
+        if self.live:
+            print()
+        with contextlib.suppress(OSError):  # the disk may be what ended the run
+            self._write_record()
+            self.metrics.close()
+        if self.tracker:
+            self.tracker.finish(self.record)
+
+    def interrupted(self, reason):
+        """Record that the run was stopped from outside, with its state saved."""
+        if not self.quiet:
+            self.record |= {"status": "interrupted", "status_reason": reason}
+
+    def step(self, **values):
+        """One line of training: step, tokens, loss, lr, grad_norm, step_time, tokens_per_sec, mfu, memory …"""
+        if self.quiet:
+            return
+        self._append("step", values)
+        for name, series in self.speeds.items():
+            series.append(values[name])
+        peak = (values["memory"] or {}).get("peak")
+        self.results |= {"step": values["step"], "tokens": values["tokens"], "peak_memory": peak,
+                         "wall_time": round(time.time() - self.started, 3)}
+        for name, series in self.speeds.items():  # the first one warms up
+            known = [v for v in (series[1:] or series) if v is not None]
+            self.results[name] = statistics.median(known) if known else None
+        if self.first_step is None:
+            self.first_step = (values["step"], time.time())
+        self._show(values)
+
+    def evaluation(self, step, tokens, **metrics):
+        """The validation metrics after `step` optimizer steps; returns whether val_loss is the best so far."""
+        if self.quiet:
+            return
+        self._append("eval", {"step": step, "tokens": tokens, **metrics})
+        self.results |= {"step": step, "tokens": tokens, **{k: finite(v) for k, v in metrics.items()}}
+        self._write_record()
+        words = "   ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+        self.say(f"step {step:>6}   {words}")
+
+    def best(self, best):
+        """Note the best evaluation so far: {"step", "val_loss", "val_bpb"}."""
+        self.results |= {"best_step": best["step"], "best_val_loss": best["val_loss"],
+                         "best_val_bpb": best.get("val_bpb")}
+
+    def gradients(self, step, layers):
+        """Per-layer statistics: {layer: {grad_norm, grad_max, weight_norm}}."""
+        if not self.quiet:
+            self._append("gradients", {"step": step, "layers": layers})
+
+    def say(self, text):
+        """A line that stays on the console."""
+        if not self.quiet:
+            print(("\r\x1b[K" if self.live else "") + text, flush=True)
+
+    def warn(self, text):
+        if not self.quiet:
+            print(("\r\x1b[K" if self.live else "") + f"warning: {text}", file=sys.stderr, flush=True)
+
+    def _show(self, v):
+        first, since = self.first_step
+        done = v["step"] - first
+        left = (time.time() - since) / done * (self.config.max_iters - v["step"]) if done else None
+        mfu = f"MFU {v['mfu']:6.1%} ({v['tflops']:.3g} TFLOP/s)" if v["mfu"] is not None else f"{v['tflops']:.3g} TFLOP/s"
+        memory = v["memory"]["allocated"]
+        line = (f"step {v['step']:>6}/{self.config.max_iters}   loss {v['loss']:.4f}   lr {v['lr']:.2e}   "
+                f"{v['step_time'] * 1e3:7.1f} ms   {v['tokens_per_sec']:>9,.0f} tok/s   {mfu}   "
+                f"|g| {v['grad_norm']:.2f}   {human_bytes(memory)}   left {human_time(left)}")
+        print(("\r\x1b[K" + line) if self.live else line, end="" if self.live else "\n", flush=True)
+
+    def _append(self, kind, values):
+        line = json.dumps({"kind": kind, **finite(values)}, allow_nan=False)
+        try:
+            self.metrics.write(line.encode() + b"\n")
+            self.metrics.flush()
+        except OSError as error:
+            self.warn(f"metrics.jsonl: {error.strerror}: step {values['step']} is not in the log")
+        if self.tracker:
+            self.tracker.log(kind, finite(values))
+
+    def _end_torn_line(self):
+        """A killed run may have left half a line; what follows must not be glued to it."""
+        if self.metrics.seek(0, os.SEEK_END):
+            self.metrics.seek(-1, os.SEEK_END)
+            if self.metrics.read(1) != b"\n":
+                self.metrics.write(b"\n")
+
+    def _write_record(self):
+        self.record |= {"updated_at": utc_now(), "results": self.results}
+        write_json(self.dir / "run.json", finite(self.record))
+
+
+class WandbTracker:
+    """The same numbers to Weights & Biases. Whatever it does, the run goes on: one warning, then silence."""
+
+    def __init__(self, config, run_dir, record):
+        self.run = None
+        try:
+            import wandb
+
+            mode = os.environ.get("WANDB_MODE")
+            if mode is None and not wandb.api.api_key:  # logged in nowhere: do not stop to ask
+                mode = "offline"
+                print("warning: wandb: not logged in, logging offline (wandb login; wandb sync)", file=sys.stderr)
+            self.run = wandb.init(project=config.wandb_project, name=run_dir.name, dir=str(run_dir), mode=mode,
+                                  id=run_dir.name.replace(" ", "_"), resume="allow", config=record,
+                                  settings=wandb.Settings(init_timeout=30, silent=True))
+        except ImportError:
+            print("warning: wandb is not installed, logging without it (pip install wandb)", file=sys.stderr)
+        except Exception as error:  # a tracker's fault, of whatever kind, is never the run's
+            self._give_up(error)
+
+    def log(self, kind, values):
+        if self.run:
+            try:
+                step = values["step"]
+                numbers = {f"{kind}/{k}": v for k, v in flatten(values).items() if k != "step"}
+                self.run.log(numbers, step=step)
+            except Exception as error:
+                self._give_up(error)
+
+    def finish(self, record):
+        if self.run:
+            try:
+                self.run.summary.update({"status": record["status"], **record["results"]})
+                self.run.finish(exit_code=0 if record["status"] in ("finished", "interrupted") else 1)
+            except Exception as error:
+                self._give_up(error)
+
+    def _give_up(self, error):
+        self.run = None
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        print(f"warning: wandb: {type(error).__name__}: {reason}; logging goes on without it", file=sys.stderr)
+
+
+def flatten(values, prefix=""):
+    """{'a': {'b': 1}} -> {'a/b': 1}."""
+    flat = {}
+    for k, v in values.items():
+        flat |= flatten(v, f"{prefix}{k}/") if isinstance(v, dict) else {f"{prefix}{k}": v}
+    return flat
+
+
+def finite(value):
+    """The same value with every number that JSON has not (nan, inf) as None."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def environment():
+    """{versions, git_commit, command}: what it would take to run this again."""
+    try:
+        git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                             capture_output=True, text=True, timeout=10)
+        commit = git.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {"versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
+                         "platform": platform.platform()},
+            "git_commit": commit, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+
+
+def print_header(header, config, model, flops, run_dir):
+    """What will be trained, on what, at which cost: everything a reader needs before the first step."""
+    built = model.built()
+    options = built.options()
+    forward = sum(flops["forward"].values())
+    shares = " · ".join(f"{name} {n / 1e6:,.2f}M ({n / forward:.0%})" for name, n in flops["forward"].items())
+    count, hardware, data = header["parameters"], header["hardware"], header["data"]
+    peak = hardware["peak_flops"]
+    rows = [("architecture", built.arch_name())]
+    rows += [(f"  {axis}", f"{getattr(built, axis)} ({o.cls})") for axis, o in options.items()]
+    rows += [
+        ("  sizes", f"d_ff {built.d_ff} · head_dim {built.head_dim} · kv heads {built.n_kv_head} · "
+                    f"vocabulary {built.vocab_size} · block {built.block_size} · "
+                    f"bias {'yes' if built.bias else 'no'} · head {'tied' if built.weight_tying else 'untied'}"),
+        ("parameters", f"{count['total']:,} · trainable {count['trainable']:,} · "
+                       f"without embeddings {count['non_embedding']:,}"),
+        ("data", f"{data['dataset']}: {data['train_tokens']:,} training tokens, {data['val_tokens']:,} for validation"),
+        ("step", f"{data['tokens_per_step']:,} tokens in {data['sequences_per_step']} sequences; the run sees "
+                 f"{data['tokens_per_step'] * config.max_iters:,} tokens, "
+                 f"{data['tokens_per_step'] * config.max_iters / data['train_tokens']:.2g} epochs"),
+        ("device", f"{hardware['world_size']} × {hardware['name']} ({hardware['device']}), {hardware['dtype']}"
+                   f"{', tf32' if hardware['tf32'] else ''}{', compiled' if hardware['compile'] else ''}"),
+        ("FLOPs per token", f"forward {forward / 1e6:,.2f}M: {shares}"),
+        ("", f"training {flops['train'] / 1e6:,.2f}M (PaLM convention, used for MFU), "
+             f"{flops['train_causal'] / 1e6:,.2f}M (causal)"),
+        ("MFU divides by", f"{peak / 1e12:,.4g} TFLOP/s ({hardware['peak_source']})" if peak
+                           else f"nothing: {hardware['peak_source']}; no MFU"),
+        ("run", str(run_dir)),
+    ]
+    print("\n".join(f"{name:<22} {text}" for name, text in rows), flush=True)
+    for name, reason in config.without_effect().items():
+        print(f"note: {config.explicit[name]}: {name} has no effect here: {reason}", flush=True)
+
+
+def utc_now():
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def human_bytes(n):
+    return "? memory" if n is None else f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+
+
+def human_time(seconds):
+    if seconds is None:
+        return "…"
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02}m" if hours else f"{m}m{s:02}s"

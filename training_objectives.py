@@ -1,0 +1,66 @@
+"""What a step learns from: batches, their loss, the validation metrics. The loop in train.py knows no more.
+
+To add an objective: a class with the methods and attributes of `LanguageModeling`.
+"""
+
+import math
+
+import torch
+
+from data_loader import TrainBatches, open_dataset, to_device, val_batches
+from data_prepare import ensure
+
+
+class LanguageModeling:
+    """Next-token prediction: cross-entropy in nats, every token of a step weighing the same.
+
+    vocab_size: token ids in the data. micro_steps: this process's micro-batches a step. tokens_per_step and
+    sequences_per_step count over all processes. fingerprint: of the token files. tokenizer: as meta.json has it.
+    """
+
+    def __init__(self, config, machine):
+        self.config, self.machine = config, machine
+        if machine.is_main:
+            ensure(config.dataset, config.data_dir)
+        machine.barrier()
+        self.dataset = open_dataset(config.dataset, config.data_dir)
+        self.batches = TrainBatches(self.dataset, config.seed, config.model.block_size, config.batch_size,
+                                    config.gradient_accumulation_steps)
+        self.vocab_size, self.fingerprint = self.dataset.vocab_size, self.dataset.fingerprint
+        self.tokenizer = self.dataset.meta["tokenizer"]
+        self.micro_steps = config.gradient_accumulation_steps // machine.world_size
+        self.sequences_per_step = config.batch_size * config.gradient_accumulation_steps
+        self.tokens_per_step = self.sequences_per_step * config.model.block_size
+
+    def description(self):
+        """The data, as run.json keeps it."""
+        return {"dataset": self.config.dataset, "fingerprint": self.fingerprint, "vocab_size": self.vocab_size,
+                "train_tokens": self.dataset.tokens("train"), "val_tokens": self.dataset.tokens("val"),
+                "tokens_per_step": self.tokens_per_step, "sequences_per_step": self.sequences_per_step}
+
+    def micro_batches(self, step):
+        """This process's micro-batches of step `step`: (x, y), each (batch_size, block_size) int64 on the device."""
+        for micro_step in range(self.micro_steps):
+            batch = self.batches.micro_batch(step, micro_step, self.machine.rank, self.machine.world_size)
+            yield to_device(batch, self.machine.device)
+
+    def loss(self, model, batch):
+        """This micro-batch's share of the step's loss: the sum over its tokens / the tokens of the step."""
+        x, y = batch
+        return model(x, y)[1] * (y.numel() / self.tokens_per_step)
+
+    @torch.no_grad()
+    def evaluate(self, model):
+        """{val_loss: nats per token, val_bpb: bits per byte of text} over fixed windows of the validation split."""
+        model.eval()
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for batch in val_batches(self.dataset, self.config.model.block_size, self.config.eval_tokens,
+                                 self.config.batch_size, self.machine.rank, self.machine.world_size):
+            x, y = to_device(batch, self.machine.device)
+            with self.machine.autocast():
+                total += model(x, y)[1].double().cpu() * y.numel()
+            count += y.numel()
+        model.train()
+        total, count = self.machine.sum(total.item(), count)
+        loss = total / count
+        return {"val_loss": loss, "val_bpb": loss / math.log(2) / self.dataset.bytes_per_token("val")}

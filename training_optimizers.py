@@ -1,0 +1,50 @@
+"""Optimizers, parameter groups and learning-rate schedules."""
+
+import math
+
+import torch
+
+FUSED_DEVICES = ("cuda", "cpu", "mps")  # where torch.optim.AdamW has a fused step
+
+
+def build_optimizer(model, config, device):
+    """AdamW (Loshchilov & Hutter 2019) over two groups: matrices decay, norms and biases do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                             fused=device.type in FUSED_DEVICES)
+
+
+def learning_rate(step, config):
+    """The rate of step `step` (from 0): linear warm-up, then cosine to min_lr at lr_decay_iters, or constant."""
+    peak = config.learning_rate
+    warmup = min(100, config.max_iters // 10) if config.warmup_iters is None else config.warmup_iters
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if config.lr_schedule == "constant":
+        return peak
+    floor = peak / 10 if config.min_lr is None else config.min_lr
+    end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    progress = min(1.0, (step - warmup) / max(1, end - warmup))
+    return floor + 0.5 * (1.0 + math.cos(math.pi * progress)) * (peak - floor)
+
+
+def set_learning_rate(optimizer, rate):
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def gradient_statistics(model):
+    """{layer: {grad_norm, grad_max, weight_norm}} of the gradients at hand; a layer is a block or a part beside them."""
+    layers = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            parts = name.split(".")
+            layers.setdefault(".".join(parts[: 2 if parts[0] == "blocks" else 1]), []).append(p)
+    norm = torch.nn.utils.get_total_norm
+    return {layer: {"grad_norm": norm([p.grad for p in ps]).item(),
+                    "grad_max": max(p.grad.abs().max().item() for p in ps),
+                    "weight_norm": norm([p.detach() for p in ps]).item()} for layer, ps in layers.items()}

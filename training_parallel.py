@@ -1,0 +1,201 @@
+"""The machine under a run: processes, device, precision, compilation. Under torchrun: DDP."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from errors import ConfigError
+
+
+@dataclass
+class Machine:
+    """What this process computes on. `dtype` is that of the matrix products; weights stay float32."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    tf32: bool
+    compile: bool
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def autocast(self):
+        """Mixed precision around the forward pass."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def sum(self, *values):
+        """The sums of `values` (numbers) over all processes, in float64, as a list."""
+        if self.world_size == 1:
+            return [float(v) for v in values]
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, flag):
+        """Whether `flag` holds on any process."""
+        return self.sum(float(bool(flag)))[0] > 0
+
+    def barrier(self):
+        """Wait for the other processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def name(self):
+        """The device, in words."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{cpu_name()}, {torch.get_num_threads()} threads" if self.device.type == "cpu" else "Apple GPU"
+
+    def memory(self):
+        """{allocated, peak, reserved} in bytes: of the GPU's allocator, or of this process on a CPU."""
+        if self.device.type == "cuda":
+            return {"allocated": torch.cuda.memory_allocated(self.device),
+                    "peak": torch.cuda.max_memory_allocated(self.device),
+                    "reserved": torch.cuda.memory_reserved(self.device)}
+        if self.device.type == "mps":
+            allocated = torch.mps.current_allocated_memory()
+            return {"allocated": allocated, "peak": None, "reserved": torch.mps.driver_allocated_memory()}
+        return process_memory()
+
+
+def init(config):
+    """Join the other processes if torchrun started us, choose the device, set the precision: a `Machine`."""
+    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
+                                    (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
+    device = choose_device(config.device, local_rank)
+    dtype = choose_dtype(config.dtype, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    compile = device.type == "cuda" if config.compile is None else config.compile
+    if compile and not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++", "gcc", "cl") if c):
+        raise ConfigError("compile", "torch.compile needs a C++ compiler and none is on the PATH (--compile=False)")
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                device_id=device if device.type == "cuda" else None)
+    return Machine(rank, local_rank, world_size, device, dtype, config.tf32 and device.type == "cuda", compile)
+
+
+def shut_down(machine):
+    """Leave the group in step with the others."""
+    if machine.world_size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_device(name, local_rank):
+    """The torch.device that `name` means here; `ConfigError` where it is not to be had."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError("device", f"{name!r} is unknown (one of auto, cpu, cuda, cuda:1, mps)")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("device", f"{name!r}: torch sees no CUDA device here (--device=cpu)")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError("device", f"{name!r}: there are only {torch.cuda.device_count()} CUDA devices here")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device", "'mps': torch sees no Apple GPU here (--device=cpu)")
+    return device
+
+
+def choose_dtype(name, device):
+    """The torch.dtype of the matrix products that `name` means on `device`."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
+    if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise ConfigError("dtype", "'bfloat16': this GPU has none (--dtype=float16)")
+    if name == "float16" and device.type != "cuda":
+        raise ConfigError("dtype", f"'float16' trains on CUDA alone, this is {device.type} (--dtype=bfloat16 or float32)")
+    return getattr(torch, name)
+
+
+def wrap(model, machine):
+    """The module to call, compiled and data-parallel as the machine has it; weights are read from the plain one."""
+    wrapped = torch.compile(model) if machine.compile else model
+    if machine.world_size > 1:
+        ids = [machine.device.index] if machine.device.type == "cuda" else None
+        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped, device_ids=ids)
+    return wrapped
+
+
+def synchronise_gradients(wrapped, now):
+    """A context in which the backward pass averages gradients over the processes only if `now`."""
+    if now or not hasattr(wrapped, "no_sync"):
+        return contextlib.nullcontext()
+    return wrapped.no_sync()
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM as a wish to stop, honoured between two steps; a second one ends the process at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.name = None
+
+    def __enter__(self):
+        self.previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        self._restore()
+
+    def _note(self, number, frame):
+        self.name = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self):
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
+
+    def asked(self, machine, now):
+        """The name of the signal, on all processes alike, or None. Several processes ask each other only if `now`."""
+        if machine.world_size == 1:
+            return self.name
+        return (self.name or "a signal to another rank") if now and machine.any(self.name) else None
+
+
+def seed_step(seed, step, rank):
+    """Seed dropout as a function of (seed, step, rank), so that a resumed run needs no generator's state."""
+    torch.manual_seed(random.Random(f"{seed} {step} {rank}").getrandbits(63))
+
+
+def cpu_name():
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+
+        return platform.processor() or platform.machine()
+
+
+def process_memory():
+    """{allocated, peak, reserved}: resident bytes of this process now and at their most."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:
+        with open("/proc/self/statm") as f:
+            now = int(f.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        now = None
+    return {"allocated": now, "peak": peak, "reserved": None}
