@@ -22,8 +22,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import ArgumentParser, UserError, told_in_one_line
-from model_config import did_you_mean
+from errors import ArgumentParser, UserError, did_you_mean, told_in_one_line
 
 SCHEMA_VERSION = 1  # of run.json; what a newer one means, this program cannot know
 STATES = ("running", "finished", "interrupted", "failed")

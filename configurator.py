@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import model_config
-from errors import ConfigError, UserError
-from model_config import ModelConfig, check_fields, did_you_mean, key
+from errors import ConfigError, UserError, did_you_mean
+from model_config import ModelConfig, check_fields, key
 
 ROOT = Path(__file__).resolve().parent
 

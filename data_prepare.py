@@ -18,9 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import DataError
+from errors import DataError, did_you_mean
 from files import sync, write_json
-from model_config import did_you_mean
 
 ROOT = Path(__file__).resolve().parent
 EMBEDDED = "pycode"  # the corpus that needs no download: every Python brings it

@@ -5,8 +5,7 @@ A tokenizer has `name`, `vocab_size`, `eot` (the id that ends a document, or Non
 and a line in `TOKENIZERS`. Torch is never imported.
 """
 
-from errors import DataError
-from model_config import did_you_mean
+from errors import DataError, did_you_mean
 
 
 class ByteTokenizer:

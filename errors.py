@@ -6,6 +6,7 @@ This module imports nothing of ours, so every room may use it.
 
 import argparse
 import contextlib
+import difflib
 import os
 import sys
 
@@ -47,6 +48,13 @@ class NonFiniteError(UserError):
     """The loss or a gradient stopped being a number; nothing was updated with it."""
 
     exit_code = 5
+
+
+def did_you_mean(word, names):
+    """' (did you mean X?)' for a near miss, else ' (one of …)'; the nearest of a long list."""
+    names = [str(n) for n in names]
+    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6 if len(names) < 20 else 0.0)
+    return f" (did you mean {near[0]}?)" if near else f" (one of {', '.join(names)})"
 
 
 @contextlib.contextmanager

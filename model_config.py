@@ -7,13 +7,12 @@ and compared without it.
 """
 
 import dataclasses
-import difflib
 import operator
 import types
 import typing
 from dataclasses import dataclass, field
 
-from errors import ConfigError
+from errors import ConfigError, did_you_mean
 
 
 class Option(typing.NamedTuple):
@@ -123,13 +122,6 @@ def check_fields(config):
 
 BOUNDS = (("minimum", operator.lt, "at least"), ("above", operator.le, "above"),
           ("maximum", operator.gt, "at most"), ("below", operator.ge, "below"))
-
-
-def did_you_mean(word, names):
-    """' (did you mean X?)' for a near miss, else ' (one of …)'; the nearest of a long list."""
-    names = [str(n) for n in names]
-    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6 if len(names) < 20 else 0.0)
-    return f" (did you mean {near[0]}?)" if near else f" (one of {', '.join(names)})"
 
 
 def axis(name, default, help):

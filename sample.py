@@ -1,17 +1,16 @@
 """Text from a trained model: `python sample.py --run=runs/NAME --prompt="def main("`."""
 
-import json
 import sys
 from pathlib import Path
 
-from errors import ArgumentParser, CheckpointError, UserError, told_in_one_line
+from errors import ArgumentParser, UserError, told_in_one_line
 
 
 def arguments(argv):
     """The parsed command line; `UserError` for a value out of range."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--run", required=True, help="run directory")
-    parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="by validation loss, or newest")
+    parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="by validation loss, or time")
     parser.add_argument("--prompt", default="\n", help="text to go on from")
     parser.add_argument("--num_samples", type=int, default=1, help="independent continuations")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to add at most")

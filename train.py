@@ -14,7 +14,6 @@ if __name__ == "__main__":
         config = load_config(sys.argv[1:])  # before torch loads: a slip of the finger is told at once
 
 import math
-import signal
 import time
 
 import torch
@@ -149,7 +148,7 @@ def train(config, machine):
             stop = interruption.asked(machine, now=logged)
             is_best = evaluate() if done % config.eval_interval == 0 or ended else False
             interval = config.eval_interval if config.checkpoint_interval is None else config.checkpoint_interval
-            if ended or stop or interval and (done % interval == 0 or is_best):
+            if ended or stop or (interval and (done % interval == 0 or is_best)):
                 save(final=ended)
                 saved = done
             if stop and not ended:

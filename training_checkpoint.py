@@ -18,7 +18,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -87,8 +86,8 @@ def export(run_dir, model, description):
 
 def list_checkpoints(run_dir):
     """[(step, directory)] under run_dir, the newest first."""
-    found = [(int(m[1]), p) for p in (Path(run_dir) / "checkpoints").glob("step_*") if (m := STEP_DIR.fullmatch(p.name))]
-    return sorted(found, reverse=True)
+    there = (Path(run_dir) / "checkpoints").glob("step_*")
+    return sorted(((int(m[1]), p) for p in there if (m := STEP_DIR.fullmatch(p.name))), reverse=True)
 
 
 def verify(path):

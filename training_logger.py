@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -56,12 +57,13 @@ class RunLog:
             return
         try:
             self.dir.mkdir(parents=True, exist_ok=resumed)
-            self.metrics = open(self.dir / "metrics.jsonl", "a+b")
+            self.metrics = open(self.dir / "metrics.jsonl", "a+b")  # noqa: SIM115 (lives as long as self)
         except OSError as error:
             raise UserError(f"{self.dir}: cannot be written: {error.strerror} (--out_dir=…)") from None
         if resumed:
             before = json.loads((self.dir / "run.json").read_text())
-            header = {**header, "created_at": before["created_at"]}
+            origin = {"init_from": before["config"]["init_from"]}  # resuming does not change where a run came from
+            header = {**header, "created_at": before["created_at"], "config": {**header["config"], **origin}}
             self.results = before.get("results") or {}
             self._end_torn_line()
         self.record = {"schema_version": SCHEMA_VERSION, "run_name": self.dir.name, "status": "running",
@@ -107,7 +109,7 @@ class RunLog:
         self.results |= {"step": values["step"], "tokens": values["tokens"], "peak_memory": peak,
                          "wall_time": round(time.time() - self.started, 3)}
         for name, series in self.speeds.items():  # the first one warms up
-            known = [v for v in (series[1:] or series) if v is not None]
+            known = [v for v in series[len(series) > 2:] if v is not None]
             self.results[name] = statistics.median(known) if known else None
         if self.first_step is None:
             self.first_step = (values["step"], time.time())
@@ -146,12 +148,15 @@ class RunLog:
         first, since = self.first_step
         done = v["step"] - first
         left = (time.time() - since) / done * (self.config.max_iters - v["step"]) if done else None
-        mfu = f"MFU {v['mfu']:6.1%} ({v['tflops']:.3g} TFLOP/s)" if v["mfu"] is not None else f"{v['tflops']:.3g} TFLOP/s"
+        mfu = (f"MFU {v['mfu']:.1%}   " if v["mfu"] is not None else "") + f"{v['tflops']:.3g} TFLOP/s"
         memory = v["memory"]["allocated"]
-        line = (f"step {v['step']:>6}/{self.config.max_iters}   loss {v['loss']:.4f}   lr {v['lr']:.2e}   "
-                f"{v['step_time'] * 1e3:7.1f} ms   {v['tokens_per_sec']:>9,.0f} tok/s   {mfu}   "
-                f"|g| {v['grad_norm']:.2f}   {human_bytes(memory)}   left {human_time(left)}")
-        print(("\r\x1b[K" + line) if self.live else line, end="" if self.live else "\n", flush=True)
+        line = (f"step {v['step']:>6}/{self.config.max_iters}   loss {v['loss']:.4f}   "
+                f"{v['tokens_per_sec']:>9,.0f} tok/s   {mfu}   left {human_time(left):<7}   "
+                f"{v['step_time'] * 1e3:.1f} ms   lr {v['lr']:.2e}   |g| {v['grad_norm']:.2f}   {human_bytes(memory)}")
+        if self.live:  # rewritten in place, which a line that wraps cannot be
+            print("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
+        else:
+            print(line, flush=True)
 
     def _append(self, kind, values):
         line = json.dumps({"kind": kind, **finite(values)}, allow_nan=False)

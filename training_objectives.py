@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from data_loader import TrainBatches, open_dataset, to_device, val_batches
+from data_loader import TrainBatches, open_dataset, to_device, val_batches, val_windows
 from data_prepare import ensure
 
 
@@ -26,6 +26,7 @@ class LanguageModeling:
         self.dataset = open_dataset(config.dataset, config.data_dir)
         self.batches = TrainBatches(self.dataset, config.seed, config.model.block_size, config.batch_size,
                                     config.gradient_accumulation_steps)
+        val_windows(self.dataset, config.model.block_size)  # a split too short is told now, not after an hour
         self.vocab_size, self.fingerprint = self.dataset.vocab_size, self.dataset.fingerprint
         self.tokenizer = self.dataset.meta["tokenizer"]
         self.micro_steps = config.gradient_accumulation_steps // machine.world_size

@@ -38,7 +38,7 @@ def set_learning_rate(optimizer, rate):
 
 
 def gradient_statistics(model):
-    """{layer: {grad_norm, grad_max, weight_norm}} of the gradients at hand; a layer is a block or a part beside them."""
+    """{layer: {grad_norm, grad_max, weight_norm}} of the gradients at hand; layers are blocks and the parts around."""
     layers = {}
     for name, p in model.named_parameters():
         if p.grad is not None:

@@ -122,7 +122,7 @@ def choose_dtype(name, device):
     if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise ConfigError("dtype", "'bfloat16': this GPU has none (--dtype=float16)")
     if name == "float16" and device.type != "cuda":
-        raise ConfigError("dtype", f"'float16' trains on CUDA alone, this is {device.type} (--dtype=bfloat16 or float32)")
+        raise ConfigError("dtype", f"'float16' trains on CUDA alone, this is {device.type} (--dtype=bfloat16)")
     return getattr(torch, name)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import random
 
 import pytest
 import torch
@@ -61,8 +62,18 @@ def overfits(chosen):
     return loss.item()
 
 
-# Every pair of options stands together in this sample; `make test-long` takes them all.
-@pytest.mark.parametrize("chosen", ALL[::29], ids=lambda c: "-".join(str(v) for v in c.values()))
+def covering():
+    """A sample of the combinations in which every pair of options stands together somewhere."""
+    chosen, covered = [], set()
+    for c in random.Random(0).sample(ALL, len(ALL)):
+        pairs = set(itertools.combinations(c.items(), 2))
+        if not pairs <= covered:
+            chosen.append(c)
+            covered |= pairs
+    return chosen
+
+
+@pytest.mark.parametrize("chosen", covering(), ids=lambda c: "-".join(str(v) for v in c.values()))
 def test_overfits_one_batch(chosen):
     assert overfits(chosen) < 1.0  # from ln 64 = 4.16
 
@@ -72,13 +83,6 @@ def test_overfits_one_batch(chosen):
 def test_every_combination_overfits_one_batch(part):
     for chosen in ALL[part::16]:
         assert overfits(chosen) < 1.0, chosen
-
-
-def test_sample_of_combinations_holds_every_pair_of_options():
-    axes = list(ALL[0])
-    for a, b in itertools.combinations(axes, 2):
-        everywhere = {(c[a], c[b]) for c in ALL}
-        assert {(c[a], c[b]) for c in ALL[::29]} == everywhere, (a, b)
 
 
 def test_released_gpt2_has_its_parameter_count():

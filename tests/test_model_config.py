@@ -23,7 +23,8 @@ def test_architecture_name_tells_what_is_unusual():
 
 
 @pytest.mark.parametrize("n_embd, ffn_type, d_ff", [
-    (768, "standard", 3072), (768, "swiglu", 2048), (128, "swiglu", 384), (100, "standard", 400), (4096, "swiglu", 10944),
+    (768, "standard", 3072), (768, "swiglu", 2048), (128, "swiglu", 384), (100, "standard", 400),
+    (4096, "swiglu", 10944),
 ])
 def test_default_ffn_width(n_embd, ffn_type, d_ff):
     assert ModelConfig(n_embd=n_embd, n_head=4, ffn_type=ffn_type).resolve().d_ff == d_ff

@@ -54,7 +54,7 @@ def test_gpt2_at_124m_costs_what_palms_formula_says():
 @pytest.mark.parametrize("name, kind, tflops", [
     ("NVIDIA B200", "bfloat16", 2250), ("NVIDIA GB200", "bfloat16", 2500), ("NVIDIA B300 SXM6 AC", "bfloat16", 2250),
     ("NVIDIA GB300", "bfloat16", 2500), ("NVIDIA H200", "bfloat16", 989.4), ("NVIDIA H200 NVL", "bfloat16", 836),
-    ("NVIDIA H20", "bfloat16", 148), ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4), ("NVIDIA H100 PCIe", "bfloat16", 756),
+    ("NVIDIA H20", "bfloat16", 148), ("NVIDIA H100 80GB HBM3", "float16", 989.4), ("NVIDIA H100 PCIe", "bfloat16", 756),
     ("NVIDIA H100 NVL", "float16", 835), ("NVIDIA A100-SXM4-80GB", "bfloat16", 312),
     ("NVIDIA A100-PCIE-40GB", "tf32", 156), ("Tesla V100-SXM2-16GB", "float16", 125),
     ("Tesla V100-PCIE-16GB", "float16", 112), ("Tesla T4", "float16", 65), ("NVIDIA A10G", "bfloat16", 70),
