@@ -8,3 +8,4 @@ max_iters = 1200
 learning_rate = 2e-3
 eval_interval = 200
 eval_tokens = 65_536
+compile = False  # a run this short would not earn its compilation back

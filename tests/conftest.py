@@ -1,0 +1,49 @@
+"""What several tests share: a small dataset of text, and train.py run as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prepare import write_dataset
+from data_tokenizer import ByteTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--eval_tokens=512",
+        "--dataset=text", "--device=cpu", "--mfu_peak=1", "--log_interval=1"]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A folder with one dataset, `text`: this project's own sources as bytes."""
+    folder = tmp_path_factory.mktemp("data")
+    sources = sorted(ROOT.glob("*.py"))
+    documents = [("val" if i % 5 == 0 else "train", p.read_text()) for i, p in enumerate(sources)]
+    write_dataset(folder / "text", ByteTokenizer(), documents, source="blockGPT")
+    return folder
+
+
+def run_python(*command, cwd=None, timeout=240, env=None):
+    """Run `python *command` with the project importable; the finished process, its output as text."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", **(env or {})}
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=environment, timeout=timeout,
+                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def records(run_dir, kind="step"):
+    """{step: record} of a metrics.jsonl, the last record of a step counting."""
+    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: r for r in map(json.loads, lines) if r["kind"] == kind}
+
+
+@pytest.fixture
+def train(tmp_path, data_dir):
+    """train(name, *flags) -> the finished process of a tiny run in tmp_path/runs/name."""
+    def run(name, *flags, **kwargs):
+        return run_python(ROOT / "train.py", *TINY, f"--data_dir={data_dir}", f"--run_name={name}", *flags,
+                          cwd=tmp_path, **kwargs)
+    return run

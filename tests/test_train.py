@@ -1,0 +1,225 @@
+"""train.py as a user runs it: repeatable, resumable, interruptible, and honest about its end."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TINY, records, run_python
+
+LOSSES = ("loss", "grad_norm", "lr", "tokens")
+
+
+def curve(run_dir):
+    """{step: what must be equal to the last bit}."""
+    return {s: tuple(r[k] for k in LOSSES) for s, r in records(run_dir).items()}
+
+
+@pytest.mark.parametrize("flags", [
+    ["--arch_preset=llama"],
+    ["--arch_preset=gpt2", "--dropout=0.2", "--gradient_accumulation_steps=2"],
+    ["--arch_preset=gpt2_openai", "--dtype=bfloat16", "--dropout=0.1"],
+], ids=["llama", "gpt2-dropout-accumulation", "gpt2_openai-bf16"])
+def test_runs_repeat_and_resume_bit_for_bit(tmp_path, train, flags):
+    schedule = ["--lr_decay_iters=100", "--warmup_iters=10", "--eval_interval=25", *flags]
+    for name in ("once", "twice"):
+        assert train(name, "--max_iters=100", *schedule).returncode == 0
+    assert train("cut", "--max_iters=50", *schedule).returncode == 0
+    before = (tmp_path / "runs/cut/metrics.jsonl").read_bytes()
+    resumed = train("cut", "--max_iters=100", "--init_from=resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from" in resumed.stdout
+
+    runs = tmp_path / "runs"
+    assert len(curve(runs / "once")) == 100
+    assert curve(runs / "once") == curve(runs / "twice") == curve(runs / "cut")
+    evals = [{s: (r["val_loss"], r["val_bpb"]) for s, r in records(runs / n, "eval").items()}
+             for n in ("once", "twice", "cut")]
+    assert evals[0] == evals[1] == evals[2] and sorted(evals[0]) == [25, 50, 75, 100]
+    assert (runs / "cut/metrics.jsonl").read_bytes().startswith(before)
+    assert (runs / "cut/model.safetensors").read_bytes() == (runs / "once/model.safetensors").read_bytes()
+    assert evals[0][100][0] < evals[0][25][0] < 5.8  # and it learned
+
+
+def test_gradient_accumulation_is_the_larger_batch(tmp_path, train):
+    train("whole", "--max_iters=10", "--batch_size=8")
+    train("parts", "--max_iters=10", "--batch_size=2", "--gradient_accumulation_steps=4")
+    a, b = (records(tmp_path / "runs" / n) for n in ("whole", "parts"))
+    for step in a:  # the same sequences and the same mean over tokens, summed in another order
+        assert a[step]["loss"] == pytest.approx(b[step]["loss"], rel=2e-5)
+        assert a[step]["tokens"] == b[step]["tokens"]
+
+
+def test_run_directory_tells_everything(tmp_path, train):
+    done = train("full", "--max_iters=20", "--eval_interval=10", "--gradient_log_interval=5", "--arch_preset=llama",
+                 "--rope_theta=500", "--min_lr=0")
+    assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / "runs/full/run.json").read_text())
+    assert run["status"] == "finished" and run["schema_version"] == 1
+    assert run["arch_name"] == "2L-2H-32D-RoPE-RMS-SwiGLU-PreNorm"
+    assert run["config"]["rope_theta"] == 500 and run["model"]["vocab_size"] == 320
+    assert run["parameters"]["total"] == sum(run["parameters"][k] for k in ("non_embedding",)) + 320 * 32
+    assert run["flops_per_token"]["train"] == 3 * sum(run["flops_per_token"]["forward"].values())
+    assert run["hardware"]["peak_flops"] == 1e12 and run["data"]["tokens_per_step"] == 4 * 32
+    results = run["results"]
+    assert results["step"] == 20 and results["tokens"] == 20 * 4 * 32
+    assert results["best_val_loss"] == min(r["val_loss"] for r in records(tmp_path / "runs/full", "eval").values())
+    assert results["val_bpb"] > results["val_loss"] / 0.6932  # an end-of-text token carries no byte
+    step = records(tmp_path / "runs/full")[20]
+    assert step["mfu"] == pytest.approx(run["flops_per_token"]["train"] * step["tokens_per_sec"] / 1e12)
+    gradients = records(tmp_path / "runs/full", "gradients")
+    assert sorted(gradients) == [5, 10, 15, 20]
+    assert set(gradients[5]["layers"]) == {"token_embedding", "blocks.0", "blocks.1", "final_norm", "lm_head"}
+    parts = [layer["grad_norm"] for layer in gradients[20]["layers"].values()]
+    assert sum(p**2 for p in parts) ** 0.5 == pytest.approx(min(step["grad_norm"], 1.0), rel=1e-4)
+    for text in ("RoPE-RMS-SwiGLU-PreNorm", "swiglu (SwiGLU)", "parameters", "FLOPs per token", "MFU divides by",
+                 "1 TFLOP/s", "training tokens", "tok/s", "left"):
+        assert text in done.stdout
+    assert (tmp_path / "runs/full/config.json").exists()
+
+
+def test_keys_without_effect_are_said_so(train):
+    done = train("idle", "--max_iters=1", "--rope_theta=5", "--wandb_project=x", "--lr_schedule=constant", "--min_lr=0")
+    notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
+    assert [n.split()[2] for n in notes] == ["rope_theta", "wandb_project", "min_lr"]
+
+
+def test_eval_only_trains_nothing(tmp_path, train):
+    train("base", "--max_iters=5")
+    before = (tmp_path / "runs/base/model.safetensors").read_bytes()
+    done = train("base", "--init_from=resume", "--eval_only")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/base/model.safetensors").read_bytes() == before
+    last = [json.loads(line) for line in (tmp_path / "runs/base/metrics.jsonl").read_text().splitlines()][-2:]
+    assert [r["kind"] for r in last] == ["eval", "eval"] and last[0]["val_loss"] == last[1]["val_loss"]
+
+
+def test_a_fresh_run_never_overwrites_another(tmp_path, train):
+    train("mine", "--max_iters=2")
+    before = {p: p.read_bytes() for p in (tmp_path / "runs/mine").rglob("*") if p.is_file()}
+    again = train("mine", "--max_iters=2")
+    assert again.returncode == 2 and "exists" in again.stderr and again.stderr.count("\n") == 1
+    assert before == {p: p.read_bytes() for p in (tmp_path / "runs/mine").rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("key", ["--n_layer=3", "--arch_preset=gpt2", "--seed=5", "--batch_size=8", "--d_ff=7"])
+def test_a_resumed_run_refuses_to_become_another(tmp_path, train, key):
+    train("mine", "--max_iters=2")
+    done = train("mine", "--max_iters=4", "--init_from=resume", key)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {key.split('=')[0]}: ")
+
+
+def test_resume_without_a_usable_checkpoint_is_exit_3(tmp_path, train):
+    train("mine", "--max_iters=4", "--eval_interval=2")
+    checkpoints = sorted((tmp_path / "runs/mine/checkpoints").iterdir())
+    damaged = checkpoints[-1] / "model.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    done = train("mine", "--max_iters=6", "--init_from=resume")
+    if len(checkpoints) > 1:  # the best, an earlier one, serves
+        assert done.returncode == 0 and "passed over" in done.stderr
+    for path in (tmp_path / "runs/mine/checkpoints").iterdir():
+        (path / "manifest.json").write_text("{}")
+    done = train("mine", "--max_iters=8", "--init_from=resume")
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "no usable checkpoint" in done.stderr
+
+
+def test_nonfinite_stops_before_the_update_and_keeps_the_last_good_checkpoint(tmp_path, train):
+    done = train("hot", "--max_iters=60", "--learning_rate=1e30", "--warmup_iters=20", "--grad_clip=0",
+                 "--eval_interval=1", "--arch_preset=llama")
+    assert done.returncode == 5
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: step ") and "lower learning_rate" in error
+    run = json.loads((tmp_path / "runs/hot/run.json").read_text())
+    assert run["status"] == "failed" and "NonFiniteError" in run["status_reason"]
+    failed = int(error.split()[2].rstrip(":"))
+    saved = sorted((tmp_path / "runs/hot/checkpoints").iterdir())
+    assert saved[-1].name <= f"step_{failed - 1:08d}"
+    assert max(records(tmp_path / "runs/hot")) == failed - 1
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_path, train, data_dir, sent):
+    flags = ["--max_iters=300", "--eval_interval=100", "--dropout=0.1"]
+    assert train("whole", *flags).returncode == 0
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, f"--data_dir={data_dir}", "--run_name=cut",
+                                *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step     40/"):
+            process.send_signal(sent)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0 and f"interrupted by {sent.name}" in rest
+    run = json.loads((tmp_path / "runs/cut/run.json").read_text())
+    assert run["status"] == "interrupted" and 40 <= run["results"]["step"] < 300
+    assert train("cut", "--init_from=resume").returncode == 0
+    assert curve(tmp_path / "runs/whole") == curve(tmp_path / "runs/cut")
+    assert json.loads((tmp_path / "runs/cut/run.json").read_text())["status"] == "finished"
+
+
+def test_a_run_killed_outright_leaves_a_log_that_reads_and_resumes(tmp_path, train, data_dir):
+    flags = ["--max_iters=200", "--eval_interval=20"]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, f"--data_dir={data_dir}", "--run_name=cut",
+                                *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step     50/"):
+            process.kill()
+            break
+    process.wait()
+    process.stdout.close()
+    with open(tmp_path / "runs/cut/metrics.jsonl", "ab") as f:  # what a kill in the middle of a write leaves
+        f.write(b'{"kind": "step", "st')
+    assert json.loads((tmp_path / "runs/cut/run.json").read_text())["status"] == "running"
+    table = run_python(ROOT / "compare_architectures.py", "runs/cut", cwd=tmp_path)
+    assert table.returncode == 0 and "cut" in table.stdout
+    assert train("cut", "--init_from=resume").returncode == 0
+    assert train("whole", *flags).returncode == 0
+    text = (tmp_path / "runs/cut/metrics.jsonl").read_text()
+    torn = '{"kind": "step", "st\n'
+    assert text.count(torn) == 1
+    (tmp_path / "runs/cut/metrics.jsonl").write_text(text.replace(torn, ""))
+    assert curve(tmp_path / "runs/whole") == curve(tmp_path / "runs/cut")
+
+
+def test_two_processes_train_as_one(tmp_path, train, data_dir):
+    flags = ["--max_iters=20", "--eval_interval=10", "--gradient_accumulation_steps=4"]
+    assert train("one", *flags).returncode == 0
+    done = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *TINY,
+                      f"--data_dir={data_dir}", "--run_name=two", *flags, cwd=tmp_path, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    one, two = (records(tmp_path / "runs" / n) for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    for step in one:
+        assert one[step]["loss"] == pytest.approx(two[step]["loss"], rel=1e-4)
+    a, b = (records(tmp_path / "runs" / n, "eval") for n in ("one", "two"))
+    assert a[20]["val_loss"] == pytest.approx(b[20]["val_loss"], rel=1e-4)
+    assert json.loads((tmp_path / "runs/two/run.json").read_text())["hardware"]["world_size"] == 2
+
+
+def test_help_lists_every_key_without_loading_torch():
+    from configurator import KEYS
+
+    started = time.perf_counter()
+    done = run_python(ROOT / "train.py", "--help")
+    assert done.returncode == 0 and time.perf_counter() - started < 60
+    for key, field in KEYS.items():
+        assert f"--{key}=" in done.stdout and field.metadata["help"].split()[0] in done.stdout
+
+
+def test_the_loop_can_be_read_in_a_sitting():
+    assert len((ROOT / "train.py").read_text().splitlines()) < 400
+
+
+def test_presets_in_config_are_the_presets():
+    from configurator import load_config
+    from model_config import PRESETS
+
+    for name in PRESETS:
+        assert load_config([f"config/arch_{name}.py"]).model.arch_preset == name
+    for path in sorted((ROOT / "config").glob("*.py")):
+        load_config([str(path)])
