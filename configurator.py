@@ -13,18 +13,17 @@ import sys
 import textwrap
 import traceback
 import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 import model_config
-from errors import ConfigError, UserError, did_you_mean
-from model_config import ModelConfig, check_fields, key
+from errors import ConfigError, UserError, did_you_mean, shown
+from model_config import ModelConfig, check_fields, check_value, key, key_types
 
 ROOT = Path(__file__).resolve().parent
 
 # `ModelConfig` alone is GPT-2's 124M; a run that names no size must start at once on a laptop.
-LAPTOP_SIZE = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
+LAPTOP_SIZE = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256}
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Config:
 
     def __post_init__(self):
         check_fields(self)
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        processes = world_size()
         if self.gradient_accumulation_steps % processes:
             raise ConfigError("gradient_accumulation_steps", f"{self.gradient_accumulation_steps} cannot be shared by "
                               f"{processes} processes (a multiple of {processes}: it counts over all of them)")
@@ -95,11 +94,14 @@ class Config:
         if self.init_from == "resume" and not self.run_name:
             raise ConfigError("init_from", "resume needs --run_name=NAME, the run to go on with")
         for name in ("run_name", "dataset"):
-            value = getattr(self, name)
-            if value is not None and (value in ("", ".", "..") or set(value) & set("/\\\0\n\r")):
-                raise ConfigError(name, f"{value!r} is not the name of a folder")
+            value = getattr(self, name) or "x"
+            if set(value) & set("/\\") or value.startswith(".") or value != value.strip() or len(value.encode()) > 255:
+                raise ConfigError(name, f"{shown(value)} is not the name of a folder (no slash, no dot in front, no "
+                                        "space around it, at most 255 bytes)")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
+            raise ConfigError("device", f"{shown(self.device)} is unknown (one of auto, cpu, cuda, cuda:1, mps)")
         if isinstance(self.mfu_peak, str) and self.mfu_peak not in ("dense", "sparse"):
-            raise ConfigError("mfu_peak", f"{self.mfu_peak!r} is unknown (dense, sparse, or TFLOP/s as a number)")
+            raise ConfigError("mfu_peak", f"{shown(self.mfu_peak)} is unknown (dense, sparse, or TFLOP/s as a number)")
         if not isinstance(self.mfu_peak, str) and self.mfu_peak <= 0:
             raise ConfigError("mfu_peak", f"{self.mfu_peak} is out of range, must be above 0")
 
@@ -124,13 +126,19 @@ class Config:
             unused["wandb_project"] = "wandb_log is off"
         if self.lr_schedule == "constant":
             unused |= dict.fromkeys(("min_lr", "lr_decay_iters"), "lr_schedule is constant")
+        if (self.warmup_iters or 0) >= self.max_iters:
+            unused |= dict.fromkeys(("lr_schedule", "min_lr", "lr_decay_iters"), "the run ends before the warm-up does")
         if self.eval_only:
             training = [f.name for f in dataclasses.fields(self) if f.metadata.get("group") == "optimization"]
             training += ["gradient_accumulation_steps", "eval_interval", "checkpoint_interval", "log_interval",
-                         "gradient_log_interval"]
+                         "gradient_log_interval", "mfu_peak"]
             unused |= dict.fromkeys((*training, "dropout"), "eval_only trains nothing")
         if self.dtype in ("bfloat16", "float16"):
             unused["tf32"] = f"dtype is {self.dtype}"
+        if self.device in ("cpu", "mps"):
+            unused["tf32"] = f"device is {self.device}"
+            if isinstance(self.mfu_peak, str):
+                unused["mfu_peak"] = f"device is {self.device}, whose peak is neither dense nor sparse"
         return {k: reason for k, reason in unused.items() if k in self.explicit}
 
 
@@ -142,8 +150,16 @@ def key_fields():
 
 
 KEYS = key_fields()
-TYPES = {n: typing.get_args(t) or (t,) for cls in (ModelConfig, Config)
-         for n, t in typing.get_type_hints(cls).items() if n in KEYS}
+TYPES = key_types(ModelConfig) | key_types(Config)
+
+
+def world_size():
+    """The number of processes that train together, as torchrun has set it."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not re.fullmatch("[1-9][0-9]{0,6}", text):
+        raise UserError(f"WORLD_SIZE: {shown(text)} is not a number of processes (torchrun sets it; without it there "
+                        "is one)")
+    return int(text)
 
 
 def load_config(argv):
@@ -154,42 +170,40 @@ def load_config(argv):
     files, flags = split_arguments(argv)
     given, explicit = {}, {}
     for path in files:
-        values = read_config_file(path)
-        given |= values
-        explicit |= dict.fromkeys(values, path)
+        for name, value in read_config_file(path).items():
+            given[name], explicit[name] = typed(name, value, path), path
     for name, text in flags:
         where = f"--{name}"
-        given[name] = parse_value(name, text, where)
-        explicit[name] = where
-    base = {}
-    if given.get("init_from") == "resume" and isinstance(given.get("run_name"), str):
-        base = recorded_keys(Path(given.get("out_dir", Config.out_dir)) / given["run_name"], explicit["run_name"])
-    if base:  # what it was built with then is not for the dataset to decide again
+        given[name], explicit[name] = typed(name, parse_value(name, text, where), where), where
+    recorded, elsewhere = {}, "defaults"
+    if given.get("init_from") == "resume" and given.get("run_name"):
+        elsewhere = Path(given.get("out_dir", Config.out_dir), given["run_name"], "run.json")
+        recorded = recorded_keys(elsewhere, explicit["run_name"])
+        # The vocabulary it was built with then is not for the dataset to decide again.
         explicit.setdefault("vocab_size", explicit["run_name"])
-    config = make_config({**base, **given}, explicit)
-    check_resumable(config, given, base)
+    try:
+        config = make_config({**recorded, **given}, explicit)
+    except ConfigError as error:
+        raise located(error, explicit, elsewhere) from None
+    check_resumable(config, given, recorded)
     return config
 
 
 def make_config(given, explicit):
-    """The Config of `given` {key: value} over its preset and the defaults; `explicit` {key: where} is for messages."""
+    """The Config of `given` {key: value} over its preset and the defaults; `explicit` {key: where}: set by hand."""
     architecture = {f.name for f in dataclasses.fields(ModelConfig)}
     everything = {**LAPTOP_SIZE, **given}
-    try:
-        model = model_config.apply_preset({k: v for k, v in everything.items() if k in architecture})
-        if explicit.get("activation") and given["activation"] is not None and model.implied().get("activation"):
-            raise ConfigError("activation", f"{given['activation']!r} has no place in ffn_type={model.ffn_type}, which "
-                                            "brings its own: drop activation, or use ffn_type=standard")
-        return Config(model=model, explicit=explicit, **{k: v for k, v in everything.items() if k not in architecture})
-    except ConfigError as error:
-        # A default can be wrong only beside another key that was set: name that one's place.
-        at_fault = [error.key, *(k for k in explicit if re.search(rf"\b{k}\b", str(error)))]
-        where = next((explicit[k] for k in at_fault if k in explicit), "defaults")
-        raise UserError(f"{where}: {error}") from None
+    model = model_config.apply_preset({k: v for k, v in everything.items() if k in architecture})
+    if "activation" in explicit and model.activation and "activation" in model.implied():
+        raise model.no_place_for("activation")  # even if it is the same: who sets it expects a choice
+    return Config(model=model, explicit=explicit, **{k: v for k, v in everything.items() if k not in architecture})
 
 
-def no_such_key(where, name):
-    return UserError(f"{where}: {name or '(empty)'}: no such key{did_you_mean(name, KEYS)}")
+def located(error, explicit, elsewhere="defaults"):
+    """The `ConfigError` with the place in front where its key was set; `elsewhere`: that of keys not in `explicit`."""
+    # A default can be wrong only beside another key that was set: name that one's place.
+    at_fault = [error.key, *(k for k in explicit if re.search(rf"\b{k}\b", str(error)))]
+    return UserError(f"{next((explicit[k] for k in at_fault if k in explicit), elsewhere)}: {error}")
 
 
 def split_arguments(argv):
@@ -198,16 +212,17 @@ def split_arguments(argv):
     while rest:
         argument = rest.pop(0)
         if argument in ("-h", "--help"):
-            print(help_text())
+            print(help_text(), flush=True)
             raise SystemExit(0)
-        if not argument.startswith("--"):
-            if argument.startswith("-") or not argument.endswith(".py"):
-                raise UserError(f"{argument}: neither a config file (*.py) nor --key=value")
+        if argument.endswith(".py") and not argument.startswith("-"):
             files.append(argument)
             continue
-        name, equals, text = argument[2:].partition("=")
+        name, equals, text = argument.lstrip("-–—").partition("=")  # an editor's dash is no --, but tells what is meant
+        if argument[:2] != "--" or not name:
+            meant = f" (did you mean --{name}=…?)" if name in KEYS else ""
+            raise UserError(f"{shown(argument)}: neither a config file (*.py) nor --key=value{meant}")
         if name not in KEYS:
-            raise no_such_key(f"--{name}", name)
+            raise UserError(f"--{name}: {name}: no such key{did_you_mean(name, KEYS)}")
         if not equals:
             text = None
             if rest and takes(name, rest[0]):
@@ -218,11 +233,7 @@ def split_arguments(argv):
 
 def takes(name, text):
     """Whether `text`, standing behind a bare --name, is its value and not the next argument."""
-    if bool in TYPES[name]:
-        return text.lower() in BOOLEANS or text == "None"
-    if text.startswith("--"):
-        return False
-    return not text.endswith(".py") or str in TYPES[name]
+    return not text.startswith("--") and (str in TYPES[name] or not text.endswith(".py"))
 
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -240,14 +251,14 @@ def parse_value(name, text, where):
     if bool in accepted:
         if text.lower() in BOOLEANS:
             return BOOLEANS[text.lower()]
-        raise UserError(f"{where}: {name}: {text!r} is not a boolean (True or False)")
+        raise UserError(f"{where}: {name}: {shown(text)} is not a boolean (True or False)")
     if int in accepted or float in accepted:
         try:
             return float(text) if float in accepted else whole(text)
         except ValueError:
             if str not in accepted:
                 kind = "a number" if float in accepted else "a whole number"
-                raise UserError(f"{where}: {name}: {text!r} is not {kind}") from None
+                raise UserError(f"{where}: {name}: {shown(text)} is not {kind}") from None
     return text
 
 
@@ -264,56 +275,66 @@ def whole(text):
 
 def read_config_file(path):
     """{key: value} of a flat Python file; looked for from here, then from the project's folder."""
-    found = next((p for p in (Path(path), ROOT / path) if p.is_file()), None)
+    found = next((p for p in (path, str(ROOT / path)) if os.path.isfile(p)), None)
     if found is None:
         there = sorted(f"config/{p.name}" for p in (ROOT / "config").glob("*.py"))
-        raise UserError(f"{path}: no such config file{did_you_mean(path, there)}")
-    namespace = {"__name__": found.stem, "__file__": str(found)}
-    sys.path.insert(0, str(ROOT))  # for `from config.arch_llama import *`
+        raise UserError(f"{path}: {'not a file' if os.path.isdir(path) else 'no such config file'}"
+                        f"{did_you_mean(path, there)}")
+    namespace, search_path = {"__name__": Path(found).stem, "__file__": found}, sys.path[:]
     try:
-        exec(compile(found.read_bytes(), str(found), "exec"), namespace)
-    except SyntaxError as error:
-        raise UserError(f"{path}: line {error.lineno}: not Python: {error.msg}") from None
-    except UserError:
-        raise
+        code = compile(Path(found).read_bytes(), found, "exec")
+        sys.path.insert(0, str(ROOT))  # for `from config.arch_llama import *`
+        exec(code, namespace)
     except (Exception, SystemExit) as error:  # whatever the file does, it is the file's mistake
         frames = traceback.extract_tb(error.__traceback__)
-        line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(found)), "?")
-        raise UserError(f"{path}: line {line}: {type(error).__name__}: {error}") from None
+        line = next((f"line {frame.lineno}: " for frame in reversed(frames) if frame.filename == found), "")
+        raise UserError(f"{path}: {line}{type(error).__name__}: {error}") from None
     finally:
-        sys.path.remove(str(ROOT))
+        sys.path[:] = search_path
     values = {k: v for k, v in namespace.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
-    for name, value in values.items():
+    for name in values:
         if name not in KEYS:
-            raise no_such_key(path, name)
-        if int in TYPES[name] and type(value) is float and value.is_integer():
-            values[name] = int(value)  # max_iters = 1e4
+            raise UserError(f"{path}: {name}: no such key{did_you_mean(name, KEYS)}, or _{name} for a name of your own")
     return values
 
 
-def recorded_keys(run_dir, where):
-    """{key: value} as the run in `run_dir` recorded them."""
+def typed(name, value, where):
+    """`value` as the key's type has it, where a file says max_iters = 1e4 or learning_rate = 1; checked."""
+    if int in TYPES[name] and type(value) is float and value.is_integer():
+        value = int(value)
     try:
-        config = json.loads((run_dir / "run.json").read_text())["config"]
+        check_value(KEYS[name], TYPES[name], value)
+    except ConfigError as error:
+        raise UserError(f"{where}: {error}") from None
+    return float(value) if float in TYPES[name] and type(value) is int else value
+
+
+def recorded_keys(path, where):
+    """{key: value} as the run whose run.json this is recorded them."""
+    try:
+        items = json.loads(path.read_bytes())["config"].items()
     except FileNotFoundError:
-        there = sorted(p.parent.name for p in run_dir.parent.glob("*/run.json"))
-        raise UserError(f"{where}: run_name: there is no run {run_dir} to resume"
-                        + (did_you_mean(run_dir.name, there) if there else "")) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: run_name: {run_dir}/run.json cannot be read ({type(error).__name__})") from None
-    return {k: v for k, v in config.items() if k in KEYS and k not in ("run_name", "out_dir", "init_from", "eval_only")}
+        there = sorted(p.parent.name for p in path.parent.parent.glob("*/run.json"))
+        raise UserError(f"{where}: run_name: there is no run {path.parent} to resume"
+                        + did_you_mean(path.parent.name, there)) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{where}: run_name: {path} cannot be read ({type(error).__name__}): the run cannot be resumed "
+                        "(start another)") from None
+    return {k: typed(k, v, path) for k, v in items
+            if k in KEYS and k not in ("run_name", "out_dir", "init_from", "eval_only")}
 
 
-def check_resumable(config, given, base):
+def check_resumable(config, given, recorded):
     """Refuse by name what would make the rest of a resumed run another experiment than its beginning."""
     fixed = [k for k, f in KEYS.items() if f.metadata["group"] in ("architecture", "size") and k != "attention_backend"]
     for name in (*fixed, "seed", "dataset"):
-        if name in given and name in base and given[name] != base[name]:
-            raise UserError(f"{config.explicit[name]}: {name}: the run was made with {base[name]!r} and keeps it "
+        if name in given and name in recorded and given[name] != recorded[name]:
+            raise UserError(f"{config.explicit[name]}: {name}: the run was made with {recorded[name]!r} and keeps it "
                             "when resumed (drop the key, or start a new run)")
-    if base:
+    if recorded:
         now = config.batch_size * config.gradient_accumulation_steps
-        was = base["batch_size"] * base["gradient_accumulation_steps"]
+        was = (recorded.get("batch_size", Config.batch_size)
+               * recorded.get("gradient_accumulation_steps", Config.gradient_accumulation_steps))
         name = "batch_size" if "batch_size" in given else "gradient_accumulation_steps"
         if now != was:
             raise UserError(f"{config.explicit[name]}: {name}: the run takes {was} sequences a step and keeps that "

@@ -52,9 +52,18 @@ class NonFiniteError(UserError):
 
 def did_you_mean(word, names):
     """' (did you mean X?)' for a near miss, else ' (one of …)'; the nearest of a long list."""
-    names = [str(n) for n in names]
-    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6 if len(names) < 20 else 0.0)
-    return f" (did you mean {near[0]}?)" if near else f" (one of {', '.join(names)})"
+    names = {str(n).lower(): str(n) for n in names}
+    near = difflib.get_close_matches(str(word).lower()[:100], names, n=1, cutoff=0.6 if len(names) < 20 else 0.0)
+    return f" (did you mean {names[near[0]]}?)" if near else f" (one of {', '.join(names.values())})" if names else ""
+
+
+def shown(value):
+    """repr(value) for a message: never long, and never an error of its own."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of 5000 digits, a class with a broken __repr__
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else f"{text[:60]}…{text[-10:]}"
 
 
 @contextlib.contextmanager
@@ -63,8 +72,9 @@ def told_in_one_line():
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or error.exit_code != 2:  # a slip is the same on every rank
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0" or error.exit_code != 2:  # a slip is the same on all of a machine
+            line = " ".join(str(error).split())
+            print("error: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -81,4 +91,8 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        raise UserError(message)
+        _, unrecognized, words = message.partition("unrecognized arguments: ")
+        if unrecognized:
+            names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+            message += did_you_mean(words.split()[0].partition("=")[0], names)
+        raise UserError(message.removeprefix("argument "))

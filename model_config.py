@@ -12,7 +12,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 
-from errors import ConfigError, did_you_mean
+from errors import ConfigError, did_you_mean, shown
 
 
 class Option(typing.NamedTuple):
@@ -96,30 +96,43 @@ def key(default, help, *, group, minimum=None, above=None, maximum=None, below=N
     return field(default=default, metadata=metadata)
 
 
+def key_types(cls):
+    """{key: the types that its value may have} of a dataclass of keys."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: typing.get_args(hints[f.name]) or (hints[f.name],) for f in dataclasses.fields(cls) if f.metadata}
+
+
 def check_fields(config):
     """Raise `ConfigError` for the first key of `config` whose value has the wrong type, range or choice."""
-    types_of = typing.get_type_hints(type(config))
+    accepted = key_types(type(config))
     for f in dataclasses.fields(config):
-        if not f.metadata:
-            continue
-        value, accepted = getattr(config, f.name), typing.get_args(types_of[f.name]) or (types_of[f.name],)
-        if value is None and type(None) in accepted:
-            continue
-        if type(value) not in accepted and not (type(value) is int and float in accepted):
-            names = " or ".join("None" if t is type(None) else t.__name__ for t in accepted)
-            raise ConfigError(f.name, f"{value!r} is {type(value).__name__}, not {names}")
-        limits = f.metadata
-        if limits["choices"] and value not in limits["choices"]:
-            raise ConfigError(f.name, f"{value!r} is unknown{did_you_mean(value, limits['choices'])}")
-        if isinstance(value, str):
-            continue
-        if value != value or value in (float("inf"), float("-inf")):
-            raise ConfigError(f.name, f"{value} is not a finite number")
-        for bound, outside, words in BOUNDS:
-            if limits[bound] is not None and outside(value, limits[bound]):
-                raise ConfigError(f.name, f"{value} is out of range, must be {words} {limits[bound]}")
+        if f.metadata:
+            check_value(f, accepted[f.name], getattr(config, f.name))
 
 
+def check_value(f, accepted, value):
+    """Raise `ConfigError` if the key with dataclass field `f` and the types `accepted` cannot have `value`."""
+    if value is None and type(None) in accepted:
+        return
+    if type(value) not in accepted and not (type(value) is int and float in accepted):
+        names = " or ".join("None" if t is type(None) else t.__name__ for t in accepted)
+        raise ConfigError(f.name, f"{shown(value)} is {type(value).__name__}, not {names}")
+    limits = f.metadata
+    if limits["choices"] and value not in limits["choices"]:
+        raise ConfigError(f.name, f"{shown(value)} is unknown{did_you_mean(value, limits['choices'])}")
+    if isinstance(value, str):
+        if not value or not value.isprintable():
+            raise ConfigError(f.name, f"{shown(value)} has characters that cannot be printed" if value else "is empty")
+        return
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ConfigError(f.name, f"{value} is not a finite number")
+    for bound, outside, words in BOUNDS:
+        limit = LARGEST if limits[bound] is None and bound == "maximum" and type(value) is int else limits[bound]
+        if limit is not None and outside(value, limit):
+            raise ConfigError(f.name, f"{shown(value)} is out of range, must be {words} {limit}")
+
+
+LARGEST = 2**63 - 1  # numpy and torch know no larger integer
 BOUNDS = (("minimum", operator.lt, "at least"), ("above", operator.le, "above"),
           ("maximum", operator.gt, "at most"), ("below", operator.ge, "below"))
 
@@ -148,7 +161,7 @@ class ModelConfig:
                                  group="architecture", choices=AXES["activation"])
     ffn_type: str = axis("ffn_type", "standard", "feed-forward network")
     d_ff: int | None = key(None, "FFN width; None: 4 n_embd, or 8/3 n_embd rounded up to 64 where gated",
-                           group="architecture", minimum=1)
+                           group="architecture", minimum=1, maximum=100_000_000)
     position_encoding: str = axis("position_encoding", "learned_absolute", "how tokens know their place")
     rope_theta: float = key(10000.0, "base of RoPE's wavelengths", group="architecture", above=0.0)
     attention_backend: str = axis("attention_backend", "sdpa", "implementation of attention, same mathematics")
@@ -158,15 +171,17 @@ class ModelConfig:
                          minimum=0.0, below=1.0)
     init_std: float = key(0.02, "of weights at the start; residual projections: / sqrt(2 n_layer)",
                           group="architecture", minimum=0.0)
-    n_layer: int = key(12, "blocks", group="size", minimum=1)
-    n_head: int = key(12, "query heads", group="size", minimum=1)
+    # The largest sizes are beyond every machine: a slip of the finger, on which torch would fail or hang far from here.
+    n_layer: int = key(12, "blocks", group="size", minimum=1, maximum=10_000)
+    n_head: int = key(12, "query heads", group="size", minimum=1, maximum=100_000)
     n_kv_head: int | None = key(None, "key/value heads; None: n_head; fewer: grouped-query attention",
                                 group="size", minimum=1)
-    n_embd: int = key(768, "width of the residual stream", group="size", minimum=1)
-    head_dim: int | None = key(None, "width of a head; None: n_embd / n_head", group="size", minimum=1)
-    block_size: int = key(1024, "tokens of context", group="size", minimum=1)
+    n_embd: int = key(768, "width of the residual stream", group="size", minimum=1, maximum=1_000_000)
+    head_dim: int | None = key(None, "width of a head; None: n_embd / n_head", group="size", minimum=1,
+                               maximum=1_000_000)
+    block_size: int = key(1024, "tokens of context", group="size", minimum=1, maximum=100_000_000)
     vocab_size: int = key(50257, "rows of the embedding; if not set, a run takes its dataset's, rounded up to 64",
-                          group="size", minimum=1)
+                          group="size", minimum=1, maximum=2**32)
 
     def __post_init__(self):
         check_fields(self)
@@ -181,8 +196,7 @@ class ModelConfig:
                               f"{self.head_dim or self.n_embd // self.n_head} (change n_head, n_embd or head_dim)")
         for name, value in self.implied().items():
             if getattr(self, name) not in (None, value):
-                raise ConfigError(name, f"{getattr(self, name)!r} has no place in ffn_type={self.ffn_type}, which "
-                                        f"brings its own ({value}): drop {name}, or use ffn_type=standard")
+                raise self.no_place_for(name)
 
     def flat(self):
         """{key: value}, as the run log keeps it."""
@@ -198,6 +212,11 @@ class ModelConfig:
         """{key: value} that the chosen components fix by themselves (SwiGLU's activation is SiLU)."""
         return {k: v for name in AXES if getattr(self, name)
                 for k, v in AXES[name][getattr(self, name)].implies.items()}
+
+    def no_place_for(self, name):
+        """The `ConfigError` for an explicit `name` beside a component that brings its own."""
+        return ConfigError(name, f"{getattr(self, name)!r} has no place in ffn_type={self.ffn_type}, which brings its "
+                                 f"own ({self.implied()[name]}): drop {name}, set it to None, or use ffn_type=standard")
 
     def resolve(self):
         """The same model with every derived key filled in; what `build_model` builds and the log records."""
@@ -241,7 +260,7 @@ def apply_preset(overrides):
     """ModelConfig from explicit keys over the preset that they name (`arch_preset`), over the defaults."""
     name = overrides.get("arch_preset", "custom")
     if name not in PRESETS:
-        raise ConfigError("arch_preset", f"{name!r} is unknown{did_you_mean(name, PRESETS)}")
+        raise ConfigError("arch_preset", f"{shown(name)} is unknown{did_you_mean(name, PRESETS)}")
     components = dict(PRESETS[name][1])
     ffn = overrides.get("ffn_type", components.get("ffn_type"))
     if ffn in FFN_TYPE:  # a preset's activation does not follow into an FFN that brings its own

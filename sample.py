@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from errors import ArgumentParser, UserError, told_in_one_line
+from errors import ArgumentParser, CheckpointError, DataError, UserError, told_in_one_line
 
 
 def arguments(argv):
@@ -22,16 +22,21 @@ def arguments(argv):
     args = parser.parse_args(argv)
     for name, value, ok, range_ in (("num_samples", args.num_samples, args.num_samples >= 1, "at least 1"),
                                     ("max_new_tokens", args.max_new_tokens, args.max_new_tokens >= 0, "at least 0"),
-                                    ("temperature", args.temperature, 0 <= args.temperature < 1e6, "0 or more"),
+                                    ("temperature", args.temperature, args.temperature == 0
+                                     or 1e-3 <= args.temperature <= 1e6, "0, or from 0.001 to 1e6"),
                                     ("top_k", args.top_k, args.top_k is None or args.top_k >= 1, "at least 1"),
-                                    ("top_p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "in (0, 1]")):
+                                    ("top_p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "in (0, 1]"),
+                                    ("seed", args.seed, 0 <= args.seed < 2**63, "from 0 to 2**63 - 1")):
         if not ok:
             raise UserError(f"--{name}: {value} is out of range, must be {range_}")
     return args
 
 
 def load_run(run_dir, which, device):
-    """(model on `device`, tokenizer) of a run: its best or newest checkpoint, verified, whatever the run's status."""
+    """(model on `device`, tokenizer) of a run: its best or newest checkpoint, verified, whatever the run's status.
+
+    A run whose checkpoints were deleted has its final weights still, which `train.py` exports at the end.
+    """
     import training_checkpoint as checkpoint
     from data_tokenizer import from_meta
     from model_builder import build_model, load_weights
@@ -39,11 +44,21 @@ def load_run(run_dir, which, device):
 
     if not run_dir.is_dir():
         raise UserError(f"--run: {run_dir} is not a run directory (python compare_architectures.py lists them)")
-    path = checkpoint.find_best(run_dir) if which == "best" else checkpoint.find_newest(run_dir)
-    description = checkpoint.read_state(path)["description"]
-    model = build_model(ModelConfig(**description["model"]), device=device)
-    load_weights(model, checkpoint.load_file(path / "model.safetensors"), path)
-    return model.eval(), from_meta(description["tokenizer"])
+    if checkpoint.list_checkpoints(run_dir) or not (run_dir / "model.safetensors").exists():
+        source = checkpoint.find_best(run_dir) if which == "best" else checkpoint.find_newest(run_dir)
+        tensors = checkpoint.read_tensors(source / "model.safetensors")
+        description = checkpoint.read_state(source)["description"]
+    else:
+        source = run_dir
+        tensors, description = checkpoint.read_export(run_dir)
+        print(f"note: {run_dir} has no checkpoints: these are its final weights", file=sys.stderr)
+    try:
+        config, tokenizer = ModelConfig(**description["model"]), from_meta(description["tokenizer"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{source}: was written by another version of this program ({error})") from None
+    model = build_model(config, device=device)
+    load_weights(model, tensors, source)
+    return model.eval(), tokenizer
 
 
 def main(argv):
@@ -53,16 +68,20 @@ def main(argv):
     from training_parallel import choose_device
 
     model, tokenizer = load_run(Path(args.run), args.checkpoint, choose_device(args.device, local_rank=0))
-    ids = tokenizer.encode(args.prompt)
-    if len(ids) == 0:
+    try:
+        ids = list(tokenizer.encode(args.prompt))
+    except DataError as error:
+        raise UserError(f"--prompt: {error}") from None
+    if not ids:
         raise UserError("--prompt: is empty (give at least one character)")
+    sys.stdout.reconfigure(errors="replace")  # a model writes what it likes, not every terminal shows it
     device = model.lm_head.weight.device
     generator = torch.Generator(device).manual_seed(args.seed)
     for i in range(args.num_samples):
-        idx = torch.tensor([list(ids)], device=device)
+        idx = torch.tensor([ids], device=device)
         out = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                              vocab_size=tokenizer.vocab_size, stop=tokenizer.eot, generator=generator)
-        print(("-" * 80 + "\n" if i else "") + tokenizer.decode(out[0].tolist()))
+        print(("-" * 80 + "\n" if i else "") + tokenizer.decode(out[0].tolist()), flush=True)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,10 @@ def train(config, machine):
                 step_time = busy / since_log
                 speed = objective.tokens_per_step / step_time
                 achieved = flops["train"] * speed
+                if peak and achieved > peak * machine.world_size:
+                    log.warn(f"MFU of {achieved / (peak * machine.world_size):.0%}: the peak, {peak / 1e12:.4g} TFLOP/s "
+                             f"({peak_source}), cannot be right; no MFU from here on (set one with --mfu_peak=TFLOPS)")
+                    peak = None
                 log.step(step=done, tokens=state["tokens"], loss=whole_loss, lr=rate, grad_norm=grad_norm,
                          step_time=step_time, tokens_per_sec=speed, tflops=achieved / 1e12,
                          mfu=achieved / (peak * machine.world_size) if peak else None, memory=machine.memory())

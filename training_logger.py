@@ -7,6 +7,7 @@ keep the last record of a step. Only the main process writes.
 
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from files import write_json
 
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parent
+WANDB_SETTINGS = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off",  # the console is ours
+                  "WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "60"}  # a dead network must not hold the run
 
 
 def run_directory(config):
@@ -36,41 +40,66 @@ def run_directory(config):
     if config.run_name is None:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         name = f"{stamp}-{config.model.arch_preset}"
-        taken = [name, *(f"{name}-{i}" for i in range(2, 100))]
-        return next(p for p in (Path(config.out_dir) / n for n in taken) if not p.exists())
+        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        return next(p for p in (Path(config.out_dir) / n for n in names) if not os.path.lexists(p))
     path = Path(config.out_dir) / config.run_name
-    if config.init_from == "scratch" and path.exists():
+    if config.init_from == "scratch" and os.path.lexists(path):
         raise UserError(f"--run_name: run_name: {path} exists (another name, --init_from=resume, or delete it)")
     return path
 
 
 class RunLog:
-    """The log of one run, a context manager: whatever ends the block is recorded as the run's status."""
+    """The log of one run, a context manager: whatever ends the block is recorded as the run's status.
+
+    dir: where it is, which is run_dir unless another run took that name in the meantime.
+    """
 
     def __init__(self, run_dir, header, config, resumed, quiet=False):
         """header: what run.json says beside status and results. quiet: write nothing (not the main process)."""
         self.dir, self.config, self.quiet = Path(run_dir), config, quiet
-        self.live = sys.stdout.isatty()
+        self.live, self.line_open = on_terminal(), False
         self.results, self.speeds, self.tracker = {}, {"tokens_per_sec": [], "mfu": [], "step_time": []}, None
-        self.started, self.first_step = time.time(), None
+        self.ended = {"status": "finished", "status_reason": None}
+        self.first_step = None
         if quiet:
             return
         try:
-            self.dir.mkdir(parents=True, exist_ok=resumed)
+            if not resumed:
+                self._make_directory()
             self.metrics = open(self.dir / "metrics.jsonl", "a+b")  # noqa: SIM115 (lives as long as self)
+            if resumed:
+                header = self._go_on(header)
+            self.started = time.time() - (self.results.get("wall_time") or 0)  # a resumed run's time adds up
+            self.record = {"schema_version": SCHEMA_VERSION, "run_name": self.dir.name, "status": None,
+                           "status_reason": None, "created_at": utc_now(), **header}
+            self.record |= {"status": "running", "status_reason": None}
+            self._write_record()
         except OSError as error:
             raise UserError(f"{self.dir}: cannot be written: {error.strerror} (--out_dir=…)") from None
-        if resumed:
-            before = json.loads((self.dir / "run.json").read_text())
-            origin = {"init_from": before["config"]["init_from"]}  # resuming does not change where a run came from
-            header = {**header, "created_at": before["created_at"], "config": {**header["config"], **origin}}
-            self.results = before.get("results") or {}
-            self._end_torn_line()
-        self.record = {"schema_version": SCHEMA_VERSION, "run_name": self.dir.name, "status": "running",
-                       "status_reason": None, "created_at": utc_now(), **header}
-        self._write_record()
         if config.wandb_log:
-            self.tracker = WandbTracker(config, self.dir, self.record)
+            self.tracker = WandbTracker(config, self.dir, self.record, self.warn)
+            self._update_record()  # with the tracker's id
+
+    def _make_directory(self):
+        while True:
+            try:
+                return self.dir.mkdir(parents=True)
+            except FileExistsError:  # another run, started in the same second, was faster
+                self.dir = run_directory(self.config)
+
+    def _go_on(self, header):
+        """Take over from the run.json of a resumed run what stays true; returns the header."""
+        self._end_torn_line()
+        for stale in self.dir.glob(".run.json.*.tmp"):  # of a killed process
+            stale.unlink()
+        before = json.loads((self.dir / "run.json").read_bytes())
+        self.results = before.get("results") or {}
+        if self.config.eval_only:  # an evaluation changes nothing of what the run is, nor how it ended
+            self.ended = {k: before.get(k) for k in self.ended}
+            return before
+        kept = {k: before[k] for k in ("created_at", "wandb_id") if k in before}
+        origin = {k: v for k, v in before["config"].items() if k in ("init_from", "eval_only")}  # where it came from
+        return {**header, **kept, "config": {**header["config"], **origin}}
 
     def __enter__(self):
         return self
@@ -80,15 +109,15 @@ class RunLog:
             return
         if self.record["status"] == "running":
             if kind is None:
-                self.record["status"] = "finished"
+                self.record |= self.ended
             else:
                 interrupted = issubclass(kind, KeyboardInterrupt)
                 self.record["status"] = "interrupted" if interrupted else "failed"
                 self.record["status_reason"] = " ".join(f"{kind.__name__}: {error}".split())[:500]
-        if self.live:
-            print()
+        if self.line_open:
+            tell("")
+        self._update_record()
         with contextlib.suppress(OSError):  # the disk may be what ended the run
-            self._write_record()
             self.metrics.close()
         if self.tracker:
             self.tracker.finish(self.record)
@@ -108,20 +137,17 @@ class RunLog:
         peak = (values["memory"] or {}).get("peak")
         self.results |= {"step": values["step"], "tokens": values["tokens"], "peak_memory": peak,
                          "wall_time": round(time.time() - self.started, 3)}
-        for name, series in self.speeds.items():  # the first one warms up
-            known = [v for v in series[len(series) > 2:] if v is not None]
-            self.results[name] = statistics.median(known) if known else None
         if self.first_step is None:
             self.first_step = (values["step"], time.time())
         self._show(values)
 
     def evaluation(self, step, tokens, **metrics):
-        """The validation metrics after `step` optimizer steps; returns whether val_loss is the best so far."""
+        """The validation metrics after `step` optimizer steps."""
         if self.quiet:
             return
         self._append("eval", {"step": step, "tokens": tokens, **metrics})
-        self.results |= {"step": step, "tokens": tokens, **{k: finite(v) for k, v in metrics.items()}}
-        self._write_record()
+        self.results |= {"step": step, "tokens": tokens, **metrics}
+        self._update_record()
         words = "   ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
         self.say(f"step {step:>6}   {words}")
 
@@ -138,11 +164,19 @@ class RunLog:
     def say(self, text):
         """A line that stays on the console."""
         if not self.quiet:
-            print(("\r\x1b[K" if self.live else "") + text, flush=True)
+            self._clear_line()
+            tell(text)
 
     def warn(self, text):
+        """A line on stderr."""
         if not self.quiet:
-            print(("\r\x1b[K" if self.live else "") + f"warning: {text}", file=sys.stderr, flush=True)
+            self._clear_line()
+            tell(f"warning: {text}", sys.stderr)
+
+    def _clear_line(self):
+        if self.line_open:
+            tell("\r\x1b[K", end="")
+            self.line_open = False
 
     def _show(self, v):
         first, since = self.first_step
@@ -154,9 +188,10 @@ class RunLog:
                 f"{v['tokens_per_sec']:>9,.0f} tok/s   {mfu}   left {human_time(left):<7}   "
                 f"{v['step_time'] * 1e3:.1f} ms   lr {v['lr']:.2e}   |g| {v['grad_norm']:.2f}   {human_bytes(memory)}")
         if self.live:  # rewritten in place, which a line that wraps cannot be
-            print("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
+            tell("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1], end="")
+            self.line_open = True
         else:
-            print(line, flush=True)
+            tell(line)
 
     def _append(self, kind, values):
         line = json.dumps({"kind": kind, **finite(values)}, allow_nan=False)
@@ -164,7 +199,7 @@ class RunLog:
             self.metrics.write(line.encode() + b"\n")
             self.metrics.flush()
         except OSError as error:
-            self.warn(f"metrics.jsonl: {error.strerror}: step {values['step']} is not in the log")
+            self.warn(f"metrics.jsonl: {error.strerror}: the {kind} line of step {values['step']} may be lost")
         if self.tracker:
             self.tracker.log(kind, finite(values))
 
@@ -176,36 +211,66 @@ class RunLog:
                 self.metrics.write(b"\n")
 
     def _write_record(self):
+        for name, series in self.speeds.items():  # the first one warms up
+            known = [v for v in series[len(series) > 2:] if v is not None]
+            if series:
+                self.results[name] = statistics.median(known) if known else None
         self.record |= {"updated_at": utc_now(), "results": self.results}
         write_json(self.dir / "run.json", finite(self.record))
+
+    def _update_record(self):
+        try:
+            self._write_record()
+        except OSError as error:
+            self.warn(f"run.json: {error.strerror}: it keeps what it said before")
+
+
+def tell(text, stream=None, end="\n"):
+    """Print at once. A console that cannot be written, such as a full disk's file, is given up: the run goes on."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, end=end, flush=True)
+    except BrokenPipeError:  # `| head` has had enough
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if stream is not sys.stderr:
+            tell(f"warning: the console cannot be written ({error.strerror}): the run goes on in silence", sys.stderr)
+
+
+def on_terminal():
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 class WandbTracker:
     """The same numbers to Weights & Biases. Whatever it does, the run goes on: one warning, then silence."""
 
-    def __init__(self, config, run_dir, record):
-        self.run = None
+    def __init__(self, config, run_dir, record, warn):
+        """record: of the run; it gets the `wandb_id` under which a resumed run goes on. warn: called with a line."""
+        self.run, self.warn = None, warn
+        for name, value in WANDB_SETTINGS.items():
+            os.environ.setdefault(name, value)
         try:
             import wandb
 
             mode = os.environ.get("WANDB_MODE")
-            if mode is None and not wandb.api.api_key:  # logged in nowhere: do not stop to ask
+            if mode is None and not wandb.login(prompt=False, verify=False):  # do not stop to ask for a key
                 mode = "offline"
-                print("warning: wandb: not logged in, logging offline (wandb login; wandb sync)", file=sys.stderr)
+                warn("wandb: not logged in, logging offline (wandb login; wandb sync)")
             self.run = wandb.init(project=config.wandb_project, name=run_dir.name, dir=str(run_dir), mode=mode,
-                                  id=run_dir.name.replace(" ", "_"), resume="allow", config=record,
-                                  settings=wandb.Settings(init_timeout=30, silent=True))
-        except ImportError:
-            print("warning: wandb is not installed, logging without it (pip install wandb)", file=sys.stderr)
+                                  id=record.get("wandb_id"), resume="allow" if "wandb_id" in record else None,
+                                  config=record, allow_val_change=True)
+            record["wandb_id"] = self.run.id
+        except ImportError as error:
+            warn(f"wandb cannot be imported ({first_line(error)}), logging without it (pip install wandb)")
         except Exception as error:  # a tracker's fault, of whatever kind, is never the run's
             self._give_up(error)
 
     def log(self, kind, values):
         if self.run:
             try:
-                step = values["step"]
                 numbers = {f"{kind}/{k}": v for k, v in flatten(values).items() if k != "step"}
-                self.run.log(numbers, step=step)
+                self.run.log(numbers, step=values["step"])
             except Exception as error:
                 self._give_up(error)
 
@@ -219,8 +284,11 @@ class WandbTracker:
 
     def _give_up(self, error):
         self.run = None
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        print(f"warning: wandb: {type(error).__name__}: {reason}; logging goes on without it", file=sys.stderr)
+        self.warn(f"wandb: {type(error).__name__}: {first_line(error)}; logging goes on without it")
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def flatten(values, prefix=""):
@@ -282,9 +350,18 @@ def print_header(header, config, model, flops, run_dir):
                            else f"nothing: {hardware['peak_source']}; no MFU"),
         ("run", str(run_dir)),
     ]
-    print("\n".join(f"{name:<22} {text}" for name, text in rows), flush=True)
+    for name, text in rows:
+        tell(in_columns(f"{name:<22} ", text))
     for name, reason in config.without_effect().items():
-        print(f"note: {config.explicit[name]}: {name} has no effect here: {reason}", flush=True)
+        tell(f"note: {config.explicit[name]}: {name} has no effect here: {reason}")
+
+
+def in_columns(name, text):
+    """A row of the header; on a terminal, the text is wrapped in a column of its own."""
+    if not on_terminal():
+        return name + text
+    width = max(20, shutil.get_terminal_size().columns - 1 - len(name))
+    return name + ("\n" + " " * len(name)).join(textwrap.wrap(text, width) or [""])
 
 
 def utc_now():

@@ -20,9 +20,11 @@ class LanguageModeling:
 
     def __init__(self, config, machine):
         self.config, self.machine = config, machine
-        if machine.is_main:
-            ensure(config.dataset, config.data_dir)
-        machine.barrier()
+        try:
+            if machine.is_main:
+                ensure(config.dataset, config.data_dir)
+        finally:  # where it fails, the others do not wait for it: they find no dataset themselves
+            machine.barrier()
         self.dataset = open_dataset(config.dataset, config.data_dir)
         self.batches = TrainBatches(self.dataset, config.seed, config.model.block_size, config.batch_size,
                                     config.gradient_accumulation_steps)
@@ -53,15 +55,16 @@ class LanguageModeling:
     @torch.no_grad()
     def evaluate(self, model):
         """{val_loss: nats per token, val_bpb: bits per byte of text} over fixed windows of the validation split."""
+        was_training = model.training
         model.eval()
-        total, count = torch.zeros((), dtype=torch.float64), 0
+        total, count = 0.0, 0
         for batch in val_batches(self.dataset, self.config.model.block_size, self.config.eval_tokens,
                                  self.config.batch_size, self.machine.rank, self.machine.world_size):
             x, y = to_device(batch, self.machine.device)
             with self.machine.autocast():
-                total += model(x, y)[1].double().cpu() * y.numel()
+                total += model(x, y)[1].item() * y.numel()
             count += y.numel()
-        model.train()
-        total, count = self.machine.sum(total.item(), count)
+        model.train(was_training)
+        total, count = self.machine.sum(total, count)
         loss = total / count
         return {"val_loss": loss, "val_bpb": loss / math.log(2) / self.dataset.bytes_per_token("val")}

@@ -21,14 +21,16 @@ def build_optimizer(model, config, device):
 def learning_rate(step, config):
     """The rate of step `step` (from 0): linear warm-up, then cosine to min_lr at lr_decay_iters, or constant."""
     peak = config.learning_rate
-    warmup = min(100, config.max_iters // 10) if config.warmup_iters is None else config.warmup_iters
+    end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    warmup = min(100, min(end, config.max_iters) // 10) if config.warmup_iters is None else config.warmup_iters
     if step < warmup:
         return peak * (step + 1) / warmup
     if config.lr_schedule == "constant":
         return peak
     floor = peak / 10 if config.min_lr is None else config.min_lr
-    end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
-    progress = min(1.0, (step - warmup) / max(1, end - warmup))
+    if step >= end:
+        return floor
+    progress = (step - warmup) / (end - warmup)  # 0 at the peak, 1 at the floor
     return floor + 0.5 * (1.0 + math.cos(math.pi * progress)) * (peak - floor)
 
 

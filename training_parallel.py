@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from dataclasses import dataclass
 
 import torch
@@ -107,9 +108,15 @@ def choose_device(name, local_rank):
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError("device", f"{name!r}: torch sees no CUDA device here (--device=cpu)")
+        processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if processes > 1 and device.index is not None:
+            raise ConfigError("device", f"{name!r}: is one GPU for {processes} processes (--device=cuda: one for each)")
+        if processes > count:  # told by every process, not by those alone that find none
+            raise ConfigError("device", f"{name!r}: {processes} processes need as many GPUs, here are {count} "
+                                        f"(torchrun --nproc_per_node={count})")
         device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise ConfigError("device", f"{name!r}: there are only {torch.cuda.device_count()} CUDA devices here")
+        if device.index >= count:
+            raise ConfigError("device", f"{name!r}: is not among the CUDA devices here, 0 to {count - 1}")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device", "'mps': torch sees no Apple GPU here (--device=cpu)")
     return device
@@ -131,7 +138,7 @@ def wrap(model, machine):
     wrapped = torch.compile(model) if machine.compile else model
     if machine.world_size > 1:
         ids = [machine.device.index] if machine.device.type == "cuda" else None
-        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped, device_ids=ids)
+        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False)
     return wrapped
 
 
@@ -143,7 +150,10 @@ def synchronise_gradients(wrapped, now):
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM as a wish to stop, honoured between two steps; a second one ends the process at once."""
+    """Ctrl-C and SIGTERM as a wish to stop, honoured between two steps; another one ends the process at once.
+
+    Within a second it is the same wish: a scheduler signals torchrun and its workers, and torchrun passes it on.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -155,15 +165,16 @@ class Interruption:
         return self
 
     def __exit__(self, *_):
-        self._restore()
-
-    def _note(self, number, frame):
-        self.name = signal.Signals(number).name
-        self._restore()
-
-    def _restore(self):
         for s, handler in self.previous.items():
             signal.signal(s, handler)
+
+    def _note(self, number, frame):
+        now = time.monotonic()
+        if self.name is None:
+            self.name, self.noted = signal.Signals(number).name, now
+        elif now - self.noted > 1:
+            self.__exit__()
+            signal.raise_signal(number)
 
     def asked(self, machine, now):
         """The name of the signal, on all processes alike, or None. Several processes ask each other only if `now`."""
@@ -198,4 +209,4 @@ def process_memory():
             now = int(f.read().split()[1]) * resource.getpagesize()
     except OSError:
         now = None
-    return {"allocated": now, "peak": peak, "reserved": None}
+    return {"allocated": now, "peak": max(peak, now or 0), "reserved": None}  # the kernel counts the two apart

@@ -45,19 +45,26 @@ def main():
 
     comparison = json.loads(run("compare_architectures.py", *runs, "--format=json", capture=True))
     better, worse = comparison["runs"]
+    python = Path(sys.executable)
+    python = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
+
+    def ratio(key):
+        return f"{better[key] / worse[key]:.2f}"
+
     print("\n" + "=" * 78)
     run("compare_architectures.py", *runs)
     run("sample.py", f"--run={better['path']}", f"--prompt={PROMPT}", "--max_new_tokens=200", "--top_k=50", "--seed=1")
     print(f"""
 What was learned: after the same {better['tokens'] / 1e6:.1f}M tokens,
-  {better['architecture']}   {better['val_bpb']:.3f} bits per byte, {better['tokens_per_sec']:,.0f} tokens/s
-  {worse['architecture']}   {worse['val_bpb']:.3f} bits per byte, {worse['tokens_per_sec']:,.0f} tokens/s
-One seed each: repeat with --seed=2 before you trust a small difference.
-What to type next:
-  python train.py config/arch_gpt2.py config/size_demo.py --norm_position=pre     # is it the post-norm?
-  python train.py config/arch_llama.py config/size_demo.py --seed=2               # is it the seed?
-  python compare_architectures.py --latest 4
-  python train.py --help""")
+  {better['architecture']} needs {better['val_bpb']:.2f} bits for a byte of Python it has not seen, and
+  {worse['architecture']} needs {worse['val_bpb']:.2f}. The better one takes \
+{1 - better['val_bpb'] / worse['val_bpb']:.0%} fewer bits with {ratio('parameters')} × the parameters,
+  at {ratio('tokens_per_sec')} × the tokens per second. One seed each: of this size, not of every size.
+What to type next ({python} is the one with the packages):
+  {python} train.py config/arch_gpt2.py config/size_demo.py --norm_position=pre     # was it the post-norm?
+  {python} train.py config/arch_llama.py config/size_demo.py --seed=2               # was it the seed?
+  {python} compare_architectures.py --latest 4
+  {python} train.py --help""")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,324 @@
+"""What a user can get wrong: each ends in one line that says what, where and how to mend it, and changes nothing.
+
+A row is a command, its exit code and a pattern of its line, from behind "error: " on. `runpy` runs the command's
+script as `python` would, but in this process, where torch is loaded already; a command behind `$` is one of its own.
+"""
+
+import hashlib
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT, run_python
+
+from data_prepare import write_dataset
+from data_tokenizer import ByteTokenizer, CharTokenizer
+
+# A small model on the dataset `chars`: what a row adds to it is what is wrong.
+TINY = """
+n_layer, n_head, n_embd, block_size, batch_size, max_iters = 1, 2, 16, 16, 2, 2
+dataset, data_dir, device, mfu_peak = "chars", "data", "cpu", 1
+"""
+
+CONFIG_FILES = {  # name: (text, what the line says behind the file's name)
+    "syntax": ("n_layer = = 3", "SyntaxError: .*line 1"),
+    "indented": ("n_layer = 2\n  n_head = 2", "IndentationError: .*line 2"),
+    "binary": (bytes(range(256)), "SyntaxError: .*null bytes"),
+    "latin1": ("dataset = 'é'".encode("latin-1"), "SyntaxError: .*utf-8"),
+    "exception": ("n_layer = 2\nn_head = n_layer / 0", "line 2: ZeroDivisionError: division by zero"),
+    "two_lines": ("raise ValueError('one\\ntwo')", "line 1: ValueError: one two"),
+    "leaves": ("import sys\nsys.exit(0)", "line 2: SystemExit: 0"),
+    "endless": ("def _f(): _f()\n_f()", "line 1: RecursionError"),
+    "no_module": ("from config.arch_lama import *", "line 1: ModuleNotFoundError: .*config.arch_lama"),
+    "bad_module": ("from syntax import *", "line 1: .*Error: .*syntax"),
+    "no_value": ("n_layer", "line 1: NameError: .*n_layer"),
+    "unknown_key": ("n_layers = 2", r"n_layers: no such key \(did you mean n_layer\?\)"),
+    "own_name": ("def helper(): pass", "helper: no such key .*_helper"),
+    "text": ("n_layer = '2'", "n_layer: '2' is str, not int"),
+    "fraction": ("n_layer = 2.5", "n_layer: 2.5 is float, not int"),
+    "boolean": ("n_layer = True", "n_layer: True is bool, not int"),
+    "no_boolean": ("tf32 = 1", "tf32: 1 is int, not bool"),
+    "nothing": ("n_layer = None", "n_layer: None is NoneType, not int"),
+    "nested": ("n_layer = [1, 2]", r"n_layer: \[1, 2\] is list, not int"),
+    "dictionary": ("arch_preset = {}", "arch_preset: {} is dict, not str"),
+    "function": ("def n_layer(): return 2", "n_layer: <function .* is function, not int"),
+    "overflow": ("learning_rate = 10 ** 400", "learning_rate: .* is out of range"),
+    "unprintable": ("n_layer = 10 ** 5000", "n_layer: <int> is out of range, must be at most 10000"),
+    "not_finite": ("learning_rate = float('inf')", "learning_rate: inf is not a finite number"),
+    "control": ("out_dir = 'a\\0b'", r"out_dir: 'a\\x00b' has characters that cannot be printed"),
+    "activated": ("ffn_type, activation = 'swiglu', 'relu'", "activation: 'relu' .*swiglu.*: drop activation"),
+    "out_dir": ("init_from, run_name, out_dir = 'resume', 'good', 5", "out_dir: 5 is int, not str"),
+}
+
+META = {  # name: (change to the meta.json of a good dataset, what the line says behind its path)
+    "no_vocab": (lambda meta: meta.pop("vocab_size"), "vocab_size is missing"),
+    "vocab_text": (lambda meta: meta.update(vocab_size="11"), "vocab_size is '11', not of type int"),
+    "no_vocabulary": (lambda meta: meta.update(vocab_size=0), "vocab_size is 0"),
+    "dtype": (lambda meta: meta.update(dtype="float16"), "dtype is 'float16', not one of uint16, uint32"),
+    "newer": (lambda meta: meta.update(schema_version=99), "schema_version is 99, this program reads 1"),
+    "miscounted": (lambda meta: meta["splits"]["train"].update(tokens=7), "tokens is 7, but its files hold 2200"),
+    "one_split": (lambda meta: meta["splits"].pop("val"), "splits.val is not an object"),
+    "elsewhere": (lambda meta: meta["splits"]["val"]["files"].update({"../val.bin": {}}), "'../val.bin' is not"),
+    "tokenizer": (lambda meta: meta.update(tokenizer="char"), "tokenizer is 'char', not of type dict"),
+}
+
+RUN_JSON = {  # name: (content of the run.json of a run to resume, what the line says)
+    "no_json": ("{", "--run_name: run_name: runs/no_json/run.json cannot be read"),
+    "no_text": (b"\xff\xfe", "--run_name: run_name: runs/no_text/run.json cannot be read"),
+    "empty": ("", "--run_name: run_name: runs/empty/run.json cannot be read"),
+    "list": ("[]", "--run_name: run_name: runs/list/run.json cannot be read"),
+    "no_config": ("{}", "--run_name: run_name: runs/no_config/run.json cannot be read"),
+    "config_list": ('{"config": []}', "--run_name: run_name: runs/config_list/run.json cannot be read"),
+    "deep": ("[" * 100_000, "--run_name: run_name: runs/deep/run.json cannot be read"),
+    "wrong_type": ('{"config": {"n_layer": "2"}}', "runs/wrong_type/run.json: n_layer: '2' is str, not int"),
+    "gone": ('{"config": {"ffn_type": "x"}}', "runs/gone/run.json: ffn_type: 'x' is unknown .*one of standard"),
+    "impossible": ('{"config": {"n_head": 7}}', "runs/impossible/run.json: n_head: 7 does not divide"),
+}
+
+COMMANDS = [
+    # the command line
+    ("$ train.py --n_layers=3", 2, r"--n_layers: n_layers: no such key \(did you mean n_layer\?\)"),
+    ("train.py --N-LAYER=3", 2, r"--N-LAYER: .*did you mean n_layer\?"),
+    ("train.py --n_layer", 2, r"--n_layer: n_layer: needs a value \(--n_layer=…\)"),
+    ("train.py --n_layer --n_head=2", 2, "--n_layer: n_layer: needs a value"),
+    ("train.py --n_layer tiny.py", 2, "--n_layer: n_layer: needs a value"),
+    ("train.py --n_layer=", 2, "--n_layer: n_layer: '' is not a whole number"),
+    ("train.py --n_layer=two", 2, "--n_layer: n_layer: 'two' is not a whole number"),
+    ("train.py --n_layer=2.5", 2, "--n_layer: n_layer: '2.5' is not a whole number"),
+    ("train.py --n_layer=nan", 2, "--n_layer: n_layer: 'nan' is not a whole number"),
+    ("train.py --n_layer=1e400", 2, "--n_layer: n_layer: '1e400' is not a whole number"),
+    ("train.py --n_layer=1e300", 2, "--n_layer: n_layer: 1.* is out of range, must be at most 10000$"),
+    ("train.py --n_layer=None", 2, "--n_layer: n_layer: 'None' is not a whole number"),
+    ("train.py --n_layer=" + 9999 * "9", 2, "--n_layer: n_layer: .{10,100} is not a whole number$"),
+    ("train.py --n_layer=0", 2, "--n_layer: n_layer: 0 is out of range, must be at least 1"),
+    ("train.py --seed -1", 2, "--seed: seed: -1 is out of range, must be at least 0"),
+    ("train.py --max_iters=1e19", 2, "--max_iters: max_iters: 10000000000000000000 is out of range"),
+    ("train.py --learning_rate=fast", 2, "--learning_rate: learning_rate: 'fast' is not a number"),
+    ("train.py --learning_rate=nan", 2, "--learning_rate: learning_rate: nan is not a finite number"),
+    ("train.py --learning_rate=1e400", 2, "--learning_rate: learning_rate: inf is not a finite number"),
+    ("train.py --learning_rate=-1", 2, "--learning_rate: learning_rate: -1.0 is out of range, must be above 0"),
+    ("train.py --dropout=1", 2, "--dropout: dropout: 1.0 is out of range, must be below 1"),
+    ("train.py --tf32=maybe", 2, r"--tf32: tf32: 'maybe' is not a boolean \(True or False\)"),
+    ("train.py --tf32 maybe", 2, "--tf32: tf32: 'maybe' is not a boolean"),
+    ("train.py --mfu_peak=spars", 2, r"--mfu_peak: mfu_peak: 'spars' is unknown \(dense, sparse, or"),
+    ("train.py --mfu_peak=0", 2, "--mfu_peak: mfu_peak: 0.0 is out of range"),
+    ("train.py --normalization=rms", 2, r"--normalization: normalization: 'rms' is unknown \(did you mean rmsnorm\?\)"),
+    ("train.py --arch_preset=lama", 2, r"--arch_preset: arch_preset: 'lama' is unknown \(did you mean llama\?\)"),
+    ("train.py --init_from=zero", 2, r"--init_from: init_from: 'zero' is unknown \(one of scratch, resume\)"),
+    ("train.py -n_layer=3", 2, r"'-n_layer=3': neither a config file .*did you mean --n_layer=…\?"),
+    ("train.py n_layer=3", 2, r"'n_layer=3': neither a config file .*did you mean --n_layer=…\?"),
+    ("train.py —n_layer=3", 2, r"'—n_layer=3': neither a config file .*did you mean --n_layer=…\?"),
+    ("train.py train", 2, r"'train': neither a config file \(\*.py\) nor --key=value"),
+    ("train.py ''", 2, "'': neither a config file"),
+    ("train.py --", 2, "'--': neither a config file"),
+    ("train.py --=3", 2, "'--=3': neither a config file"),
+    ("train.py config/arch_lama.py", 2, r"config/arch_lama.py: no such config file .*did you mean config/arch_llama"),
+    (f"train.py {5000 * 'x'}.py", 2, r"x+\.py: no such config file \(one of config/"),
+    ("train.py folder.py", 2, "folder.py: not a file"),
+    ("train.py tiny.json", 2, "'tiny.json': neither a config file"),
+    # names
+    ("train.py --run_name=", 2, "--run_name: run_name: is empty"),
+    ("train.py --run_name=a/b", 2, r"--run_name: run_name: 'a/b' is not the name of a folder \(no slash"),
+    ("train.py --run_name=..", 2, r"--run_name: run_name: '\.\.' is not the name of a folder"),
+    ("train.py --run_name=' a'", 2, "--run_name: run_name: ' a' is not the name of a folder"),
+    ("train.py --run_name='a\nb'", 2, r"--run_name: run_name: 'a\\nb' has characters that cannot be printed"),
+    (f"train.py --run_name={128 * 'é'}", 2, "--run_name: run_name: .* at most 255 bytes"),
+    ("train.py --dataset=../data/chars", 2, "--dataset: dataset: '../data/chars' is not the name of a folder"),
+    ("train.py --out_dir=", 2, "--out_dir: out_dir: is empty"),
+    # combinations
+    ("train.py --n_embd=100 --n_head=3", 2, r"--n_head: n_head: 3 does not divide n_embd=100 \(one of 1, 2, 4, 5, "),
+    ("train.py tiny.py --n_embd=15", 2, "tiny.py: n_head: 2 does not divide n_embd=15"),
+    ("train.py --n_head=4 --n_kv_head=3", 2, r"--n_kv_head: n_kv_head: 3 does not divide n_head=4 \(one of 1, 2, 4"),
+    ("train.py --position_encoding=rope --head_dim=7", 2, "--position_encoding: .*needs an even head width, not 7"),
+    ("train.py --ffn_type=swiglu --activation=gelu", 2, "--activation: activation: 'gelu' has no place in .*swiglu"),
+    ("train.py --activation=silu --arch_preset=llama", 2, "--activation: .*: drop activation, set it to None, or use"),
+    ("train.py --min_lr=1", 2, "--min_lr: min_lr: 1 is above learning_rate=0.001"),
+    ("train.py --warmup_iters=9 --lr_decay_iters=8", 2, "--lr_decay_iters: .*8 ends before warmup_iters=9 .*raise it"),
+    ("WORLD_SIZE=3 train.py --gradient_accumulation_steps=4", 2, "--gradient_accumulation_steps: .* 4 .*multiple of 3"),
+    ("WORLD_SIZE=3 train.py tiny.py", 2, r"defaults: gradient_accumulation_steps: 1 .* \(a multiple of 3"),
+    ("WORLD_SIZE=many train.py", 2, "WORLD_SIZE: 'many' is not a number of processes"),
+    ("WORLD_SIZE=0 train.py", 2, "WORLD_SIZE: '0' is not a number of processes"),
+    # runs
+    ("$ train.py tiny.py --run_name=good", 2, r"--run_name: .*runs/good exists \(another name, --init_from=resume"),
+    ("train.py tiny.py --out_dir=tiny.py", 2, "tiny.py/.*: cannot be written: Not a directory .*--out_dir"),
+    ("train.py --init_from=resume", 2, "--init_from: init_from: resume needs --run_name=NAME"),
+    ("train.py --init_from=resume --run_name=god", 2, r"--run_name: .*no run runs/god .*did you mean good\?"),
+    ("train.py --init_from=resume --run_name=good --out_dir=nowhere", 2, "--run_name: .*no run nowhere/good to resume"),
+    ("train.py --init_from=resume --run_name=file", 2, "--run_name: run_name: runs/file/run.json cannot be read"),
+    ("train.py --init_from=resume --run_name=good --n_layer=2", 2, "--n_layer: n_layer: the run was made with 1"),
+    ("train.py --init_from=resume --run_name=good --seed=2", 2, "--seed: seed: the run was made with 1337"),
+    ("train.py --init_from=resume --run_name=good --dataset=bytes", 2, "--dataset: dataset: .* made with 'chars'"),
+    ("train.py --init_from=resume --run_name=good --batch_size=4", 2, "--batch_size: .* takes 2 sequences .*not 4"),
+    ("train.py --init_from=resume --run_name=hollow", 3, "runs/hollow has no usable checkpoint"),
+    ("$ train.py --init_from=resume --run_name=damaged", 3, "runs/damaged has no usable checkpoint"),
+    ("train.py --init_from=resume --run_name=good --data_dir=other", 3, "runs/good/.*: was made on other data"),
+    # the machine
+    ("train.py tiny.py --device=gpu", 2, "--device: device: 'gpu' is unknown .*cuda"),
+    ("train.py tiny.py --device=cuda:one", 2, "--device: device: 'cuda:one' is unknown .*cuda:1"),
+    ("$ CUDA_VISIBLE_DEVICES= train.py tiny.py --device=cuda", 2, "(--device: )?device: 'cuda': .*--device=cpu"),
+    ("train.py tiny.py --device=cuda:999", 2, "(--device: )?device: 'cuda:999'"),
+    ("train.py tiny.py --dtype=float16", 2, "(--dtype: )?dtype: 'float16' .*cpu .*--dtype=bfloat16"),
+    # the data
+    ("$ train.py tiny.py --dataset=char", 2, r"dataset 'char' does not exist: .*did you mean chars\?"),
+    ("train.py tiny.py --data_dir=nowhere", 2, "dataset 'chars' does not exist: no nowhere/chars/meta.json"),
+    ("train.py tiny.py --dataset=shakespeare_char", 2, "dataset .* is not prepared: run python data/.*prepare.py"),
+    ("$ train.py tiny.py --dataset=truncated", 2, "data/truncated/train.bin: has 4398 bytes, meta.json says 4400"),
+    ("train.py tiny.py --dataset=padded", 2, "data/padded/train.bin: has 4402 bytes, .*prepare.py.* again"),
+    ("train.py tiny.py --dataset=flipped", 2, "data/flipped/val.bin: is damaged: its sha256"),
+    ("train.py tiny.py --dataset=beyond", 2, "data/beyond/train.bin: .*token id 11, beyond vocab_size=11"),
+    ("train.py tiny.py --dataset=lost", 2, "data/lost/val.bin: cannot be read: No such file"),
+    ("train.py tiny.py --dataset=meta_text", 2, "data/meta_text/meta.json: is not JSON"),
+    ("train.py tiny.py --dataset=meta_folder", 2, "data/meta_folder/meta.json: cannot be read: Is a directory"),
+    ("$ train.py tiny.py --block_size=2200", 2, r".*block_size=2200 .* train split .*\(--block_size=2199 or smaller"),
+    ("train.py tiny.py --block_size=200", 2, r".*block_size=200 .* val split .*\(--block_size=199 or smaller"),
+    ("train.py tiny.py --vocab_size=10", 2, r"--vocab_size: .* 10 is too small for chars, .* 11 .*\(drop the key"),
+    # sample.py
+    ("$ sample.py", 2, ".*required: --run"),
+    ("sample.py --runs=runs/good", 2, r".*required: --run|.*--runs=runs/good \(did you mean --run\?\)"),
+    ("sample.py --run=runs/good --top=3", 2, r".*--top=3 \(did you mean --top_[kp]\?\)"),
+    ("sample.py --run=runs/none", 2, "--run: runs/none is not a run directory"),
+    ("sample.py --run=tiny.py", 2, "--run: tiny.py is not a run directory"),
+    ("sample.py --run=runs/good --temperature=-1", 2, "--temperature: -1.0 is out of range, must be 0"),
+    ("sample.py --run=runs/good --temperature=nan", 2, "--temperature: nan is out of range"),
+    ("sample.py --run=runs/good --top_k=0", 2, "--top_k: 0 is out of range, must be at least 1"),
+    ("sample.py --run=runs/good --top_p=2", 2, r"--top_p: 2.0 is out of range, must be in \(0, 1\]"),
+    ("sample.py --run=runs/good --num_samples=0", 2, "--num_samples: 0 is out of range, must be at least 1"),
+    ("sample.py --run=runs/good --num_samples=few", 2, "--num_samples: invalid int value: 'few'"),
+    ("sample.py --run=runs/good --max_new_tokens=-1", 2, "--max_new_tokens: -1 is out of range, must be at least 0"),
+    ("sample.py --run=runs/good --checkpoint=last", 2, "--checkpoint: invalid choice: 'last' .*'latest'"),
+    ("sample.py --run=runs/good --device=gpu", 2, "(--device: )?device: 'gpu' is unknown .*cuda"),
+    ("sample.py --run=runs/good --device=cpu --prompt=''", 2, "--prompt: is empty"),
+    ("sample.py --run=runs/good --device=cpu --prompt='a?'", 2, "--prompt: .*'\\?' is not among the 11"),
+    ("sample.py --run=runs/hollow --device=cpu", 3, "runs/hollow has no usable checkpoint"),
+    ("$ sample.py --run=runs/damaged --device=cpu", 3, "runs/damaged has no usable checkpoint"),
+    # compare_architectures.py
+    ("$ compare_architectures.py --out_dir=nowhere", 2, "no such directory: nowhere .*python train.py"),
+    ("compare_architectures.py --out_dir=data/chars", 2, "no runs in data/chars .*python train.py"),
+    ("compare_architectures.py runs/none", 2, "no such run directory: runs/none"),
+    ("compare_architectures.py 'runs/none*'", 2, r"no such run directory: runs/none\*"),
+    ("compare_architectures.py --sort=loss", 2, r"--sort: 'loss' is unknown \(did you mean val_loss\?\)"),
+    ("compare_architectures.py --format=xml", 2, "--format: invalid choice: 'xml' .*'json'"),
+    ("compare_architectures.py --latest=0", 2, "--latest: 0 is not at least 1"),
+    ("compare_architectures.py --latest=all", 2, "--latest: invalid int value: 'all'"),
+    ("compare_architectures.py --lates=3", 2, r".*--lates=3 \(did you mean --latest\?\)"),
+    # prepare.py
+    ("$ data/shakespeare_char/prepare.py --out_dir=x --source=none", 2, "--source none: cannot be read: No such file"),
+    ("data/shakespeare_char/prepare.py --out_dir=x --source=data", 2, "--source data: cannot be read: Is a directory"),
+    ("data/shakespeare_char/prepare.py --out_dir=x --source=latin1.py", 2, "--source latin1.py: is not UTF-8 text"),
+    ("data/shakespeare_char/prepare.py --out_dir=data --source=blank", 2, "data: the train split would be empty"),
+    ("data/shakespeare_char/prepare.py --out_dir=tiny.py --source=tiny.py", 2, "tiny.py: cannot be written: "),
+    ("data/pycode/prepare.py --outdir=x", 2, r".*--outdir=x \(did you mean --out_dir\?\)"),
+    *((f"train.py {name}.py", 2, rf"{name}\.py: {line}") for name, (_, line) in CONFIG_FILES.items()),
+    *((f"train.py tiny.py --dataset={name}", 2, f"data/{name}/meta.json: .*{line}") for name, (_, line) in META.items()),
+    *((f"train.py --init_from=resume --run_name={name}", 2, line) for name, (_, line) in RUN_JSON.items()),
+]
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def rewrite_meta(directory, change):
+    meta = json.loads((directory / "meta.json").read_text())
+    change(meta)
+    (directory / "meta.json").write_text(json.dumps(meta))
+
+
+def beyond_the_vocabulary(directory):
+    """A token id too large, in a file that is otherwise what meta.json says."""
+    content = b"\x0b\0" + (directory / "train.bin").read_bytes()[2:]
+    (directory / "train.bin").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    rewrite_meta(directory, lambda meta: meta["splits"]["train"]["files"]["train.bin"].update(sha256=digest))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with everything that the commands name; no command changes it, so they may share it."""
+    place = tmp_path_factory.mktemp("place")
+    write(place / "tiny.py", TINY)
+    write(place / "blank", "")
+    (place / "folder.py").mkdir()
+    for name, (content, _) in CONFIG_FILES.items():
+        write(place / f"{name}.py", content)
+
+    data, chars = place / "data", place / "data" / "chars"
+    characters = CharTokenizer("abcdefgh \n.")
+    write_dataset(chars, characters, [("train", "abc def gh\n" * 200), ("val", "a.b.\n" * 40)], source="a test")
+    write_dataset(data / "bytes", ByteTokenizer(), [("train", "abc" * 100), ("val", "abc" * 100)], source="a test")
+    write_dataset(place / "other/chars", characters, [("train", "hg " * 200), ("val", "abc" * 100)], source="a test")
+    train = (chars / "train.bin").read_bytes()
+    for name in ("truncated", "padded", "flipped", "beyond", "lost", "meta_text", "meta_folder", *META):
+        shutil.copytree(chars, data / name)
+    write(data / "truncated/train.bin", train[:-2])
+    write(data / "padded/train.bin", train + b"\0\0")
+    write(data / "flipped/val.bin", b"\1" + (chars / "val.bin").read_bytes()[1:])
+    beyond_the_vocabulary(data / "beyond")
+    (data / "lost/val.bin").unlink()
+    write(data / "meta_text/meta.json", "{")
+    (data / "meta_folder/meta.json").unlink()
+    (data / "meta_folder/meta.json").mkdir()
+    for name, (change, _) in META.items():
+        rewrite_meta(data / name, change)
+
+    done = run_python(ROOT / "train.py", "tiny.py", "--run_name=good", cwd=place)
+    assert done.returncode == 0, done.stderr
+    runs = place / "runs"
+    for name in ("hollow", "damaged"):
+        shutil.copytree(runs / "good", runs / name)
+    shutil.rmtree(runs / "hollow/checkpoints")
+    (runs / "hollow/config.json").unlink()
+    (runs / "hollow/model.safetensors").unlink()
+    for weights in (runs / "damaged/checkpoints").glob("*/model.safetensors"):
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    write(runs / "file", "")
+    for name, (content, _) in RUN_JSON.items():
+        write(runs / name / "run.json", content)
+    return place
+
+
+def tree(directory):
+    """{path: content, None for a folder} of all that lies under a directory."""
+    return {p: None if p.is_dir() else p.read_bytes() for p in directory.rglob("*")}
+
+
+@pytest.fixture
+def run(place, monkeypatch, capsys):
+    """run(command) -> (exit code, stdout, stderr) of the command in `place`."""
+    def run(command):
+        separate, command = command.startswith("$ "), command.removeprefix("$ ")
+        words = shlex.split(command)
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        environment = dict(word.split("=") for word in words[:script])
+        arguments = [str(ROOT / words[script]), *words[script + 1:]]
+        if separate:
+            done = run_python(*arguments, cwd=place, env={"OMP_NUM_THREADS": "1", **environment})
+            return done.returncode, done.stdout, done.stderr
+        monkeypatch.chdir(place)
+        monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.setattr(sys, "path", sys.path[:])
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(arguments[0], run_name="__main__")
+        return left.value.code, *capsys.readouterr()
+    return run
+
+
+@pytest.mark.parametrize("command, code, line", COMMANDS, ids=[row[0][:60].replace(os.sep, ":") for row in COMMANDS])
+def test_a_bad_input_ends_in_one_line_and_changes_nothing(place, run, command, code, line):
+    before = tree(place)
+    exit_code, out, err = run(command)
+    *warnings, error = err.splitlines()
+    assert re.match(f"error: {line}", error), error
+    assert exit_code == code
+    assert all(warning.startswith("warning: ") for warning in warnings), err
+    assert "Traceback" not in out + err
+    assert tree(place) == before
