@@ -45,7 +45,7 @@ class Config:
     batch_size: int = key(16, "sequences per micro-batch, on each process", group="data", minimum=1)
     gradient_accumulation_steps: int = key(1, "micro-batches per step, over all processes", group="data", minimum=1)
 
-    max_iters: int = key(2000, "optimizer steps of the whole run", group="optimization", minimum=0)
+    max_iters: int = key(2000, "optimizer steps of the whole run", group="optimization", minimum=1)
     learning_rate: float = key(1e-3, "peak, after the warm-up", group="optimization", above=0.0)
     lr_schedule: str = key("cosine", "after the warm-up", group="optimization", choices=("cosine", "constant"))
     warmup_iters: int | None = key(None, "steps of linear warm-up; None: a tenth of max_iters, at most 100",
@@ -154,12 +154,16 @@ TYPES = key_types(ModelConfig) | key_types(Config)
 
 
 def world_size():
-    """The number of processes that train together, as torchrun has set it."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not re.fullmatch("[1-9][0-9]{0,6}", text):
-        raise UserError(f"WORLD_SIZE: {shown(text)} is not a number of processes (torchrun sets it; without it there "
-                        "is one)")
-    return int(text)
+    """The number of processes that train together, from torchrun's variables."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not re.fullmatch("[1-9][0-9]{0,6}", size):
+        raise UserError(f"WORLD_SIZE: {shown(size)} is not a number of processes (torchrun sets it; else unset it)")
+    for name in ("RANK", "LOCAL_RANK"):
+        rank = os.environ.get(name, "0")
+        if not re.fullmatch("[0-9]{1,7}", rank) or int(rank) >= int(size):
+            raise UserError(f"{name}: {shown(rank)} is not the number of one of WORLD_SIZE={size} processes (torchrun "
+                            f"sets both; else unset {name})")
+    return int(size)
 
 
 def load_config(argv):
@@ -202,7 +206,7 @@ def make_config(given, explicit):
 def located(error, explicit, elsewhere="defaults"):
     """The `ConfigError` with the place in front where its key was set; `elsewhere`: that of keys not in `explicit`."""
     # A default can be wrong only beside another key that was set: name that one's place.
-    at_fault = [error.key, *(k for k in explicit if re.search(rf"\b{k}\b", str(error)))]
+    at_fault = [error.key, *(k for k in explicit if re.search(rf"\b{k}=", str(error)))]
     return UserError(f"{next((explicit[k] for k in at_fault if k in explicit), elsewhere)}: {error}")
 
 
@@ -277,7 +281,7 @@ def read_config_file(path):
     """{key: value} of a flat Python file; looked for from here, then from the project's folder."""
     found = next((p for p in (path, str(ROOT / path)) if os.path.isfile(p)), None)
     if found is None:
-        there = sorted(f"config/{p.name}" for p in (ROOT / "config").glob("*.py"))
+        there = sorted(f"config/{p.name}" for p in (ROOT / "config").glob("[!_]*.py"))
         raise UserError(f"{path}: {'not a file' if os.path.isdir(path) else 'no such config file'}"
                         f"{did_you_mean(path, there)}")
     namespace, search_path = {"__name__": Path(found).stem, "__file__": found}, sys.path[:]

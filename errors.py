@@ -72,7 +72,8 @@ def told_in_one_line():
     try:
         yield
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or error.exit_code != 2:  # a slip is the same on all of a machine
+        # A slip is the same in every process of a machine.
+        if error.exit_code != 2 or os.environ.get("LOCAL_RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
             line = " ".join(str(error).split())
             print("error: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
         sys.exit(error.exit_code)

@@ -192,8 +192,9 @@ class ModelConfig:
             raise ConfigError("n_kv_head", f"{self.n_kv_head} does not divide n_head={self.n_head} "
                                            f"(one of {divisors(self.n_head)})")
         if self.position_encoding == "rope" and (self.head_dim or self.n_embd // self.n_head) % 2:
-            raise ConfigError("position_encoding", "rope rotates pairs and needs an even head width, not "
-                              f"{self.head_dim or self.n_embd // self.n_head} (change n_head, n_embd or head_dim)")
+            width = f"head_dim={self.head_dim}" if self.head_dim else f"n_embd={self.n_embd} / n_head={self.n_head}"
+            raise ConfigError("position_encoding", f"rope rotates pairs and needs an even head width, not {width} "
+                                                   "(change that, or the position_encoding)")
         for name, value in self.implied().items():
             if getattr(self, name) not in (None, value):
                 raise self.no_place_for(name)

@@ -35,7 +35,7 @@ def arguments(argv):
 def load_run(run_dir, which, device):
     """(model on `device`, tokenizer) of a run: its best or newest checkpoint, verified, whatever the run's status.
 
-    A run whose checkpoints were deleted has its final weights still, which `train.py` exports at the end.
+    Without a usable checkpoint, as when they were deleted to make room: what the run exported at its end.
     """
     import training_checkpoint as checkpoint
     from data_tokenizer import from_meta
@@ -44,14 +44,17 @@ def load_run(run_dir, which, device):
 
     if not run_dir.is_dir():
         raise UserError(f"--run: {run_dir} is not a run directory (python compare_architectures.py lists them)")
-    if checkpoint.list_checkpoints(run_dir) or not (run_dir / "model.safetensors").exists():
+    try:
         source = checkpoint.find_best(run_dir) if which == "best" else checkpoint.find_newest(run_dir)
         tensors = checkpoint.read_tensors(source / "model.safetensors")
         description = checkpoint.read_state(source)["description"]
-    else:
-        source = run_dir
+    except CheckpointError:
+        source = run_dir / "model.safetensors"
+        if not source.exists():
+            raise
         tensors, description = checkpoint.read_export(run_dir)
-        print(f"note: {run_dir} has no checkpoints: these are its final weights", file=sys.stderr)
+        print(f"note: no usable checkpoint: these are the weights exported at step {description.get('step')}",
+              file=sys.stderr)
     try:
         config, tokenizer = ModelConfig(**description["model"]), from_meta(description["tokenizer"])
     except (KeyError, TypeError) as error:

@@ -6,12 +6,13 @@ interrupted, 2 a mistake in config or data, 3 no usable checkpoint, 4 the final 
 
 import sys
 
-from configurator import load_config
+from configurator import load_config, located
 from errors import told_in_one_line
 
 if __name__ == "__main__":
     with told_in_one_line():
         config = load_config(sys.argv[1:])  # before torch loads: a slip of the finger is told at once
+        import torch  # its seconds, too, can end with Ctrl-C
 
 import math
 import time
@@ -20,7 +21,7 @@ import torch
 
 import training_checkpoint as checkpoint
 import training_parallel as parallel
-from errors import CheckpointError, NonFiniteError, SaveError
+from errors import CheckpointError, ConfigError, NonFiniteError, SaveError, UserError
 from model_builder import build_model
 from model_flops import flops_per_token, peak_flops
 from training_logger import RunLog, environment, print_header, run_directory
@@ -61,6 +62,7 @@ def train(config, machine):
         **environment(),
     }
     log = RunLog(run_dir, header, config, resumed, quiet=not machine.is_main)
+    run_dir = log.dir  # another one, if a run that began in the same second took that name
     if machine.is_main:
         print_header(header, config, model, flops, run_dir)
         if resumed:
@@ -98,6 +100,8 @@ def train(config, machine):
 
         # ------------------------------------------------------------ the loop
         first, saved = state["step"], state["step"] if resumed else None
+        if first >= config.max_iters:
+            log.say(f"nothing left to do at step {first} of max_iters={config.max_iters} (raise it to go on)")
         busy, since_log = 0.0, 0
         for step in range(first, config.max_iters):
             started = time.perf_counter()
@@ -142,7 +146,7 @@ def train(config, machine):
                 speed = objective.tokens_per_step / step_time
                 achieved = flops["train"] * speed
                 if peak and achieved > peak * machine.world_size:
-                    log.warn(f"MFU of {achieved / (peak * machine.world_size):.0%}: the peak, {peak / 1e12:.4g} TFLOP/s "
+                    log.warn(f"MFU of {achieved / peak / machine.world_size:.0%}: the peak, {peak / 1e12:.4g} TFLOP/s "
                              f"({peak_source}), cannot be right; no MFU from here on (set one with --mfu_peak=TFLOPS)")
                     peak = None
                 log.step(step=done, tokens=state["tokens"], loss=whole_loss, lr=rate, grad_norm=grad_norm,
@@ -164,11 +168,20 @@ def train(config, machine):
 
 
 def main(config):
-    machine = parallel.init(config)
+    machine = None
     try:
+        machine = parallel.init(config)
         train(config, machine)
+    except ConfigError as error:
+        raise located(error, config.explicit) from None
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, a CPU's has no name
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+            raise UserError("out of memory: halve batch_size and double gradient_accumulation_steps, or take a smaller "
+                            "block_size, n_embd or n_layer") from None
+        raise
     finally:
-        parallel.shut_down(machine)
+        if machine:
+            parallel.shut_down(machine)
 
 
 if __name__ == "__main__":

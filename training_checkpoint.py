@@ -107,6 +107,8 @@ def verify(path):
 
     Hidden files, which a file manager may leave, do not count.
     """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: is not there")
     manifest = read_json(path / "manifest.json")
     try:
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from errors import ConfigError
+from errors import ConfigError, UserError
 
 
 @dataclass
@@ -79,11 +79,14 @@ def init(config):
     dtype = choose_dtype(config.dtype, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     compile = device.type == "cuda" if config.compile is None else config.compile
     if compile and not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++", "gcc", "cl") if c):
         raise ConfigError("compile", "torch.compile needs a C++ compiler and none is on the PATH (--compile=False)")
     if world_size > 1:
+        if missing := [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]:
+            raise UserError(f"WORLD_SIZE={world_size} without {', '.join(missing)}: several processes are started by "
+                            "torchrun --nproc_per_node=N train.py …")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 device_id=device if device.type == "cuda" else None)
     return Machine(rank, local_rank, world_size, device, dtype, config.tf32 and device.type == "cuda", compile)

@@ -27,11 +27,15 @@ def data_dir(tmp_path_factory):
     return folder
 
 
+def environment(**more):
+    """For a process of ours: the project importable, and always as many threads, on which the last bits depend."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", **more}
+
+
 def run_python(*command, cwd=None, timeout=240, env=None):
     """Run `python *command` with the project importable; the finished process, its output as text."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", **(env or {})}
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=environment, timeout=timeout,
-                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, timeout=timeout, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, env=environment(**(env or {})))
 
 
 def records(run_dir, kind="step"):

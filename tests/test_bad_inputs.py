@@ -134,7 +134,7 @@ COMMANDS = [
     ("train.py --n_embd=100 --n_head=3", 2, r"--n_head: n_head: 3 does not divide n_embd=100 \(one of 1, 2, 4, 5, "),
     ("train.py tiny.py --n_embd=15", 2, "tiny.py: n_head: 2 does not divide n_embd=15"),
     ("train.py --n_head=4 --n_kv_head=3", 2, r"--n_kv_head: n_kv_head: 3 does not divide n_head=4 \(one of 1, 2, 4"),
-    ("train.py --position_encoding=rope --head_dim=7", 2, "--position_encoding: .*needs an even head width, not 7"),
+    ("train.py --position_encoding=rope --head_dim=7", 2, "--position_encoding: .*not head_dim=7 .*change"),
     ("train.py --ffn_type=swiglu --activation=gelu", 2, "--activation: activation: 'gelu' has no place in .*swiglu"),
     ("train.py --activation=silu --arch_preset=llama", 2, "--activation: .*: drop activation, set it to None, or use"),
     ("train.py --min_lr=1", 2, "--min_lr: min_lr: 1 is above learning_rate=0.001"),
@@ -143,6 +143,8 @@ COMMANDS = [
     ("WORLD_SIZE=3 train.py tiny.py", 2, r"defaults: gradient_accumulation_steps: 1 .* \(a multiple of 3"),
     ("WORLD_SIZE=many train.py", 2, "WORLD_SIZE: 'many' is not a number of processes"),
     ("WORLD_SIZE=0 train.py", 2, "WORLD_SIZE: '0' is not a number of processes"),
+    ("RANK=1 train.py", 2, "RANK: '1' is not .* of WORLD_SIZE=1 processes .*unset RANK"),
+    ("LOCAL_RANK=x train.py", 2, "LOCAL_RANK: 'x' is not .* of WORLD_SIZE=1 processes"),
     # runs
     ("$ train.py tiny.py --run_name=good", 2, r"--run_name: .*runs/good exists \(another name, --init_from=resume"),
     ("train.py tiny.py --out_dir=tiny.py", 2, "tiny.py/.*: cannot be written: Not a directory .*--out_dir"),
@@ -195,7 +197,7 @@ COMMANDS = [
     ("sample.py --run=runs/good --device=cpu --prompt=''", 2, "--prompt: is empty"),
     ("sample.py --run=runs/good --device=cpu --prompt='a?'", 2, "--prompt: .*'\\?' is not among the 11"),
     ("sample.py --run=runs/hollow --device=cpu", 3, "runs/hollow has no usable checkpoint"),
-    ("$ sample.py --run=runs/damaged --device=cpu", 3, "runs/damaged has no usable checkpoint"),
+    ("$ sample.py --run=runs/damaged --device=cpu", 3, "runs/damaged"),
     # compare_architectures.py
     ("$ compare_architectures.py --out_dir=nowhere", 2, "no such directory: nowhere .*python train.py"),
     ("compare_architectures.py --out_dir=data/chars", 2, "no runs in data/chars .*python train.py"),
@@ -214,7 +216,7 @@ COMMANDS = [
     ("data/shakespeare_char/prepare.py --out_dir=tiny.py --source=tiny.py", 2, "tiny.py: cannot be written: "),
     ("data/pycode/prepare.py --outdir=x", 2, r".*--outdir=x \(did you mean --out_dir\?\)"),
     *((f"train.py {name}.py", 2, rf"{name}\.py: {line}") for name, (_, line) in CONFIG_FILES.items()),
-    *((f"train.py tiny.py --dataset={name}", 2, f"data/{name}/meta.json: .*{line}") for name, (_, line) in META.items()),
+    *((f"train.py tiny.py --dataset={name}", 2, f"data/{name}/meta.json.*{line}") for name, (_, line) in META.items()),
     *((f"train.py --init_from=resume --run_name={name}", 2, line) for name, (_, line) in RUN_JSON.items()),
 ]
 
@@ -275,7 +277,7 @@ def place(tmp_path_factory):
     shutil.rmtree(runs / "hollow/checkpoints")
     (runs / "hollow/config.json").unlink()
     (runs / "hollow/model.safetensors").unlink()
-    for weights in (runs / "damaged/checkpoints").glob("*/model.safetensors"):
+    for weights in (runs / "damaged").rglob("model.safetensors"):
         content = weights.read_bytes()
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     write(runs / "file", "")

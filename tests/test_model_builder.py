@@ -2,7 +2,12 @@
 
 import dataclasses
 import itertools
+import os
 import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,3 +201,33 @@ def test_weights_of_another_architecture_are_refused_whole():
         with pytest.raises(UserError, match="somewhere"):
             load_weights(model, dict(build_model(other).named_parameters()), "somewhere")
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_a_new_norm_is_one_class_and_one_line(tmp_path):
+    """The worked example of docs/ARCHITECTURE.md, done to a copy of the project."""
+    root = Path(__file__).resolve().parent.parent
+    for source in root.glob("*.py"):
+        shutil.copy(source, tmp_path)
+    example = (root / "docs/ARCHITECTURE.md").read_text().split("```python\n")[1].split("```")[0]
+    cls, line = example.split("# model_config.py, NORMALIZATION\n")
+    with open(tmp_path / "model_components.py", "a") as f:
+        f.write("\n\n" + cls)
+    table = (tmp_path / "model_config.py").read_text()
+    (tmp_path / "model_config.py").write_text(table.replace("NORMALIZATION = {\n", "NORMALIZATION = {\n" + line, 1))
+    code = """
+from configurator import help_text, load_config
+from model_builder import build_model
+from model_flops import flops_per_token
+config = load_config(["--normalization=scalenorm", "--n_layer=1"]).model
+model = build_model(config)
+assert "scalenorm" in help_text() and "-Scale-" in model.built().arch_name()
+assert model.parameter_counts()["total"] == sum(p.numel() for p in model.parameters())
+assert flops_per_token(model, 8)["train"] > 0
+import torch
+idx = torch.zeros(1, 8, dtype=torch.long)
+model(idx, idx)[1].backward()
+assert model.final_norm.weight.grad is not None
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr

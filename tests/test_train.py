@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, TINY, records, run_python
+from conftest import ROOT, TINY, environment, records, run_python
 
 LOSSES = ("loss", "grad_norm", "lr", "tokens")
 
@@ -148,7 +148,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_path,
     flags = ["--max_iters=300", "--eval_interval=100", "--dropout=0.1"]
     assert train("whole", *flags).returncode == 0
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, f"--data_dir={data_dir}", "--run_name=cut",
-                                *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+                                *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=environment())
     for line in process.stdout:
         if line.startswith("step     40/"):
             process.send_signal(sent)
@@ -165,7 +165,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_path,
 def test_a_run_killed_outright_leaves_a_log_that_reads_and_resumes(tmp_path, train, data_dir):
     flags = ["--max_iters=200", "--eval_interval=20"]
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, f"--data_dir={data_dir}", "--run_name=cut",
-                                *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+                                *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=environment())
     for line in process.stdout:
         if line.startswith("step     50/"):
             process.kill()

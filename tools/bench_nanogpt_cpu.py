@@ -18,8 +18,9 @@ from pathlib import Path
 from errors import ArgumentParser, UserError, told_in_one_line
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
-          "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0")
+RECIPE = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
+          "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 "
+          "--dropout=0.0")
 
 
 def timed(command, cwd, loss_pattern):
@@ -43,8 +44,8 @@ def main(argv):
     for i in range(args.pairs):
         theirs, their_loss = timed(["train.py", *RECIPE.split()], args.nanogpt, r"val loss ([\d.]+)")
         with tempfile.TemporaryDirectory() as out_dir:
-            ours, our_loss = timed(["train.py", "config/bench_nanogpt_cpu.py", f"--out_dir={out_dir}", "--run_name=bench"],
-                                   ROOT, r"val_loss ([\d.]+)")
+            command = ["train.py", "config/bench_nanogpt_cpu.py", f"--out_dir={out_dir}", "--run_name=bench"]
+            ours, our_loss = timed(command, ROOT, r"val_loss ([\d.]+)")
         ratios.append(ours / theirs)
         print(f"pair {i + 1}: nanoGPT {theirs:.1f} s, loss {their_loss:.4f} (20 random batches)   "
               f"blockGPT {ours:.1f} s, loss {our_loss:.4f} (the whole split)   ratio {ratios[-1]:.3f}", flush=True)

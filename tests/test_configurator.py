@@ -1,0 +1,387 @@
+"""The configurator: what a command line means, whoever typed it and in whichever order."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import string
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configurator import KEYS, TYPES, load_config
+from errors import NonFiniteError, UserError, told_in_one_line
+from model_config import ModelConfig
+
+
+def value(key, *argv):
+    return load_config(argv).flat()[key]
+
+
+def refusal(*argv):
+    """The message of the `UserError` that `argv` raises."""
+    with pytest.raises(UserError) as raised:
+        load_config(argv)
+    return str(raised.value)
+
+
+@pytest.fixture
+def config_file(tmp_path, monkeypatch):
+    """config_file(name, text): write a config file into the current directory, which is not the project's."""
+    monkeypatch.chdir(tmp_path)
+    return lambda name, text: (tmp_path / name).write_text(text) and name
+
+
+# Precedence
+
+
+def test_defaults_then_preset_then_files_then_flags(config_file):
+    path = config_file("mine.py", "norm_position = 'post'\nlearning_rate = 2e-3")
+    assert value("normalization") == "layernorm_nobias"
+    assert value("normalization", "--arch_preset=llama") == "rmsnorm"
+    assert value("norm_position", path, "--arch_preset=llama") == "post"
+    assert value("norm_position", path, "--norm_position=pre") == "pre"
+    assert value("norm_position", "--norm_position=pre", path) == "pre"  # flags beat files, wherever they stand
+    assert value("learning_rate", path) == 2e-3 and value("learning_rate", path, "--learning_rate=1") == 1.0
+
+
+def test_files_compose_left_to_right(config_file):
+    one, two = config_file("one.py", "n_layer = 1\nseed = 1"), config_file("two.py", "n_layer = 2")
+    assert value("n_layer", one, two) == 2 and value("n_layer", two, one) == 1
+    assert value("seed", one, two) == 1
+    assert value("arch_preset", "config/arch_gpt2.py", "config/arch_llama.py", "config/size_tiny.py") == "llama"
+
+
+@pytest.mark.parametrize("order", [["part.py", "config/arch_llama.py"], ["config/arch_llama.py", "part.py"],
+                                   ["--normalization=layernorm", "--arch_preset=llama"],
+                                   ["--arch_preset=llama", "--normalization=layernorm"]])
+def test_an_explicit_component_beats_the_preset_in_any_order(config_file, order):
+    config_file("part.py", "normalization = 'layernorm'")
+    assert load_config(order).model.arch_name().endswith("-RoPE-LN-SwiGLU-PreNorm")
+
+
+def test_the_last_of_a_key_counts(config_file):
+    assert value("n_layer", "--n_layer=2", "--n_layer", "3") == 3
+    assert value("arch_preset", config_file("twice.py", "arch_preset = 'gpt2'\narch_preset = 'team'")) == "team"
+
+
+def test_a_file_may_build_on_a_preset_from_anywhere(config_file):
+    path = config_file("mine.py", "import sys\nfrom config.arch_llama import *\n_half = 2\nn_layer = 2 * _half\n"
+                                  "sys.path.clear()")
+    before = sys.path[:]
+    assert value("arch_preset", path) == "llama" and value("n_layer", path) == 4
+    assert sys.path == before
+
+
+def test_a_config_file_need_not_be_in_the_current_directory(config_file, tmp_path):
+    assert value("arch_preset", "config/arch_llama.py") == "llama"  # the project's
+    config_file("mine.py", "n_layer = 3")
+    assert value("n_layer", f"{tmp_path}/mine.py") == 3
+
+
+# What a value means
+
+
+@pytest.mark.parametrize("argument, expected", [
+    ("--n_layer=2", 2), ("--max_iters=1e4", 10_000), ("--max_iters=600_000", 600_000), ("--eval_tokens=2.0", 2),
+    ("--seed=9007199254740993", 2**53 + 1), ("--learning_rate=1", 1.0), ("--learning_rate=1e-4", 1e-4),
+    ("--mfu_peak=312", 312.0), ("--mfu_peak=sparse", "sparse"), ("--compile=None", None), ("--n_kv_head=none", None),
+    ("--activation=None", None), ("--run_name=None", None), ("--dataset=None", "None"), ("--run_name=1e4", "1e4"),
+    ("--run_name=a=b c", "a=b c"), ("--out_dir==", "="), ("--run_name=żółw", "żółw"), ("--run_name=-x", "-x"),
+    ("--tf32=True", True), ("--tf32=false", False), ("--tf32=1", True), ("--tf32=0", False), ("--tf32=No", False),
+    ("--tf32=on", True), ("--tf32", True),
+])
+def test_a_flag_means_what_its_key_takes(argument, expected):
+    key = argument[2:].partition("=")[0]
+    got = value(key, argument)
+    assert got == expected and type(got) is type(expected)
+
+
+@pytest.mark.parametrize("argv, key, expected", [
+    (["--n_layer", "2"], "n_layer", 2), (["--min_lr", "1e-5"], "min_lr", 1e-5), (["--tf32", "False"], "tf32", False),
+    (["--tf32", "--n_layer=2"], "tf32", True), (["--tf32", "config/size_tiny.py"], "n_embd", 64),
+    (["--run_name", "a b=c"], "run_name", "a b=c"), (["--run_name", "x.py"], "run_name", "x.py"),
+    (["--run_name", "-x"], "run_name", "-x"), (["--compile", "None", "config/size_tiny.py"], "n_embd", 64),
+])
+def test_a_value_may_stand_behind_its_flag(argv, key, expected):
+    assert value(key, *argv) == expected
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("max_iters = 1e4", 10_000), ("learning_rate = 1", 1.0), ("compile = None", None), ("mfu_peak = 312", 312.0),
+    ("tf32 = False", False), ("dataset: str = 'a=b c'", "a=b c"), ("\ufeffn_layer = 2\r\n", 2),
+])
+def test_a_file_means_what_its_key_takes(config_file, text, expected):
+    key = text.strip("\ufeff").split()[0].rstrip(":")
+    got = value(key, config_file("mine.py", text))
+    assert got == expected and type(got) is type(expected)
+
+
+def test_a_run_of_its_own_is_as_small_as_a_laptop_and_a_model_of_its_own_is_124m():
+    assert load_config([]).model.n_embd < ModelConfig().n_embd == 768
+
+
+# Where a mistake is
+
+
+def test_a_mistake_is_said_where_it_was_made(config_file):
+    path = config_file("mine.py", "n_embd = 100\nn_head = 4\nmin_lr = 1e-4")
+    assert refusal(path, "--n_head=3").startswith("--n_head: n_head: 3 does not divide n_embd=100")
+    assert refusal("--n_head=3", path, "--n_embd=8").startswith("--n_head: n_head: 3 does not divide n_embd=8")
+    assert refusal("--n_embd=30", path, "--n_head=4").startswith("--n_head: n_head: 4 does not divide n_embd=30")
+    assert refusal(path, "--learning_rate=1e-5").startswith("mine.py: min_lr: 0.0001 is above learning_rate=1e-05")
+    assert refusal(path, "--n_embd=7", "--head_dim=3", "--position_encoding=rope").startswith("--position_encoding: ")
+    assert refusal(path, "--head_dim=3", "--arch_preset=llama").startswith("--head_dim: position_encoding: rope ")
+    assert refusal("--head_dim=None", path, "--n_embd=7").startswith("mine.py: n_head: 4 does not divide n_embd=7")
+    assert refusal(path, "--n_embd=12", "--arch_preset=llama").startswith("--n_embd: position_encoding: rope ")
+
+
+def test_a_wrong_value_is_refused_even_where_another_would_beat_it(config_file):
+    assert refusal(config_file("mine.py", "n_layer = '2'"), "--n_layer=2").startswith("mine.py: n_layer: ")
+
+
+def test_accumulation_is_shared_by_the_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert value("gradient_accumulation_steps", "--gradient_accumulation_steps=8") == 8
+    assert "a multiple of 4" in refusal("--gradient_accumulation_steps=6")
+
+
+def test_an_explicit_vocabulary_must_hold_the_data():
+    assert load_config([]).for_vocabulary(257).model.vocab_size == 320
+    assert load_config(["--vocab_size=300"]).for_vocabulary(257).model.vocab_size == 300
+    with pytest.raises(UserError, match="--vocab_size: vocab_size: 256 is too small for pycode"):
+        load_config(["--vocab_size=256"]).for_vocabulary(257)
+
+
+@pytest.mark.parametrize("environment, code, lines", [
+    ({}, 2, 1), ({"WORLD_SIZE": "16", "LOCAL_RANK": "0", "RANK": "8"}, 2, 1),
+    ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 2, 0), ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 5, 1),
+])
+def test_a_slip_is_told_once_on_each_machine_and_a_failure_by_everyone(monkeypatch, capsys, environment, code, lines):
+    for name, text in environment.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(SystemExit) as left, told_in_one_line():
+        raise {2: UserError, 5: NonFiniteError}[code]("one\ntwo \x1b[31m")
+    assert left.value.code == code
+    assert capsys.readouterr().err == "error: one two ?[31m\n" * lines
+
+
+# Resume
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """recorded(*argv): the run runs/mine, as made by these arguments."""
+    monkeypatch.chdir(tmp_path)
+
+    def record(*argv):
+        run = tmp_path / "runs/mine"
+        run.mkdir(parents=True)
+        config = load_config(argv).for_vocabulary(257).flat()
+        (run / "run.json").write_text(json.dumps({"config": config}))
+        return config
+    return record
+
+
+RESUME = ("--init_from=resume", "--run_name=mine")
+
+
+def test_a_resumed_run_takes_over_its_keys(recorded):
+    made = recorded("config/arch_llama.py", "config/size_tiny.py", "--learning_rate=1", "--eval_only", "--data_dir=x")
+    again = load_config(RESUME)
+    assert again.flat() == {**made, "init_from": "resume", "run_name": "mine", "eval_only": False}
+    assert again.for_vocabulary(300).model.vocab_size == 320  # what the run has, not what the data would get
+    assert again.without_effect() == {}
+    free = ("--max_iters=9", "--learning_rate=2", "--attention_backend=manual", "--dtype=bfloat16", "--out_dir=runs")
+    assert load_config([*RESUME, *free]).max_iters == 9
+    assert load_config([*RESUME, "config/arch_llama.py", "config/size_tiny.py", "--seed=1337"]).model == again.model
+
+
+def test_a_resumed_run_refuses_to_become_another_by_name(recorded, config_file):
+    recorded("config/arch_llama.py", "--batch_size=4", "--gradient_accumulation_steps=2")
+    for flag in ("--n_layer=9", "--normalization=layernorm", "--arch_preset=gpt2", "--dropout=0.5", "--seed=1",
+                 "--dataset=other", "--vocab_size=999", "--batch_size=8", "--gradient_accumulation_steps=3"):
+        key = flag[2:].partition("=")[0]
+        assert refusal(*RESUME, flag).startswith(f"--{key}: {key}: the run ")
+    assert refusal(*RESUME, config_file("other.py", "n_layer = 9")).startswith("other.py: n_layer: the run was made")
+    assert load_config([*RESUME, "--batch_size=2", "--gradient_accumulation_steps=4"]).batch_size == 2  # the same step
+
+
+def test_a_run_of_before_a_key_existed_gets_its_default(recorded):
+    made = recorded("config/size_tiny.py", "--batch_size=16")
+    old = {k: v for k, v in made.items() if k not in ("batch_size", "bias")} | {"once": 1}
+    with open("runs/mine/run.json", "w") as f:
+        json.dump({"config": old}, f)
+    assert load_config(RESUME).flat() == {**made, "init_from": "resume", "run_name": "mine"}
+
+
+# Notes
+
+
+@pytest.mark.parametrize("argv, noted", [
+    (["--rope_theta=500"], "rope_theta"), (["--arch_preset=llama", "--rope_theta=500"], ""),
+    (["--wandb_project=x"], "wandb_project"), (["--wandb_project=x", "--wandb_log"], ""),
+    (["--lr_schedule=constant", "--min_lr=0", "--lr_decay_iters=9"], "min_lr lr_decay_iters"), (["--min_lr=0"], ""),
+    (["--warmup_iters=9", "--max_iters=9", "--lr_schedule=constant"], "lr_schedule"),
+    (["--eval_only", "--learning_rate=1", "--dropout=0.1", "--log_interval=9"], "learning_rate dropout log_interval"),
+    (["--tf32", "--dtype=bfloat16"], "tf32"), (["--tf32", "--device=cpu"], "tf32"), (["--tf32"], ""),
+    (["--mfu_peak=sparse", "--device=cpu"], "mfu_peak"), (["--mfu_peak=9", "--device=cpu"], ""),
+    (["config/arch_custom.py", "--arch_preset=llama", "--ffn_type=standard"], ""),
+])
+def test_a_key_without_effect_is_known_with_its_reason(argv, noted):
+    reasons = load_config(argv).without_effect()
+    assert set(reasons) == set(noted.split()) and all(reasons.values())
+
+
+# Help and imports
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--n_layer=2", "--help"]])
+def test_help_names_every_key_its_default_and_its_values(argv, capsys):
+    with pytest.raises(SystemExit) as left:
+        load_config(argv)
+    out = capsys.readouterr().out
+    assert left.value.code == 0 and max(map(len, out.splitlines())) <= 120
+    text = " ".join(out.split())
+    for key, field in KEYS.items():
+        assert f"--{key}=" in text and field.metadata["help"] in text
+        for choice in field.metadata["choices"] or ():
+            assert choice in text
+    assert f"--n_embd={load_config([]).model.n_embd} " in text
+
+
+def test_neither_the_configurator_nor_the_comparison_loads_torch():
+    code = ("import sys, configurator, compare_architectures; configurator.load_config(['config/arch_llama.py']); "
+            "assert not {'torch', 'numpy'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# For any key, any value, any command line
+
+
+def valid_values(key):
+    """A strategy for what the key takes on its own; in a combination it may still not fit."""
+    limits, types = KEYS[key].metadata, TYPES[key]
+    if limits["choices"]:
+        values = st.sampled_from(limits["choices"])
+    elif bool in types:
+        values = st.booleans()
+    elif key == "device":
+        values = st.sampled_from(["auto", "cpu", "cuda", "cuda:7", "mps"])
+    elif key == "mfu_peak":
+        values = st.sampled_from(["dense", "sparse"]) | st.floats(0, exclude_min=True, allow_infinity=False)
+    elif int in types:
+        values = st.integers(limits["minimum"], limits["maximum"] or 2**63 - 1)
+    elif float in types:
+        low = limits["minimum"] if limits["above"] is None else limits["above"]
+        values = st.floats(low, limits["below"], exclude_min=limits["above"] is not None,
+                           exclude_max=limits["below"] is not None, allow_infinity=False)
+    else:
+        values = st.text(string.ascii_letters + "żα=,'\"{}#$%()+_", min_size=1, max_size=80)
+    return values | st.none() if type(None) in types else values
+
+
+def outcome(argv, place):
+    """The configuration that argv asks for, or what is wrong with it; `place` is where a key was set."""
+    try:
+        return load_config(argv).flat()
+    except UserError as error:
+        return str(error).replace(place, "PLACE", 1)
+
+
+@settings(max_examples=400, deadline=None)
+@given(pair=st.sampled_from(list(KEYS)).flatmap(lambda key: st.tuples(st.just(key), valid_values(key))))
+def test_a_value_means_the_same_in_a_flag_and_in_a_file(tmp_path_factory, pair):
+    key, value = pair
+    path = tmp_path_factory.getbasetemp() / "same.py"
+    path.write_text(f"{key} = {value!r}\n", encoding="utf-8")
+    from_flag = outcome([f"--{key}={value}"], f"--{key}")
+    if value not in ("None", "none"):  # a text that a flag takes for the None that its key also takes
+        assert from_flag == outcome([str(path)], str(path))
+        assert from_flag == outcome([f"--{key}", str(value)], f"--{key}")
+        assert isinstance(from_flag, str) or from_flag[key] == value
+
+
+@settings(max_examples=50, deadline=None)
+@given(argv=st.lists(st.sampled_from(["config/arch_llama.py", "config/size_tiny.py", "--arch_preset=gpt2",
+                                      "--ffn_type=swiglu", "--normalization=rmsnorm", "--min_lr=0", "--tf32",
+                                      "--run_name=a b", "--compile=None", "--bias", "--learning_rate=1"]), max_size=5))
+def test_the_recorded_keys_are_a_config_file_of_the_same_run(tmp_path_factory, argv):
+    path = tmp_path_factory.getbasetemp() / "recorded.py"
+    flat = load_config(argv).flat()
+    path.write_text("\n".join(f"{key} = {value!r}" for key, value in json.loads(json.dumps(flat)).items()))
+    assert load_config([str(path)]).flat() == flat
+
+
+def told(argv):
+    """A config that is sound through and through, or None after exactly one line."""
+    err, out, config = io.StringIO(), io.StringIO(), None
+    try:
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out), told_in_one_line():
+            config = load_config(argv)
+    except SystemExit as left:
+        line = err.getvalue()
+        assert (left.code == 0 and line == "" and out.getvalue()) or (
+            left.code == 2 and line.startswith("error: ") and line[:-1].isprintable() and line.endswith("\n"))
+        return None
+    assert err.getvalue() == out.getvalue() == ""
+    json.dumps(config.flat(), allow_nan=False)
+    assert config.model.resolve().arch_name() == config.model.arch_name()
+    assert set(config.without_effect()) <= set(config.explicit) <= set(KEYS)
+    return config
+
+
+number_like = st.from_regex(r"\A[-+]?[0-9_]{0,30}[.]?[0-9]{0,5}(e[-+]?[0-9]{1,4})?\Z")
+texts = st.text(max_size=300) | number_like | st.sampled_from(["None", "nan", "-inf", "True", "resume", "..", "a/b"])
+keys = st.sampled_from(list(KEYS))
+
+
+@settings(max_examples=500, deadline=None)
+@given(key=keys, text=texts)
+def test_any_text_for_any_key_is_a_config_or_one_line(key, text):
+    config = told([f"--{key}={text}"])
+    assert config is None or key in config.explicit
+
+
+arguments = (st.builds("--{}={}".format, keys, texts) | st.builds("--{}".format, keys | texts) | texts
+             | st.sampled_from(["--help", "-h", "--", "-", "config/arch_llama.py", "config/nowhere.py", "config"]))
+
+
+@settings(max_examples=500, deadline=None)
+@given(argv=st.lists(arguments, max_size=6))
+def test_any_command_line_is_a_config_or_one_line(argv):
+    told(argv)
+
+
+literals = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
+
+
+@settings(max_examples=300, deadline=None)
+@given(values=st.dictionaries(keys, literals, min_size=1, max_size=4), more=st.binary(max_size=20) | st.just(b""))
+def test_any_config_file_is_a_config_or_one_line(tmp_path_factory, values, more):
+    path = tmp_path_factory.getbasetemp() / "any.py"
+    text = "\n".join(f"{key} = {value!r}" for key, value in values.items())
+    path.write_bytes(text.encode("utf-8", "surrogatepass") + b"\n" + more)
+    told([str(path)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(config=literals | st.dictionaries(keys, literals | st.just(1), max_size=4))
+def test_any_recorded_run_resumes_or_is_one_line(tmp_path_factory, config):
+    run = tmp_path_factory.getbasetemp() / "resumed"
+    run.mkdir(exist_ok=True)
+    with contextlib.suppress(TypeError):  # bytes are no JSON
+        (run / "run.json").write_text(json.dumps({"config": config}))
+    told(["--init_from=resume", "--run_name=resumed", f"--out_dir={run.parent}"])
+
+
+def test_every_key_has_a_line_of_help_and_a_default_that_it_takes():
+    defaults = load_config([]).flat()
+    assert list(defaults) and set(defaults) == set(KEYS) == set(TYPES)
+    for field in KEYS.values():
+        assert field.metadata["help"] and field.default is not dataclasses.MISSING

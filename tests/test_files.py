@@ -1,0 +1,58 @@
+"""files.py: whole or not there."""
+
+import hashlib
+import json
+
+import pytest
+from conftest import run_python
+
+from files import sha256_of, write_json
+
+KILLED_ANYWHERE = """
+import json, os, signal, sys
+from files import write_json
+
+path = sys.argv[1]
+write_json(path, "old")
+operations = 0
+while True:
+    operations += 1
+    child = os.fork()
+    if not child:
+        left = operations
+        def hook(event, arguments):
+            global left
+            if event in ("open", "os.rename", "os.remove"):
+                left -= 1
+                if not left:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+        write_json(path, "new")
+        os._exit(0)
+    killed = os.waitpid(child, 0)[1] == signal.SIGKILL
+    print(json.load(open(path)))
+    if not killed:
+        break
+"""
+
+
+def test_a_write_killed_before_any_of_its_operations_leaves_the_old_file_or_the_new(tmp_path):
+    done = run_python("-c", KILLED_ANYWHERE, tmp_path / "a.json")
+    assert done.returncode == 0, done.stderr
+    seen = done.stdout.split()
+    assert len(seen) >= 4 and seen == sorted(seen, reverse=True) and set(seen) == {"old", "new"}
+
+
+def test_what_is_not_json_changes_nothing(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+    for value in (float("nan"), object()):
+        with pytest.raises((ValueError, TypeError)):
+            write_json(path, value)
+    assert json.loads(path.read_text()) == {"x": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_sha256_is_hashlibs_for_files_of_any_size(tmp_path):
+    for size in (0, 1, 2**20, 2**20 + 1):
+        (tmp_path / "f").write_bytes(b"\xa5" * size)
+        assert sha256_of(tmp_path / "f") == hashlib.sha256(b"\xa5" * size).hexdigest()

@@ -1,0 +1,188 @@
+"""sample.py: text from whatever a run has left, the same for the same seed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, run_python
+
+import sample
+import training_checkpoint as checkpoint
+from data_tokenizer import ByteTokenizer, CharTokenizer
+from errors import CheckpointError, UserError
+from model_builder import build_model
+from model_config import get_preset
+from training_optimizers import build_optimizer
+
+BLOCK = 16
+LETTERS = CharTokenizer("abcde")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So small a model is slower on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """make_run(tokenizer, {step: model}) -> a run directory with their checkpoints, `best` the step of least loss."""
+    def make(tokenizer, models, best=None):
+        for step, model in models.items():
+            config = SimpleNamespace(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99)
+            description = {"model": model.built().flat(), "tokenizer": tokenizer.to_meta()}
+            checkpoint.save(tmp_path / "run", model, build_optimizer(model, config, torch.device("cpu")), {
+                "step": step, "best": best and {"step": best, "val_loss": 1.0}, "description": description})
+            checkpoint.export(tmp_path / "run", model, {**description, "step": step})
+            for name in ("model.safetensors", "config.json"):  # as if interrupted: nothing exported
+                shutil.move(tmp_path / "run" / name, tmp_path / name)
+        return tmp_path / "run"
+
+    (tmp_path / "run").mkdir()
+    return make
+
+
+def model(seed=1, vocab_size=64):
+    return build_model(get_preset("llama", n_layer=2, n_head=2, n_embd=16, block_size=BLOCK, vocab_size=vocab_size,
+                                  init_std=0.5), seed)
+
+
+@pytest.fixture
+def letters(make_run):
+    """A run over five letters; the model has 59 padded rows beside them, which are its favourites."""
+    liar = model()
+    with torch.no_grad():
+        liar.lm_head.weight[LETTERS.vocab_size:] *= 20
+    return make_run(LETTERS, {1: liar})
+
+
+@pytest.fixture
+def bytes_run(make_run):
+    return make_run(ByteTokenizer(), {1: model(vocab_size=320)})
+
+
+@pytest.fixture
+def text(capsys):
+    """text(run, **flags) -> what sample.py prints, without the line feed that ends it."""
+    def get(run, **flags):
+        sample.main([f"--run={run}", "--device=cpu", *(f"--{k}={v}" for k, v in flags.items())])
+        out = capsys.readouterr().out
+        assert out.endswith("\n")
+        return out[:-1]
+    return get
+
+
+def test_the_same_seed_gives_the_same_text(letters, text):
+    flags = {"prompt": "abc", "max_new_tokens": 60, "temperature": 1.5}
+    one = text(letters, seed=1, **flags)
+    assert one == text(letters, seed=1, **flags) != text(letters, seed=2, **flags)
+    both = text(letters, seed=1, num_samples=2, **flags)
+    assert both.startswith(one + "\n" + "-" * 80 + "\nabc") and both != one + "\n" + "-" * 80 + "\n" + one
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, BLOCK, 3 * BLOCK])
+@pytest.mark.parametrize("length", [1, BLOCK, 2 * BLOCK + 3], ids=["short", "block_size", "longer"])
+def test_the_prompt_and_exactly_so_many_tokens_and_never_a_padded_one(letters, text, length, n):
+    prompt = ("edcba" * length)[:length]
+    for temperature in (0, 1):  # a padded id would have no character, and be missed
+        out = text(letters, prompt=prompt, max_new_tokens=n, temperature=temperature)
+        assert out.startswith(prompt) and len(out) == length + n
+
+
+def test_temperature_0_is_the_likeliest_whatever_the_seed(letters, text):
+    flags = {"prompt": "a", "max_new_tokens": 40}
+    greedy = text(letters, temperature=0, seed=1, **flags)
+    assert greedy == text(letters, temperature=0, seed=2, **flags) == text(letters, top_k=1, seed=3, **flags)
+    assert greedy == text(letters, top_p=1e-9, seed=4, **flags) == text(letters, temperature=0.001, seed=5, **flags)
+
+
+@pytest.mark.parametrize("prompt", ["žluťoučký kůň 🐎", "def main(", "\n", "a\tb  c "])
+def test_any_text_is_a_prompt_for_bytes(bytes_run, text, prompt):
+    assert text(bytes_run, prompt=prompt, max_new_tokens=9).startswith(prompt)
+
+
+def test_the_end_of_a_document_ends_the_text(make_run, text):
+    chain = model(vocab_size=320)  # it knows nothing but: behind b comes the end, and behind that an x
+    with torch.no_grad():
+        for p in (chain.token_embedding.weight, chain.lm_head.weight, *(b.attn.o_proj.weight for b in chain.blocks),
+                  *(b.ffn.down_proj.weight for b in chain.blocks)):
+            p.zero_()
+        for i, (before, after) in enumerate([(ord("b"), 256), (256, ord("x")), (ord("x"), ord("x"))]):
+            chain.token_embedding.weight[before, i] = chain.lm_head.weight[after, i] = 1
+    run = make_run(ByteTokenizer(), {1: chain})
+    assert text(run, prompt="ab", max_new_tokens=5, temperature=0) == "ab"
+    assert text(run, prompt="x", max_new_tokens=5, temperature=0) == "xxxxxx"
+
+
+def test_best_is_by_loss_and_latest_by_time(make_run):
+    models = {1: model(1), 2: model(2), 3: model(3)}
+    run = make_run(LETTERS, models, best=1)
+    for which, step in (("best", 1), ("latest", 3)):
+        loaded, tokenizer = sample.load_run(run, which, torch.device("cpu"))
+        assert torch.equal(loaded.lm_head.weight, models[step].lm_head.weight) and not loaded.training
+        assert tokenizer.characters == "abcde"
+
+
+def test_without_checkpoints_the_exported_weights_serve(tmp_path, make_run, text, capsys):
+    run = make_run(LETTERS, {7: model()})
+    flags = {"prompt": "ab", "max_new_tokens": 30}
+    before = text(run, **flags)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        text(run, **flags)
+    for name in ("model.safetensors", "config.json"):
+        shutil.move(tmp_path / name, run / name)
+    sample.main([f"--run={run}", "--device=cpu", "--prompt=ab", "--max_new_tokens=30"])
+    out, err = capsys.readouterr()
+    assert out[:-1] == before and err == "note: no usable checkpoint: these are the weights exported at step 7\n"
+    data = bytearray((run / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (run / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        text(run, **flags)
+
+
+@pytest.mark.parametrize("flags, says", [
+    ({"run": "nowhere"}, "--run: nowhere is not a run directory"),
+    ({"prompt": ""}, "--prompt: is empty"),
+    ({"prompt": "abz"}, "--prompt: the character 'z' is not among the 5"),
+    ({"num_samples": 0}, "--num_samples: 0 is out of range, must be at least 1"),
+    ({"max_new_tokens": -1}, "--max_new_tokens: -1 is out of range"),
+    ({"temperature": -1}, "--temperature: -1.0 is out of range"),
+    ({"temperature": "nan"}, "--temperature: nan is out of range"),
+    ({"temperature": 1e-40}, "--temperature: 1e-40 is out of range"),
+    ({"top_k": 0}, "--top_k: 0 is out of range"),
+    ({"top_p": 0}, "--top_p: 0.0 is out of range"),
+    ({"top_p": 1.5}, "--top_p: 1.5 is out of range"),
+    ({"seed": -1}, "--seed: -1 is out of range"),
+    ({"seed": 2**63}, f"--seed: {2**63} is out of range"),
+    ({"device": "gpu"}, "device: 'gpu' is unknown"),
+    ({"checkpoint": "first"}, "--checkpoint: invalid choice: 'first'"),
+    ({"temprature": 1}, "--temprature"),
+], ids=str)
+def test_a_mistake_is_told_by_its_flag(letters, text, flags, says):
+    with pytest.raises(UserError) as error:
+        text(**{"run": letters, "prompt": "a", **flags})
+    assert says in str(error.value) and error.value.exit_code == 2
+
+
+def test_exit_codes_and_one_line_on_stderr(tmp_path, letters):
+    (tmp_path / "empty").mkdir()
+    for flags, code in (([f"--run={letters}", "--prompt=z"], 2), ([f"--run={tmp_path / 'empty'}"], 3)):
+        done = run_python(ROOT / "sample.py", "--device=cpu", *flags)
+        assert done.returncode == code and done.stdout == ""
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_terminal_that_lacks_a_character_shows_another(bytes_run):
+    done = subprocess.run([sys.executable, ROOT / "sample.py", f"--run={bytes_run}", "--device=cpu", "--prompt=ů",
+                           "--max_new_tokens=30"], capture_output=True, timeout=60,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(b"?")

@@ -1,0 +1,379 @@
+"""The run directory and the console: a log that always reads, whatever ends the run; a tracker that ends none."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, TINY, records, run_python
+from test_training_checkpoint import largest_file
+
+import training_logger
+from errors import NonFiniteError, UserError
+from model_builder import build_model
+from model_config import ModelConfig
+from training_logger import RunLog, human_time, run_directory
+
+HEADER = {"arch_name": "x", "config": {"init_from": "scratch", "eval_only": False}}
+STEP = {"step": 1, "tokens": 8, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "step_time": 0.1, "tokens_per_sec": 80.0,
+        "tflops": 0.1, "mfu": None, "memory": {"allocated": 1, "peak": 2, "reserved": None}}
+
+SHORT = (*TINY, "--run_name=run", "--max_iters=4", "--eval_interval=2", "--gradient_log_interval=2", "--dropout=0.1",
+         "--arch_preset=llama", "--n_kv_head=1")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, data_dir):
+    """A short run that tells no tracker: its directory and its output."""
+    folder = tmp_path_factory.mktemp("plain")
+    done = run_python(ROOT / "train.py", *SHORT, f"--data_dir={data_dir}", cwd=folder)
+    assert done.returncode == 0 and done.stderr == ""
+    return SimpleNamespace(dir=folder / "runs/run", output=done.stdout)
+
+
+def configuration(tmp_path, run_name=None, **keys):
+    return SimpleNamespace(**{"run_name": run_name, "out_dir": str(tmp_path), "init_from": "scratch", "max_iters": 10,
+                              "eval_only": False, "wandb_log": False, "wandb_project": "p",
+                              "model": SimpleNamespace(arch_preset="gpt2"), **keys})
+
+
+@pytest.fixture
+def new_log(tmp_path):
+    """new_log(resumed=False, **config) -> the log of a run in tmp_path/run."""
+    def make(resumed=False, **keys):
+        return RunLog(tmp_path / "run", HEADER, configuration(tmp_path, "run", **keys), resumed)
+    return make
+
+
+def strict(text):
+    """JSON as the standard has it: no NaN, no Infinity."""
+    def no_constant(name):
+        raise ValueError(name)
+    return json.loads(text, parse_constant=no_constant)
+
+
+def run_json(log):
+    return strict((log.dir / "run.json").read_text())
+
+
+def lines(log):
+    return [strict(line) for line in (log.dir / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- the directory
+
+def test_runs_started_in_the_same_second_get_directories_of_their_own(tmp_path):
+    config = configuration(tmp_path)
+    path = run_directory(config)
+    assert re.fullmatch(r"\d{8}-\d{6}-gpt2", path.name)
+    racing = [RunLog(path, HEADER, config, False) for _ in range(3)]  # each found the name free
+    assert len({log.dir for log in racing}) == 3 and racing[0].dir == path
+    assert all(run_json(log)["run_name"] == log.dir.name for log in racing)
+
+
+def test_a_name_given_by_hand_is_never_shared(tmp_path, new_log):
+    first = new_log()
+    with pytest.raises(UserError, match="exists"):
+        run_directory(configuration(tmp_path, "run"))
+    with pytest.raises(UserError, match="exists"):
+        new_log()  # the name was free a moment ago
+    assert run_directory(configuration(tmp_path, "run", init_from="resume")) == first.dir
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(UserError, match="exists"):
+        run_directory(configuration(tmp_path, "dangling"))
+
+
+def test_a_directory_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    config = configuration(tmp_path / "file", "run")
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        RunLog(tmp_path / "file/run", HEADER, config, False)
+
+
+def test_other_processes_write_nothing(tmp_path, capsys):
+    log = RunLog(tmp_path / "run", HEADER, configuration(tmp_path, "run"), False, quiet=True)
+    with log:
+        log.step(**STEP)
+        log.evaluation(1, 8, val_loss=1.0)
+        log.gradients(1, {})
+        log.say("x")
+        log.warn("x")
+        log.interrupted("x")
+    assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
+
+
+# ---- what it says
+
+def test_numbers_that_are_none_are_null(new_log, capsys):
+    with new_log() as log:
+        log.step(**{**STEP, "loss": float("nan"), "grad_norm": float("inf")})
+        log.gradients(1, {"blocks.0": {"grad_norm": float("-inf")}})
+        log.evaluation(1, 8, val_loss=float("nan"), val_bpb=float("inf"))
+    step, gradients, evaluation = lines(log)
+    assert step["loss"] is None and step["grad_norm"] is None and step["lr"] == 1e-3
+    assert gradients["layers"]["blocks.0"]["grad_norm"] is None
+    assert evaluation["val_loss"] is None and run_json(log)["results"]["val_bpb"] is None
+    assert "loss nan" in capsys.readouterr().out
+
+
+def test_results_are_medians_without_the_first_step(new_log):
+    with new_log() as log:
+        for i, speed in enumerate((1.0, 50.0, 70.0, 60.0)):
+            log.step(**{**STEP, "step": i + 1, "tokens_per_sec": speed})
+    results = run_json(log)["results"]
+    assert results["tokens_per_sec"] == 60 and results["mfu"] is None and results["step"] == 4
+    assert results["peak_memory"] == 2
+
+
+def test_the_end_of_a_run_is_its_status(tmp_path, new_log):
+    def status_after(error=None, resumed=True):
+        log = new_log(resumed=resumed)
+        if error is None:
+            with log:
+                assert run_json(log)["status"] == "running"
+        else:
+            with pytest.raises(type(error)), log:
+                raise error
+        return run_json(log)["status"], run_json(log)["status_reason"]
+
+    assert status_after(resumed=False) == ("finished", None)
+    assert status_after(NonFiniteError("step 3:\n  nan")) == ("failed", "NonFiniteError: step 3: nan")
+    assert status_after(KeyboardInterrupt()) == ("interrupted", "KeyboardInterrupt:")
+    assert status_after(SystemExit(1)) == ("failed", "SystemExit: 1")
+    with new_log(resumed=True) as log:
+        log.interrupted("SIGTERM at step 3")
+    assert (run_json(log)["status"], run_json(log)["status_reason"]) == ("interrupted", "SIGTERM at step 3")
+    assert status_after() == ("finished", None)
+
+
+def test_a_resumed_log_appends_after_a_torn_line_and_keeps_its_origin(tmp_path, new_log, monkeypatch):
+    monkeypatch.setattr(training_logger.time, "time", lambda: 1000.0)
+    log = new_log()
+    monkeypatch.setattr(training_logger.time, "time", lambda: 1060.0)
+    with log:
+        log.step(**STEP)
+    created = run_json(log)["created_at"]
+    with open(log.dir / "metrics.jsonl", "ab") as f:
+        f.write(b'{"kind": "st')
+    (log.dir / ".run.json.4711.tmp").touch()  # what a kill in the middle of a replacement leaves
+    monkeypatch.setattr(training_logger, "utc_now", lambda: "2099-01-01T00:00:00Z")
+    header = {**HEADER, "config": {"init_from": "resume", "eval_only": False, "max_iters": 10}}
+    log = RunLog(log.dir, header, configuration(tmp_path, "run"), True)
+    monkeypatch.setattr(training_logger.time, "time", lambda: 1065.0)
+    with log:
+        log.step(**{**STEP, "step": 2})
+    whole, torn, after = (log.dir / "metrics.jsonl").read_text().splitlines()
+    assert strict(whole)["step"] == 1 and torn == '{"kind": "st' and strict(after)["step"] == 2
+    record = run_json(log)
+    assert record["created_at"] == created and record["updated_at"] == "2099-01-01T00:00:00Z"
+    assert record["config"] == {"init_from": "scratch", "eval_only": False, "max_iters": 10}
+    assert record["results"]["wall_time"] == 65 and not list(log.dir.glob(".*"))
+
+
+def test_evaluating_a_run_changes_neither_its_status_nor_its_config(new_log):
+    with new_log() as log:
+        log.step(**STEP)
+        log.interrupted("SIGTERM at step 1")
+    before = run_json(log)
+    log = new_log(resumed=True, eval_only=True, max_iters=99)
+    with log:
+        log.evaluation(1, 8, val_loss=1.5)
+    after = run_json(log)
+    assert after["results"].pop("val_loss") == 1.5
+    assert {**after, "updated_at": 0} == {**before, "updated_at": 0}
+    assert [r["kind"] for r in lines(log)] == ["step", "eval"]
+
+
+def test_a_log_that_cannot_be_written_is_a_warning(new_log, capsys):
+    with new_log() as log:
+        log.step(**STEP)
+        before = run_json(log)
+        capsys.readouterr()
+        with largest_file((log.dir / "metrics.jsonl").stat().st_size + 10):
+            log.step(**{**STEP, "step": 2})
+            log.evaluation(2, 16, val_loss=1.0)
+            log.best({"step": 2, "val_loss": 1.0})
+            assert run_json(log) == before
+        warnings = capsys.readouterr().err.splitlines()
+        assert [w.split(":")[1].strip() for w in warnings] == ["metrics.jsonl", "metrics.jsonl", "run.json"]
+        assert all(w.startswith("warning: ") and "File too large" in w for w in warnings)
+        log.step(**{**STEP, "step": 3})  # there is room again: nothing was lost and nothing is torn
+    assert [r["step"] for r in lines(log)] == [1, 2, 2, 3]
+    assert run_json(log)["status"] == "finished" and run_json(log)["results"]["best_step"] == 2
+
+
+def test_a_disk_full_at_the_end_does_not_hide_what_ended_the_run(new_log, capsys):
+    log = new_log()
+    with largest_file(10), pytest.raises(NonFiniteError), log:
+        raise NonFiniteError("step 3")
+    assert "warning: run.json: File too large" in capsys.readouterr().err
+
+
+# ---- the console
+
+def test_a_console_on_a_full_disk_is_given_up_with_one_warning(tmp_path, data_dir):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    command = [sys.executable, ROOT / "train.py", *TINY, f"--data_dir={data_dir}", "--run_name=run", "--max_iters=3"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=tmp_path, text=True, stdout=full, stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: the console cannot be written") and done.stderr.count("\n") == 1
+    assert sorted(records(tmp_path / "runs/run")) == [1, 2, 3]
+
+
+def on_a_terminal(command, columns, cwd, **environment):
+    """Run a command on a terminal of its own, all three streams: (exit code, everything it wrote there)."""
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | environment
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=environment, stdin=terminal,
+                               stdout=terminal, stderr=terminal, start_new_session=True)
+    os.close(terminal)
+    output = b""
+    try:
+        while piece := os.read(main, 65536):
+            output += piece
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(main)
+    return process.wait(timeout=60), output.decode().replace("\r\n", "\n")
+
+
+def test_on_a_terminal_lines_fit_and_steps_are_rewritten_in_place(tmp_path, data_dir):
+    code, output = on_a_terminal([ROOT / "train.py", *TINY, f"--data_dir={data_dir}", "--run_name=run", "--max_iters=6",
+                                  "--eval_interval=4"], 72, tmp_path)
+    assert code == 0
+    shown = [part for line in output.split("\n") for part in line.split("\r\x1b[K")]
+    assert max(map(len, shown)) < 72
+    steps = [part for part in shown if part.startswith("step") and "loss " in part and "val_loss" not in part]
+    assert [int(re.search(r"(\d+)/6", part)[1]) for part in steps] == [1, 2, 3, 4, 5, 6]
+    ends = [line.split("\r\x1b[K")[-1] for line in output.split("\n")]  # what a line held when the next one began
+    assert not set(steps) & set(ends) and len([e for e in ends if "val_loss" in e]) == 2
+    assert output.count("\x1b") == output.count("\r\x1b[K") and "done: runs/run" in ends
+
+
+def test_the_header_tells_the_models_own_numbers(plain):
+    rows = {line[:22].strip(): line[23:] for line in plain.output.splitlines()}
+    model = build_model(ModelConfig(**json.loads((plain.dir / "run.json").read_text())["model"]))
+    total = sum(p.numel() for p in model.parameters())
+    assert rows["parameters"] == (f"{total:,} · trainable {total:,} · "
+                                  f"without embeddings {total - model.token_embedding.weight.numel():,}")
+    ffn = model.blocks[0].ffn
+    assert rows["sizes"].startswith(f"d_ff {ffn.down_proj.in_features} · head_dim 16 · kv heads 1 · vocabulary "
+                                    f"{model.lm_head.out_features} · block 32 · bias no · head untied")
+    assert rows["ffn_type"] == f"swiglu ({type(ffn).__name__})" and rows["architecture"] == model.built().arch_name()
+    assert "\x1b" not in plain.output and "\r" not in plain.output  # nor is anything rewritten where nobody looks
+
+
+def test_durations_read_naturally():
+    assert [human_time(s) for s in (None, 0, 61, 3600, 90_061)] == ["…", "0m00s", "1m01s", "1h00m", "25h01m"]
+
+
+# ---- Weights & Biases: never the run's problem
+
+def losses(run_dir):
+    numbers = ("loss", "grad_norm", "val_loss", "layers")
+    return [{step: [record.get(n) for n in numbers] for step, record in records(run_dir, kind).items()}
+            for kind in ("step", "eval", "gradients")]
+
+
+def clean(tmp_path, **variables):
+    """An environment with no account and a home of its own."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
+    return {**kept, "HOME": str(tmp_path), "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT), **variables}
+
+
+def train_with_wandb(tmp_path, data_dir, **variables):
+    return subprocess.run([sys.executable, ROOT / "train.py", *SHORT, f"--data_dir={data_dir}", "--wandb_log"],
+                          cwd=tmp_path, env=clean(tmp_path, **variables), text=True, capture_output=True,
+                          stdin=subprocess.DEVNULL, timeout=120)
+
+
+def test_wandb_offline_gets_the_log_and_changes_no_bit(tmp_path, data_dir, plain):
+    pytest.importorskip("wandb")
+    done = train_with_wandb(tmp_path, data_dir, WANDB_MODE="offline")
+    assert done.returncode == 0 and done.stderr == ""
+    run_dir = tmp_path / "runs/run"
+    assert losses(run_dir) == losses(plain.dir)
+    (data,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    assert json.loads((run_dir / "run.json").read_text())["wandb_id"] == data.stem.removeprefix("run-")
+    for word in (b"step/loss", b"eval/val_loss", b"gradients/layers/blocks.0/grad_norm", b"arch_name"):
+        assert word in data.read_bytes()
+    assert {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")} == {"runs"}
+
+
+def test_without_the_package_training_is_the_same_and_says_so(tmp_path, data_dir, plain):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/wandb.py").write_text("raise ImportError(\"No module named 'wandb'\")")
+    done = train_with_wandb(tmp_path, data_dir, PYTHONPATH=f"{tmp_path / 'broken'}{os.pathsep}{ROOT}")
+    assert done.returncode == 0
+    assert done.stderr == ("warning: wandb cannot be imported (No module named 'wandb'), logging without it "
+                           "(pip install wandb)\n")
+    assert losses(tmp_path / "runs/run") == losses(plain.dir)
+
+
+@pytest.mark.parametrize("broken", ["login", "init", "log", "summary", "finish"])
+def test_whatever_wandb_raises_costs_one_warning(new_log, capsys, monkeypatch, broken):
+    def calls(name):
+        def call(*_, **__):
+            if name == broken:
+                raise RuntimeError("it\nfails")
+        return call
+
+    summary = SimpleNamespace(update=calls("summary"))
+    run = SimpleNamespace(id="1", log=calls("log"), finish=calls("finish"), summary=summary)
+    wandb = SimpleNamespace(login=lambda **_: calls("login")() is None, init=lambda **_: calls("init")() or run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with new_log(wandb_log=True) as log:
+        for step in (1, 2):
+            log.step(**{**STEP, "step": step})
+            log.evaluation(step, 8, val_loss=1.0)
+    assert capsys.readouterr().err == "warning: wandb: RuntimeError: it; logging goes on without it\n"
+    assert len(lines(log)) == 4 and run_json(log)["status"] == "finished"
+
+
+def test_without_an_account_wandb_logs_offline_and_asks_nobody(tmp_path, data_dir, plain):
+    pytest.importorskip("wandb")
+    code, output = on_a_terminal([ROOT / "train.py", *SHORT, f"--data_dir={data_dir}", "--wandb_log"], 120, tmp_path,
+                                 **clean(tmp_path))
+    assert code == 0
+    (said,) = re.findall(".*wandb.*", output)
+    assert said == "warning: wandb: not logged in, logging offline (wandb login; wandb sync)"
+    assert list((tmp_path / "runs/run").glob("wandb/offline-run-*/run-*.wandb"))
+    assert losses(tmp_path / "runs/run") == losses(plain.dir)
+
+
+def test_an_account_without_a_network_costs_one_warning(tmp_path, data_dir, plain):
+    pytest.importorskip("wandb")
+    done = train_with_wandb(tmp_path, data_dir, WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9",
+                            WANDB_INIT_TIMEOUT="1")
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: wandb: CommError: ") and done.stderr.count("\n") == 1
+    assert losses(tmp_path / "runs/run") == losses(plain.dir)
+
+
+def test_a_resumed_run_goes_on_under_its_wandb_id_and_a_fresh_one_gets_another(new_log, monkeypatch):
+    calls = []
+
+    def init(**arguments):
+        calls.append(arguments)
+        return SimpleNamespace(id=arguments["id"] or f"new{len(calls)}", summary={}, finish=lambda **_: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, login=lambda **_: True))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for resumed in (False, True):
+        with new_log(resumed=resumed, wandb_log=True) as log:
+            pass
+        assert run_json(log)["wandb_id"] == "new1"
+    assert [(c["id"], c["resume"], c["mode"]) for c in calls] == [(None, None, None), ("new1", "allow", None)]
+    assert all(c["dir"] == str(log.dir) for c in calls)

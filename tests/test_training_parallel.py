@@ -1,0 +1,193 @@
+"""The machine under a run: what it chooses, what it refuses, what its processes agree on."""
+
+import signal
+
+import pytest
+import torch
+from conftest import ROOT, run_python
+
+import training_parallel as parallel
+from errors import ConfigError
+from training_parallel import Interruption, Machine, choose_device, choose_dtype, process_memory, seed_step
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """gpus(n, bfloat16=True): let torch see n GPUs."""
+    def make(n, bfloat16=True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: bfloat16)
+    make(0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    return make
+
+
+# ---- device and precision
+
+def test_auto_takes_what_there_is(gpus, monkeypatch):
+    assert choose_device("auto", 0) == CPU and choose_dtype("auto", CPU) == torch.float32
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto", 0).type == "mps" and choose_dtype("auto", torch.device("mps")) == torch.float32
+    gpus(2)
+    assert choose_device("auto", 1) == torch.device("cuda", 1) and choose_dtype("auto", CUDA) == torch.bfloat16
+    assert choose_device("cuda", 1) == choose_device("cuda:1", 0) == torch.device("cuda", 1)
+    gpus(2, bfloat16=False)
+    assert choose_dtype("auto", CUDA) == torch.float32 and choose_dtype("float16", CUDA) == torch.float16
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "meta", "cuda:x", "cuda:-1", "cuda:99999999999999999999", "xpu", "cpu:"])
+def test_an_unknown_device_is_told_with_those_that_are_known(gpus, name):
+    with pytest.raises(ConfigError, match=r"^device: .* is unknown \(one of auto, cpu, cuda, cuda:1, mps\)"):
+        choose_device(name, 0)
+
+
+def test_a_device_that_is_not_there_is_an_error_and_never_replaced(gpus):
+    for name in ("cuda", "cuda:0", "mps"):
+        with pytest.raises(ConfigError, match=r"torch sees no .* here \(--device=cpu\)"):
+            choose_device(name, 0)
+    gpus(2)
+    with pytest.raises(ConfigError, match="'cuda:2': is not among the CUDA devices here, 0 to 1"):
+        choose_device("cuda:2", 0)
+
+
+def test_too_few_gpus_are_told_by_every_process_alike(gpus, monkeypatch):
+    gpus(2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for local_rank in range(4):
+        with pytest.raises(ConfigError, match=r"4 processes .* here are 2 \(torchrun --nproc_per_node=2\)"):
+            choose_device("auto", local_rank)
+    with pytest.raises(ConfigError, match="one GPU for 4 processes"):
+        choose_device("cuda:1", 0)
+    assert choose_device("cpu", 3) == CPU
+
+
+def test_a_precision_the_device_lacks_is_an_error(gpus):
+    with pytest.raises(ConfigError, match="'float16' trains on CUDA alone, this is cpu"):
+        choose_dtype("float16", CPU)
+    gpus(1, bfloat16=False)
+    with pytest.raises(ConfigError, match="'bfloat16': this GPU has none"):
+        choose_dtype("bfloat16", CUDA)
+    assert choose_dtype("bfloat16", CPU) == torch.bfloat16 and choose_dtype("float32", CUDA) == torch.float32
+
+
+def test_autocast_is_for_reduced_precision_alone():
+    x = torch.ones(2, 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        with Machine(0, 0, 1, CPU, dtype, False, False).autocast():
+            assert (x @ x).dtype == dtype
+
+
+# ---- one process
+
+def test_random_numbers_are_a_function_of_seed_step_and_rank():
+    def draw(*key):
+        seed_step(*key)
+        return torch.rand(4).tolist()
+
+    keys = [(seed, step, rank) for seed in (0, 1, 11) for step in (0, 1, 11) for rank in (0, 1, 11)]
+    first = {key: draw(*key) for key in keys}
+    torch.rand(1000)  # whatever was drawn in between
+    assert first == {key: draw(*key) for key in reversed(keys)}
+    assert len({tuple(v) for v in first.values()}) == len(keys)
+
+
+def test_memory_is_what_this_process_holds():
+    before = process_memory()
+    held = torch.ones(2**24)  # 64 MiB
+    after = process_memory()
+    assert after["allocated"] - before["allocated"] > held.nbytes / 2
+    assert after["peak"] >= after["allocated"]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that Interruption sees. Where SIGTERM would end the tests, it is a KeyboardInterrupt too."""
+    time = [0.0]
+    monkeypatch.setattr(parallel.time, "monotonic", lambda: time[0])
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield time
+    found = [signal.getsignal(s) for s in Interruption.SIGNALS]
+    signal.signal(signal.SIGTERM, before)
+    assert found == [signal.default_int_handler] * 2
+
+
+def one_process():
+    return Machine(0, 0, 1, CPU, torch.float32, False, False)
+
+
+@pytest.mark.parametrize("first", Interruption.SIGNALS)
+@pytest.mark.parametrize("last", Interruption.SIGNALS)
+def test_the_first_signal_is_noted_and_one_after_it_ends_the_process(clock, first, last):
+    with Interruption() as interruption:
+        assert interruption.asked(one_process(), now=True) is None
+        signal.raise_signal(first)
+        assert interruption.asked(one_process(), now=False) == first.name
+        clock[0] = 0.9
+        signal.raise_signal(signal.SIGTERM)  # the same wish, passed on by torchrun
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.asked(one_process(), now=True) == first.name
+        clock[0] = 2.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(last)
+
+
+def test_without_a_signal_nothing_remains(clock):
+    with Interruption():
+        assert signal.getsignal(signal.SIGTERM) != signal.default_int_handler
+
+
+# ---- two processes
+
+TWO = """
+import signal
+import torch
+import training_parallel as parallel
+from configurator import load_config
+
+machine = parallel.init(load_config(["--device=cpu", "--gradient_accumulation_steps=2"]))
+rank = machine.rank
+assert machine.world_size == 2 and machine.device.type == "cpu" and machine.is_main == (rank == 0)
+assert machine.sum(rank + 1, 0.25) == [3.0, 0.5]
+assert machine.sum(2**53 if rank else 1 - 2**53) == [1.0]  # exactly, in float64
+assert machine.any(False) is False and machine.any(rank == 1) is True and machine.any(True) is True
+with parallel.Interruption() as interruption:
+    if rank == 1:
+        signal.raise_signal(signal.SIGTERM)
+    assert interruption.asked(machine, now=False) is None  # nobody may act alone
+    assert interruption.asked(machine, now=True) == ("SIGTERM" if rank else "a signal to another rank")
+
+class Scale(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.register_buffer("table", torch.full((1,), 1.0 + rank))
+    def forward(self, x):
+        return self.weight * x * self.table
+
+model = Scale()
+wrapped = parallel.wrap(model, machine)
+with torch.no_grad():
+    for _ in range(rank):  # one process may have more to evaluate than the other
+        wrapped.eval()(torch.ones(1))
+    wrapped.train()
+for x, now in ((1.0, False), (2.0, True)):
+    with parallel.synchronise_gradients(wrapped, now):
+        wrapped(torch.tensor([x * (rank + 1)])).backward()
+    # alone: its own gradient; then both, averaged over the processes
+    assert model.weight.grad.item() == (7.5 if now else (rank + 1) ** 2), model.weight.grad
+machine.barrier()
+parallel.shut_down(machine)
+print("agreed")
+"""
+
+
+def test_two_processes_agree(tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    done = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "two.py",
+                      cwd=ROOT, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["agreed"] * 2
