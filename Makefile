@@ -11,10 +11,10 @@ demo: .venv/run.stamp
 
 test: .venv/dev.stamp
 	@$(BIN)/ruff check .
-	@$(BIN)/python -m pytest -m "not long"
+	@$(BIN)/python -m pytest -n auto -m "not long"
 
 test-long: .venv/dev.stamp
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto
 
 lint: .venv/dev.stamp
 	@$(BIN)/ruff check .

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and the tests run side by side
+
 from data_prepare import write_dataset
 from data_tokenizer import ByteTokenizer
 
@@ -29,13 +31,13 @@ def data_dir(tmp_path_factory):
 
 def environment(**more):
     """For a process of ours: the project importable, and always as many threads, on which the last bits depend."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", **more}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
 def run_python(*command, cwd=None, timeout=240, env=None):
     """Run `python *command` with the project importable; the finished process, its output as text."""
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, timeout=timeout, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, env=environment(**(env or {})))
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=environment(**(env or {})),
+                          timeout=timeout, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
 def records(run_dir, kind="step"):

@@ -1,9 +1,6 @@
 """sample.py: text from whatever a run has left, the same for the same seed."""
 
-import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -20,15 +17,6 @@ from training_optimizers import build_optimizer
 
 BLOCK = 16
 LETTERS = CharTokenizer("abcde")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small a model is slower on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -182,7 +170,6 @@ def test_exit_codes_and_one_line_on_stderr(tmp_path, letters):
 
 
 def test_a_terminal_that_lacks_a_character_shows_another(bytes_run):
-    done = subprocess.run([sys.executable, ROOT / "sample.py", f"--run={bytes_run}", "--device=cpu", "--prompt=ů",
-                           "--max_new_tokens=30"], capture_output=True, timeout=60,
-                          env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(b"?")
+    done = run_python(ROOT / "sample.py", f"--run={bytes_run}", "--device=cpu", "--prompt=ů", "--max_new_tokens=30",
+                      env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("?")

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_python
+from conftest import ROOT, TINY, environment, run_python
 from safetensors.torch import load_file
 
 import training_checkpoint as checkpoint
@@ -331,7 +331,7 @@ while killed:
 
 
 def test_a_save_killed_before_any_of_its_operations_leaves_a_usable_checkpoint_and_no_litter(tmp_path):
-    done = run_python("-c", KILLED_ANYWHERE, tmp_path, ROOT / "tests", env={"OMP_NUM_THREADS": "1"})
+    done = run_python("-c", KILLED_ANYWHERE, tmp_path, ROOT / "tests")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     found = done.stdout.split()
     assert found == sorted(found) and found.count("1") > 20 < found.count("2")  # the old one until the new one stands
@@ -362,7 +362,7 @@ def test_training_outlives_a_full_disk_and_says_so_at_the_end(tmp_path, train):
     def limited(name, *flags):
         command = [sys.executable, ROOT / "train.py", *TINY, f"--run_name={name}", *flags]
         return subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=120,
-                              env={**os.environ, "OMP_NUM_THREADS": "2"}, preexec_fn=lambda: resource.setrlimit(
+                              env=environment(), preexec_fn=lambda: resource.setrlimit(
                                   resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])))
 
     done = train("full", "--max_iters=4", "--eval_interval=2")
@@ -407,7 +407,7 @@ def test_on_a_disk_that_is_really_full(tmp_path, data_dir):
     done = subprocess.run(
         [*namespace, "sh", "-c", SMALL_DISK, "sh", "small", *train],
         cwd=tmp_path, text=True, capture_output=True, timeout=120,
-        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        env=environment(PYTHON=sys.executable))
     assert done.returncode == 4, done.stderr
     assert done.stdout.splitlines()[-1] == "step_00000020" and ".step_" not in done.stdout  # no temporary beside it
     lines = done.stderr.splitlines()

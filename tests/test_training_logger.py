@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY, records, run_python
+from conftest import ROOT, TINY, environment, records, run_python
 from test_training_checkpoint import largest_file
 
 import training_logger
@@ -224,18 +224,19 @@ def test_a_console_on_a_full_disk_is_given_up_with_one_warning(tmp_path, data_di
         pytest.skip("this system has no /dev/full")
     command = [sys.executable, ROOT / "train.py", *TINY, f"--data_dir={data_dir}", "--run_name=run", "--max_iters=3"]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, cwd=tmp_path, text=True, stdout=full, stderr=subprocess.PIPE, timeout=120)
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), text=True, stdout=full,
+                              stderr=subprocess.PIPE, timeout=120)
     assert done.returncode == 0
     assert done.stderr.startswith("warning: the console cannot be written") and done.stderr.count("\n") == 1
     assert sorted(records(tmp_path / "runs/run")) == [1, 2, 3]
 
 
-def on_a_terminal(command, columns, cwd, **environment):
+def on_a_terminal(command, columns, cwd, env):
     """Run a command on a terminal of its own, all three streams: (exit code, everything it wrote there)."""
     main, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | environment
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=environment, stdin=terminal,
+    env = {k: v for k, v in env.items() if k not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=env, stdin=terminal,
                                stdout=terminal, stderr=terminal, start_new_session=True)
     os.close(terminal)
     output = b""
@@ -250,7 +251,7 @@ def on_a_terminal(command, columns, cwd, **environment):
 
 def test_on_a_terminal_lines_fit_and_steps_are_rewritten_in_place(tmp_path, data_dir):
     code, output = on_a_terminal([ROOT / "train.py", *TINY, f"--data_dir={data_dir}", "--run_name=run", "--max_iters=6",
-                                  "--eval_interval=4"], 72, tmp_path)
+                                  "--eval_interval=4"], 72, tmp_path, environment())
     assert code == 0
     shown = [part for line in output.split("\n") for part in line.split("\r\x1b[K")]
     assert max(map(len, shown)) < 72
@@ -288,8 +289,8 @@ def losses(run_dir):
 
 def clean(tmp_path, **variables):
     """An environment with no account and a home of its own."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
-    return {**kept, "HOME": str(tmp_path), "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT), **variables}
+    kept = {k: v for k, v in environment().items() if not k.startswith("WANDB_") and k != "NETRC"}
+    return {**kept, "HOME": str(tmp_path), **variables}
 
 
 def train_with_wandb(tmp_path, data_dir, **variables):
@@ -345,7 +346,7 @@ def test_whatever_wandb_raises_costs_one_warning(new_log, capsys, monkeypatch, b
 def test_without_an_account_wandb_logs_offline_and_asks_nobody(tmp_path, data_dir, plain):
     pytest.importorskip("wandb")
     code, output = on_a_terminal([ROOT / "train.py", *SHORT, f"--data_dir={data_dir}", "--wandb_log"], 120, tmp_path,
-                                 **clean(tmp_path))
+                                 clean(tmp_path))
     assert code == 0
     (said,) = re.findall(".*wandb.*", output)
     assert said == "warning: wandb: not logged in, logging offline (wandb login; wandb sync)"

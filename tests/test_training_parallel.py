@@ -188,6 +188,6 @@ print("agreed")
 def test_two_processes_agree(tmp_path):
     (tmp_path / "two.py").write_text(TWO)
     done = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "two.py",
-                      cwd=ROOT, env={"OMP_NUM_THREADS": "1"})
+                      cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["agreed"] * 2
