@@ -1,6 +1,7 @@
 """The machine under a run: processes, device, precision, compilation. Under torchrun: DDP."""
 
 import contextlib
+import gc
 import os
 import random
 import shutil
@@ -93,8 +94,9 @@ def init(config):
 
 
 def shut_down(machine):
-    """Leave the group in step with the others."""
+    """Leave the group; a model that outlived it could abort the interpreter at its end."""
     if machine.world_size > 1 and dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -113,13 +115,13 @@ def choose_device(name, local_rank):
             raise ConfigError("device", f"{name!r}: torch sees no CUDA device here (--device=cpu)")
         processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if processes > 1 and device.index is not None:
-            raise ConfigError("device", f"{name!r}: is one GPU for {processes} processes (--device=cuda: one for each)")
+            raise ConfigError("device", f"{name!r} is one GPU for {processes} processes (--device=cuda: one for each)")
         if processes > count:  # told by every process, not by those alone that find none
             raise ConfigError("device", f"{name!r}: {processes} processes need as many GPUs, here are {count} "
                                         f"(torchrun --nproc_per_node={count})")
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         if device.index >= count:
-            raise ConfigError("device", f"{name!r}: is not among the CUDA devices here, 0 to {count - 1}")
+            raise ConfigError("device", f"{name!r} is not among the CUDA devices here, 0 to {count - 1}")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device", "'mps': torch sees no Apple GPU here (--device=cpu)")
     return device

@@ -50,7 +50,7 @@ def test_a_device_that_is_not_there_is_an_error_and_never_replaced(gpus):
         with pytest.raises(ConfigError, match=r"torch sees no .* here \(--device=cpu\)"):
             choose_device(name, 0)
     gpus(2)
-    with pytest.raises(ConfigError, match="'cuda:2': is not among the CUDA devices here, 0 to 1"):
+    with pytest.raises(ConfigError, match="'cuda:2' is not among the CUDA devices here, 0 to 1"):
         choose_device("cuda:2", 0)
 
 
@@ -168,17 +168,20 @@ class Scale(torch.nn.Module):
     def forward(self, x):
         return self.weight * x * self.table
 
-model = Scale()
-wrapped = parallel.wrap(model, machine)
-with torch.no_grad():
-    for _ in range(rank):  # one process may have more to evaluate than the other
-        wrapped.eval()(torch.ones(1))
-    wrapped.train()
-for x, now in ((1.0, False), (2.0, True)):
-    with parallel.synchronise_gradients(wrapped, now):
-        wrapped(torch.tensor([x * (rank + 1)])).backward()
-    # alone: its own gradient; then both, averaged over the processes
-    assert model.weight.grad.item() == (7.5 if now else (rank + 1) ** 2), model.weight.grad
+def train():
+    model = Scale()
+    wrapped = parallel.wrap(model, machine)
+    with torch.no_grad():
+        for _ in range(rank):  # one process may have more to evaluate than the other
+            wrapped.eval()(torch.ones(1))
+        wrapped.train()
+    for x, now in ((1.0, False), (2.0, True)):
+        with parallel.synchronise_gradients(wrapped, now):
+            wrapped(torch.tensor([x * (rank + 1)])).backward()
+        # alone: its own gradient; then both, averaged over the processes
+        assert model.weight.grad.item() == (7.5 if now else (rank + 1) ** 2), model.weight.grad
+
+train()
 machine.barrier()
 parallel.shut_down(machine)
 print("agreed")
