@@ -108,10 +108,12 @@ def clock(monkeypatch):
     """The time that Interruption sees. Where SIGTERM would end the tests, it is a KeyboardInterrupt too."""
     time = [0.0]
     monkeypatch.setattr(parallel.time, "monotonic", lambda: time[0])
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Both, as a job in the background starts with Ctrl-C ignored.
+    before = {s: signal.signal(s, signal.default_int_handler) for s in Interruption.SIGNALS}
     yield time
     found = [signal.getsignal(s) for s in Interruption.SIGNALS]
-    signal.signal(signal.SIGTERM, before)
+    for s, handler in before.items():
+        signal.signal(s, handler)
     assert found == [signal.default_int_handler] * 2
 
 
