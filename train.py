@@ -79,17 +79,17 @@ def train(config, machine):
             log.best(state["best"])
         return best
 
-    def save(final=False):
-        """A checkpoint of `state`; one that fails costs a warning, and at the end of the run exit code 4."""
+    def save(last=False, export=False):
+        """A checkpoint of `state`; one that fails costs a warning, and exit code 4 if it was the process's last."""
         if not machine.is_main:
             return
         try:
             checkpoint.save(run_dir, model, optimizer, {**state, "scaler": scaler.state_dict() or None})
-            if final:
+            if export:
                 checkpoint.export(run_dir, model, {**state["description"], "step": state["step"]})
         except OSError as error:
             problem = f"the checkpoint of step {state['step']} failed: {error}"
-            if final:
+            if last:
                 raise SaveError(f"{run_dir}: {problem} (the last good one stands)") from None
             log.warn(f"{problem}; training goes on")
 
@@ -102,6 +102,7 @@ def train(config, machine):
         first, saved = state["step"], state["step"] if resumed else None
         if first >= config.max_iters:
             log.say(f"nothing left to do at step {first} of max_iters={config.max_iters} (raise it to go on)")
+            save(last=True, export=True)  # the export may be what failed, or was deleted
         busy, since_log = 0.0, 0
         for step in range(first, config.max_iters):
             started = time.perf_counter()
@@ -157,7 +158,7 @@ def train(config, machine):
             is_best = evaluate() if done % config.eval_interval == 0 or ended else False
             interval = config.eval_interval if config.checkpoint_interval is None else config.checkpoint_interval
             if ended or stop or (interval and (done % interval == 0 or is_best)):
-                save(final=ended)
+                save(last=bool(ended or stop), export=ended)
                 saved = done
             if stop and not ended:
                 log.interrupted(f"{stop} at step {done}")
