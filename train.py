@@ -63,11 +63,6 @@ def train(config, machine):
     }
     log = RunLog(run_dir, header, config, resumed, quiet=not machine.is_main)
     run_dir = log.dir  # another one, if a run that began in the same second took that name
-    if machine.is_main:
-        print_header(header, config, model, flops, run_dir)
-        if resumed:
-            log.say(f"resumed from {path} at step {state['step']}")
-
     def evaluate():
         """Validation metrics into the log; whether they are the best so far."""
         metrics = objective.evaluate(wrapped)
@@ -80,9 +75,9 @@ def train(config, machine):
         return best
 
     def save(last=False, export=False):
-        """A checkpoint of `state`; one that fails costs a warning, and exit code 4 if it was the process's last."""
+        """Write a checkpoint of `state`; whether it stands. One that fails is a warning, the last one exit code 4."""
         if not machine.is_main:
-            return
+            return True
         try:
             checkpoint.save(run_dir, model, optimizer, {**state, "scaler": scaler.state_dict() or None})
             if export:
@@ -92,8 +87,14 @@ def train(config, machine):
             if last:
                 raise SaveError(f"{run_dir}: {problem} (the last good one stands)") from None
             log.warn(f"{problem}; training goes on")
+            return False
+        return True
 
     with log, parallel.Interruption() as interruption:
+        if machine.is_main:
+            print_header(header, config, model, flops, run_dir)
+        if resumed:
+            log.say(f"resumed from {path} at step {state['step']}")
         if config.eval_only:
             evaluate()
             return
@@ -126,7 +127,7 @@ def train(config, machine):
                 raise NonFiniteError(
                     f"step {step + 1}: loss {loss.item():g}, gradient norm {grad_norm:g} at learning rate {rate:.3g}: "
                     f"stopped before the update (try a lower learning_rate, a longer warmup_iters, grad_clip=1, or "
-                    f"dtype=float32; the last good checkpoint: step {saved})")
+                    f"dtype=float32; the last good checkpoint: {'none' if saved is None else f'step {saved}'})")
             done = step + 1
             if config.gradient_log_interval and done % config.gradient_log_interval == 0:
                 log.gradients(done, gradient_statistics(model))
@@ -158,8 +159,7 @@ def train(config, machine):
             is_best = evaluate() if done % config.eval_interval == 0 or ended else False
             interval = config.eval_interval if config.checkpoint_interval is None else config.checkpoint_interval
             if ended or stop or (interval and (done % interval == 0 or is_best)):
-                save(last=bool(ended or stop), export=ended)
-                saved = done
+                saved = done if save(last=bool(ended or stop), export=ended) else saved
             if stop and not ended:
                 log.interrupted(f"{stop} at step {done}")
                 log.say(f"interrupted by {stop} at step {done}, saved; go on with --init_from=resume "
