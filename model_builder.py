@@ -12,59 +12,113 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from errors import UserError
-from model_components import KVCache, ResidualProjection, component
+from model_attention import KVCache, Sight
+from model_components import OutputHead, X0Mix, build_norm, component
 from model_config import AXES
+from model_init import part_of
 
 
 class Block(nn.Module):
     """Attention, then FFN, each joined to the residual stream as `norm_position` has it."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         residual = component("norm_position", config)
+        self.value_table = config.value_table(layer)
+        self.x0_mix = X0Mix() if config.x0_mix else None
         self.attn_residual = residual(config)
-        self.attn = component("attention_backend", config)(config)
+        self.attn = component("attention_backend", config)(config, layer)
         self.ffn_residual = residual(config)
         self.ffn = component("ffn_type", config)(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotate, cache=None):
-        x = self.attn_residual(x, lambda h: self.dropout(self.attn(h, rotate, cache)))
-        return self.ffn_residual(x, lambda h: self.dropout(self.ffn(h)))
+    def forward(self, x, x0, rotate, mask, cache=None, value_embedding=None):
+        """x, x0 (B, T, C): the residual stream and what it began with; the others: see the attention's forward."""
+        if self.x0_mix is not None:
+            x = self.x0_mix(x, x0)
+        return self.combine(x, lambda h: self.dropout(self.attn(h, rotate, mask, cache, value_embedding)),
+                            lambda h: self.dropout(self.ffn(h)))
+
+    def combine(self, x, attn, ffn):
+        """x (B, T, C) with both sublayers joined to it."""
+        return self.ffn_residual(self.attn_residual(x, attn), ffn)
+
+
+class ParallelBlock(Block):
+    """Attention and FFN side by side, a norm each. GPT-NeoX (Black et al. 2022)."""
+
+    def combine(self, x, attn, ffn):
+        return self.attn_residual.join(x, self.attn_residual.branch(x, attn) + self.ffn_residual.branch(x, ffn))
+
+
+class ParallelBlockOneNorm(Block):
+    """Attention and FFN side by side, on the same norm. GPT-J (Wang & Komatsuzaki 2021)."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.ffn_residual = None
+
+    def combine(self, x, attn, ffn):
+        return self.attn_residual(x, lambda h: attn(h) + ffn(h))
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer. Built by `build_model`, which also gives it its weights."""
+    """A transformer. Built by `build_model`, which also gives it its weights."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.init = component("init", config)(config)
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embedding_scale = config.n_embd**0.5 if config.embedding_scale == "sqrt" else config.embedding_scale
         self.position = component("position_encoding", config)(config)
+        self.embedding_norm = build_norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.value_embeddings = nn.ModuleList(nn.Embedding(config.vocab_size, config.n_kv_head * config.head_dim)
+                                              for _ in range(config.value_embeddings))
+        self.blocks = nn.ModuleList(component("parallel_block", config)(config, i) for i in range(config.n_layer))
+        self.windows = tuple(dict.fromkeys(block.attn.window for block in self.blocks))  # the kinds of layers
         wants_norm = component("norm_position", config).final_norm
-        self.final_norm = component("normalization", config)(config) if wants_norm else nn.Identity()
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.final_norm = build_norm(config) if wants_norm else nn.Identity()
+        self.lm_head = OutputHead(config, self.init.logit_scale)
         if config.weight_tying:
             self.lm_head.weight = self.token_embedding.weight
 
-    def forward(self, idx, targets=None, caches=None):
+    def forward(self, idx, targets=None, caches=None, documents=None):
         """Logits for every position, and the loss where there are targets.
 
         idx, targets: (B, T) int64; a target of -1 is ignored. caches: one `KVCache` a layer, when generating.
+        documents: (B, T) int64, the number of each token's document, which mask_documents keeps apart; without it, or
+        without that key, a sequence is one document.
         Returns logits (B, T, vocab_size) and the mean cross-entropy in nats per target (None without targets).
         """
         start = caches[0].length if caches else 0
         positions = torch.arange(start, start + idx.shape[1], device=idx.device)  # (T,)
-        x = self.dropout(self.position.embed(self.token_embedding(idx), positions))  # (B, T, C)
-        rotate = partial(self.position.rotate, tables=self.position.tables(positions))
+        x = self.token_embedding(idx)  # (B, T, C)
+        if self.embedding_scale != 1.0:
+            x = x * self.embedding_scale
+        x = x0 = self.dropout(self.embedding_norm(self.position.embed(x, positions)))
+        values = [table(idx) for table in self.value_embeddings]  # (B, T, G D) each
+        views = {window: self.view(window, positions, start, documents) for window in self.windows}
         for i, block in enumerate(self.blocks):
-            x = block(x, rotate, caches[i] if caches else None)
+            value = None if block.value_table is None else values[block.value_table]
+            x = block(x, x0, *views[block.attn.window], caches[i] if caches else None, value)
         logits = self.lm_head(self.final_norm(x))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    def view(self, window, positions, start, documents=None):
+        """(rotate, mask) for the layers with this window; `positions` (T,) follow `start` tokens in a cache."""
+        rotate = partial(self.position.rotate, tables=self.position.tables(positions, window))
+        return rotate, self.blocks[0].attn.mask(self.sight(window, positions, start, documents))
+
+    def sight(self, window, positions, start=0, documents=None):
+        """The `Sight` of the layers with this window; a cache holds as many tokens as the next one sees."""
+        cached = start if window is None else min(start, window - 1)
+        keys = torch.arange(start - cached, start + len(positions), device=positions.device) if cached else positions
+        return Sight(positions, keys, window, self.config.causal, documents if self.config.mask_documents else None,
+                     self.position.slopes(positions.device))
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, stop=None,
@@ -78,7 +132,9 @@ class GPT(nn.Module):
         was_training = self.training
         self.eval()
         block_size = self.config.block_size
-        caches = [KVCache() for _ in self.blocks] if use_cache else None
+        if not self.config.causal:
+            raise UserError("causal=False: a model whose tokens see later ones cannot write one after the other")
+        caches = [KVCache(block.attn.window) for block in self.blocks] if use_cache else None
         for _ in range(max_new_tokens):
             if caches and idx.shape[1] <= block_size:
                 logits = self(idx[:, caches[0].length:], caches=caches)[0][:, -1]  # (B, V)
@@ -97,7 +153,7 @@ class GPT(nn.Module):
 
         Returns a `ModelConfig` whose axes, sizes, bias and tying are those of the built model.
         """
-        classes = {type(m).__name__ for m in self.modules()}
+        classes = {type(m).__name__ for m in (*self.modules(), self.init)}
         chosen = {a: name for a, table in AXES.items() for name, o in table.items() if o.cls in classes}
         attn, ffn = self.blocks[0].attn, self.blocks[0].ffn
         return dataclasses.replace(
@@ -105,7 +161,10 @@ class GPT(nn.Module):
             n_layer=len(self.blocks), n_embd=self.token_embedding.weight.shape[1],
             vocab_size=self.lm_head.weight.shape[0], d_ff=ffn.down_proj.in_features,
             n_head=attn.q_proj.out_features // attn.head_dim, n_kv_head=attn.k_proj.out_features // attn.head_dim,
-            bias=attn.o_proj.bias is not None, weight_tying=self.lm_head.weight is self.token_embedding.weight)
+            qkv_bias=attn.q_proj.bias is not None, bias=attn.o_proj.bias is not None,
+            weight_tying=self.lm_head.weight is self.token_embedding.weight,
+            value_embeddings=len(self.value_embeddings), x0_mix=self.blocks[0].x0_mix is not None,
+            embedding_norm=not isinstance(self.embedding_norm, nn.Identity))
 
     def parameter_counts(self):
         """{total, trainable, non_embedding}; tied weights count once, non_embedding leaves out tokens and positions."""
@@ -152,23 +211,36 @@ def build_model(config, seed=1337, device=None):
 
 @torch.no_grad()
 def init_weights(model, seed):
-    """GPT-2's initialisation: N(0, init_std), residual projections N(0, init_std / sqrt(2 n_layer)), biases 0, norms 1.
+    """Give every parameter its initial value, by `model.init` and the modules' own `start`.
 
-    Each parameter is drawn on the CPU from a generator seeded by (seed, its name), so two architectures start
+    Each matrix is drawn on the CPU from a generator seeded by (seed, its name), so two architectures start
     the parameters they share equal, on every device and however the model is distributed.
     """
-    std, scale = model.config.init_std, (2 * model.config.n_layer) ** -0.5
-    owner = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
-    for name, p in model.named_parameters():  # tied weights once, under the embedding's name
-        if p.dim() >= 2:
-            residual = isinstance(owner[id(p)], ResidualProjection)
+    for name, p, module in owned_parameters(model):
+        attribute = name.rpartition(".")[2]
+        constant = getattr(module, "start", {}).get(attribute)
+        if constant is None and p.dim() >= 2:
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            p.copy_(torch.empty(p.shape).normal_(0.0, std * scale if residual else std, generator=generator))
-        elif name.endswith(".bias"):
-            p.zero_()
+            p.copy_(torch.empty(p.shape).normal_(0.0, model.init.std(part_of(module)), generator=generator))
         else:
-            p.fill_(1.0)
+            p.fill_((0.0 if attribute == "bias" else 1.0) if constant is None else constant)
+
+
+def owned_parameters(model):
+    """(name, parameter, the module that holds it) of each; tied weights once, as the embedding's."""
+    seen = set()
+    for prefix, module in model.named_modules():
+        for attribute, p in module.named_parameters(recurse=False):
+            if id(p) not in seen:
+                seen.add(id(p))
+                yield f"{prefix}.{attribute}" if prefix else attribute, p, module
+
+
+def lr_multipliers(model):
+    """{parameter name: what its learning rate is multiplied by}, as the model's `init` has it; vectors: 1."""
+    return {name: model.init.lr_multiplier(part_of(module)) if p.dim() >= 2 else 1.0
+            for name, p, module in owned_parameters(model)}
 
 
 def load_weights(model, tensors, source):

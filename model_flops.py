@@ -1,9 +1,11 @@
 """What a model costs and what a device can do: FLOPs per token, peaks, model FLOPs utilisation (MFU).
 
 FLOPs are those of the matrix products, a multiply-add counting as two, summed from the components' own
-`flops(seq_len)`. Training costs three forwards: one, and two products in the backward for each. By the PaLM
-convention (Chowdhery 2022, appendix B) attention scores count in full though half is masked; the causal
-convention halves them. MFU is by the PaLM convention unless it says otherwise.
+`flops(seq_len)`, which say what is computed. Training costs three forwards: one, and two products in the backward
+for each. What of the attention scores is to be credited is a convention: PaLM's (Chowdhery 2022, appendix B)
+counts every key in a layer's span (the sequence, or its sliding window) though half is masked; the causal one counts
+those that are not. A backend that computes what it then masks earns nothing by it. Documents kept apart count as if
+they were one. MFU is by the PaLM convention.
 """
 
 import re
@@ -44,20 +46,24 @@ NO_SPARSITY = ("V100", "T4")
 
 
 def forward_flops(model, seq_len):
-    """{account: forward FLOPs per token} of a `GPT` at sequences of seq_len tokens."""
+    """{account: forward FLOPs per token} of a `GPT` at sequences of seq_len tokens, as its parts compute them."""
     accounts = Counter()
     for module in model.modules():
         if hasattr(module, "flops"):
             accounts.update(module.flops(seq_len))
-    accounts["output head"] = 2 * model.lm_head.weight.numel()
     return dict(accounts)
 
 
 def flops_per_token(model, seq_len):
-    """The whole account, as `run.json` keeps it: forward by part, and training by both conventions."""
+    """The whole account, as `run.json` keeps it: forward by part, as computed, and training by both conventions."""
     forward = forward_flops(model, seq_len)
-    total, scores = sum(forward.values()), forward.get("attention scores", 0)
-    return {"forward": forward, "train": 3 * total, "train_causal": 3 * (total - scores / 2), "convention": "PaLM"}
+    rest = sum(forward.values()) - forward["attention scores"]
+
+    def train(convention):
+        attention = (block.attn for block in model.blocks)
+        return 3 * (rest + sum(a.score_flops(a.needed_keys(seq_len, convention)) for a in attention))
+
+    return {"forward": forward, "train": train("PaLM"), "train_causal": train("causal"), "convention": "PaLM"}
 
 
 def look_up_peak(name, kind, sparse=False):

@@ -4,16 +4,24 @@ import math
 
 import torch
 
+from model_builder import lr_multipliers
+
 FUSED_DEVICES = ("cuda", "cpu", "mps")  # where torch.optim.AdamW has a fused step
 
 
 def build_optimizer(model, config, device):
-    """AdamW (Loshchilov & Hutter 2019) over two groups: matrices decay, norms and biases do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    """AdamW (Loshchilov & Hutter 2019): matrices decay, norms and biases do not.
+
+    One group for each learning-rate multiplier that the model's initialisation asks for (muP). A smaller rate does
+    not mean less decay: their product is the same in all groups that decay.
+    """
+    multipliers = lr_multipliers(model)
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((p.dim() < 2, multipliers[name]), []).append(p)
+    groups = [{"params": parameters, "weight_decay": 0.0 if vectors else config.weight_decay / multiplier,
+               "lr_multiplier": multiplier} for (vectors, multiplier), parameters in sorted(groups.items())]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
                              fused=device.type in FUSED_DEVICES)
 
@@ -36,7 +44,7 @@ def learning_rate(step, config):
 
 def set_learning_rate(optimizer, rate):
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_multiplier"]
 
 
 def gradient_statistics(model):

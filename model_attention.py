@@ -1,0 +1,353 @@
+"""Attention: projections, what queries may see, the backends that do the products, the cache of generation.
+
+All backends compute the same: softmax(cap(scale * q k^T) + ALiBi, over the keys in sight) v. What is in sight is said
+once, in `Sight`; a backend turns it into the mask that its kernel takes (`mask`, once a forward pass for each kind of
+layer) and does the products (`attend`). To add a backend: a subclass of `ManualAttention` with these two, and a line in
+its table that says what it cannot do. Shapes as in model_components.py.
+"""
+
+import functools
+import typing
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from model_components import ResidualProjection, build_norm, component, softcap
+
+# ---------------------------------------------------------------- what is in sight
+
+
+class Sight(typing.NamedTuple):
+    """What the queries of one forward pass see, in the layers of one kind.
+
+    queries (T,) and keys (S,): positions, int64, the last T keys being the queries' own; window: as
+    `ModelConfig.window`; documents (B, T) int64: the number of each token's document, where they are kept apart;
+    slopes (H,) float32: ALiBi's.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    window: int | None
+    causal: bool
+    documents: torch.Tensor | None
+    slopes: torch.Tensor | None
+
+    def reach(self, distance):
+        """bool, the shape of `distance` = query's position - key's: whether the query sees so far, and back."""
+        seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
+        if self.window is not None:
+            seen = seen & (distance < self.window) & (distance > -self.window)
+        return seen
+
+    def is_plain_causal(self):
+        """Whether the causal triangle is all there is to it, which every kernel knows without a mask."""
+        T, S = len(self.queries), len(self.keys)
+        return self.causal and T == S and self.documents is None and (self.window is None or self.window >= S)
+
+    def is_everything(self):
+        """Whether every query sees every key: a token at a time, or no mask at all."""
+        T, S = len(self.queries), len(self.keys)
+        return self.documents is None and (self.window is None or self.window >= S) and (T == 1 or not self.causal)
+
+    def allowed(self):
+        """(T, S) or (B, 1, T, S) bool, True where a query sees a key; None if that is everywhere."""
+        if self.is_everything():
+            return None
+        seen = self.reach(self.queries[:, None] - self.keys[None, :])  # (T, S)
+        if self.documents is not None:
+            same = self.documents[:, :, None] == self.documents[:, None, :]  # (B, T, T)
+            seen = (seen & same)[:, None]
+        return seen
+
+    def bias(self):
+        """(H, T, S) float32 to be added to the scores; None: nothing."""
+        if self.slopes is None:
+            return None
+        distance = (self.queries[:, None] - self.keys[None, :]).abs()
+        return -self.slopes[:, None, None] * distance
+
+
+# ---------------------------------------------------------------- the backends
+
+
+class ManualAttention(nn.Module):
+    """Self-attention written out, to be read and to be tested against; the base of the other backends.
+
+    n_kv_head < n_head shares each key/value head among n_head / n_kv_head query heads (Ainslie 2023).
+    window: tokens that this layer sees (`ModelConfig.window`). Windows are masked here, not skipped.
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.block_size, self.dropout, self.causal = config.block_size, config.dropout, config.causal
+        self.window, self.softcap = config.window(layer), config.attn_softcap
+        self.scale = config.attn_scale or component("init", config)(config).attention_scale()
+        kv_dim = self.n_kv_head * self.head_dim
+        self.q_proj = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.n_embd, kv_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.n_embd, kv_dim, bias=config.qkv_bias)
+        self.qk_norm = component("qk_norm", config)(config)
+        self.value_mix = None if config.value_table(layer) is None else ValueMix()
+        self.gate = component("attn_gate", config)(config)
+        self.o_proj = ResidualProjection(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
+
+    def forward(self, x, rotate, mask, cache=None, value_embedding=None):
+        """x (B, T, C); rotate(q, k) -> q, k; mask: this class's `mask` of the layer's `Sight`.
+
+        cache: a `KVCache` to extend, when generating; value_embedding (B, T, G D), where the layer has a table.
+        """
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        q, k = self.qk_norm(q, k)
+        if value_embedding is not None:
+            v = self.value_mix(v, value_embedding.view(v.shape))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D) twice
+        q, k = rotate(q, k)
+        if cache is not None:
+            k, v = cache.append(k, v, self.block_size)  # (B, G, S, D)
+        y = self.attend(q, k, v, mask).transpose(1, 2)  # (B, T, H, D)
+        return self.o_proj(self.gate(y, x).reshape(B, T, self.n_head * self.head_dim))
+
+    @staticmethod
+    def mask(sight):
+        """(allowed, bias), see `Sight`."""
+        return sight.allowed(), sight.bias()
+
+    def attend(self, q, k, v, mask):
+        """q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D)."""
+        allowed, bias = mask
+        if self.n_kv_head != self.n_head:
+            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
+        scores = softcap(q @ k.transpose(-2, -1) * self.scale, self.softcap)  # (B, H, T, S)
+        if bias is not None:
+            scores = scores + bias
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, float("-inf"))
+        p = scores.softmax(dim=-1).to(v.dtype)
+        return F.dropout(p, self.dropout, self.training) @ v
+
+    def flops(self, seq_len):
+        """As this backend computes them: the masked part of the scores too."""
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        return {"attention projections": 2 * sum(p.weight.numel() for p in projections),
+                "attention scores": self.score_flops(self.computed_keys(seq_len))}
+
+    def score_flops(self, keys):
+        """Of q k^T and p v, for a query that meets `keys` keys."""
+        return 4 * keys * self.n_head * self.head_dim
+
+    def computed_keys(self, seq_len):
+        """Keys that this backend computes for each query."""
+        return seq_len
+
+    def needed_keys(self, seq_len, convention):
+        """Keys for each query by a convention: PaLM counts all in the layer's span, causal those not masked.
+
+        The causal mean leaves out the half key of the diagonal, as the convention that halves the scores does.
+        """
+        span = min(seq_len, self.window or seq_len)
+        if not self.causal:
+            return min(seq_len, 2 * span - 1) if self.window else seq_len
+        return span if convention == "PaLM" else span - span * span / (2 * seq_len)
+
+
+class SDPAttention(ManualAttention):
+    """The product left to torch's fused kernels, of which torch chooses one: see `kernel`. Takes no softcap."""
+
+    @staticmethod
+    def mask(sight):
+        """(attn_mask or None, is_causal) of scaled_dot_product_attention."""
+        bias = sight.bias()
+        if sight.is_plain_causal() and bias is None:
+            return None, True
+        allowed = sight.allowed()
+        if bias is not None and allowed is not None:
+            return bias.masked_fill(~allowed, float("-inf")), False
+        return allowed if bias is None else bias, False
+
+    def attend(self, q, k, v, mask):
+        return self.product(F.scaled_dot_product_attention, q, k, v, mask)
+
+    def product(self, function, q, k, v, mask):
+        attn_mask, is_causal = mask
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(q.dtype)
+        return function(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=self.scale,
+                        dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head)
+
+    @torch.no_grad()
+    def kernel(self, sight, dtype):
+        """The name of the kernel that torch chooses for a sequence like `sight`, in `dtype`, on its device."""
+        q, k = (torch.empty(1, heads, len(sight.queries), self.head_dim, dtype=dtype, device=sight.queries.device)
+                for heads in (self.n_head, self.n_kv_head))
+        return SDPBackend(self.product(torch._fused_sdp_choice, q, k, k, self.mask(sight))).name.lower()
+
+
+class FlexAttention(ManualAttention):
+    """torch's flex_attention (Dong et al. 2024): blocks out of sight are skipped. Takes no dropout; trains on CUDA."""
+
+    BLOCK = 128  # flex_attention's own default
+
+    @staticmethod
+    def mask(sight):
+        """(BlockMask or None, slopes)."""
+        if sight.is_everything():
+            return None, (sight.queries, sight.keys, sight.slopes)
+
+        def mask_mod(b, h, i, j):
+            seen = sight.reach(sight.queries[i] - sight.keys[j])
+            return seen if sight.documents is None else seen & (sight.documents[b, i] == sight.documents[b, j])
+
+        B = None if sight.documents is None else sight.documents.shape[0]
+        make = compiled(create_block_mask) if sight.queries.is_cuda else create_block_mask
+        block_mask = make(mask_mod, B, None, len(sight.queries), len(sight.keys), device=sight.queries.device)
+        return block_mask, (sight.queries, sight.keys, sight.slopes)
+
+    def attend(self, q, k, v, mask):
+        block_mask, (queries, keys, slopes) = mask
+
+        def score_mod(score, b, h, i, j):
+            score = softcap(score, self.softcap)
+            return score if slopes is None else score - slopes[h] * (queries[i] - keys[j]).abs()
+
+        changed = self.softcap is not None or slopes is not None
+        kernel = compiled(flex_attention) if q.is_cuda else flex_attention
+        return kernel(q, k, v, score_mod=score_mod if changed else None, block_mask=block_mask, scale=self.scale,
+                      enable_gqa=self.n_kv_head != self.n_head)
+
+    def computed_keys(self, seq_len):
+        """Whole blocks: of every block of queries, the blocks of keys that any of them sees."""
+        blocks = -(-seq_len // self.BLOCK)
+        back = blocks if self.window is None else -(-(self.window - 1) // self.BLOCK)
+        met = sum(min(i, back) + (1 if self.causal else 1 + min(blocks - 1 - i, back)) for i in range(blocks))
+        return min(seq_len, met * self.BLOCK / blocks)
+
+
+@functools.cache
+def compiled(function):
+    """torch.compile(function), once; inside a compiled model torch sees through it."""
+    return torch.compile(function)
+
+
+# ---------------------------------------------------------------- what stands around the product
+
+
+class NoQKNorm(nn.Module):
+    """Queries (B, T, H, D) and keys (B, T, G, D) as they are."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, q, k):
+        return q, k
+
+
+class QKNormPerHead(NoQKNorm):
+    """Each head normalised over its D channels, with one gain for all heads. Henry et al. 2020; Qwen3, Gemma 3."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.q_norm = build_norm(config, config.head_dim)
+        self.k_norm = build_norm(config, config.head_dim)
+
+    def forward(self, q, k):
+        return self.q_norm(q), self.k_norm(k)
+
+
+class QKNormProjection(NoQKNorm):
+    """All heads normalised as one vector of H D channels. OLMo 2."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.q_norm = build_norm(config, config.n_head * config.head_dim)
+        self.k_norm = build_norm(config, config.n_kv_head * config.head_dim)
+
+    def forward(self, q, k):
+        return self.q_norm(q.flatten(2)).view(q.shape), self.k_norm(k.flatten(2)).view(k.shape)
+
+
+class NoGate(nn.Module):
+    """What attention gathered, y (B, T, H, D), as it is; x (B, T, C) is what attention read."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, y, x):
+        return y
+
+
+class ElementwiseGate(NoGate):
+    """y * sigmoid(W x), a gate for every channel of every head. Qiu et al. 2025."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=config.bias)
+
+    def forward(self, y, x):
+        return y * self.gate_proj(x).sigmoid().view(y.shape)
+
+    def flops(self, seq_len):
+        return {"attention gate": 2 * self.gate_proj.weight.numel()}
+
+
+class HeadwiseGate(ElementwiseGate):
+    """y * sigmoid(W x), one gate a head. Qiu et al. 2025."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate_proj = nn.Linear(config.n_embd, config.n_head, bias=config.bias)
+
+    def forward(self, y, x):
+        return y * self.gate_proj(x).sigmoid().unsqueeze(-1)  # (B, T, H, 1)
+
+
+class ValueMix(nn.Module):
+    """own * v + other * e: a layer's values and the tokens' value embeddings, both (B, T, G, D). modded-nanogpt."""
+
+    start = {"own": 0.5, "other": 0.5}
+
+    def __init__(self):
+        super().__init__()
+        self.own = nn.Parameter(torch.empty(1))
+        self.other = nn.Parameter(torch.empty(1))
+
+    def forward(self, v, e):
+        return self.own * v + self.other * e
+
+
+# ---------------------------------------------------------------- generation
+
+
+class KVCache:
+    """Keys and values of the tokens so far, for one layer: (B, G, S, D) each.
+
+    Without a window, filled from the left of a buffer of max_len; with one, only the window - 1 that the next
+    token still sees are kept. length: tokens seen so far.
+    """
+
+    def __init__(self, window=None):
+        self.window = window
+        self.k = self.v = None
+        self.length = 0
+
+    def append(self, k, v, max_len):
+        """Store k, v (B, G, T, D) behind what is there; return the keys and values that these T tokens may see."""
+        end = self.length + k.shape[2]
+        if self.window is not None:
+            k, v = (t if kept is None else torch.cat((kept, t), dim=2) for kept, t in ((self.k, k), (self.v, v)))
+            first = max(0, k.shape[2] - (self.window - 1))
+            self.k, self.v = k[:, :, first:], v[:, :, first:]
+        else:
+            if self.k is None:
+                self.k = k.new_empty(*k.shape[:2], max_len, k.shape[3])
+                self.v = torch.empty_like(self.k)
+            self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
+            k, v = self.k[:, :, :end], self.v[:, :, :end]
+        self.length = end
+        return k, v
