@@ -198,7 +198,7 @@ def make_config(given, explicit):
     architecture = {f.name for f in dataclasses.fields(ModelConfig)}
     everything = {**LAPTOP_SIZE, **given}
     model = model_config.apply_preset({k: v for k, v in everything.items() if k in architecture})
-    if "activation" in explicit and model.activation and "activation" in model.implied():
+    if "activation" in explicit and model.activation and len(model.implied().get("activation", "ab")) == 1:
         raise model.no_place_for("activation")  # even if it is the same: who sets it expects a choice
     return Config(model=model, explicit=explicit, **{k: v for k, v in everything.items() if k not in architecture})
 
@@ -361,5 +361,6 @@ def help_text():
         options = f" [{' | '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
         text = f"{f.metadata['help']}{options}"
         head = f"  --{name}={default}"
-        lines += textwrap.wrap(text, 110, initial_indent=f"{head:<40} ", subsequent_indent=" " * 41)
+        lines += textwrap.wrap(text, 110, initial_indent=f"{head:<40} ", subsequent_indent=" " * 41,
+                               break_on_hyphens=False)
     return "\n".join(lines)

@@ -120,6 +120,13 @@ class GPT(nn.Module):
         return Sight(positions, keys, window, self.config.causal, documents if self.config.mask_documents else None,
                      self.position.slopes(positions.device))
 
+    def attention_kernels(self, dtype):
+        """{"full" or the window: torch's choice of kernel for it at block_size}, where the backend leaves one."""
+        positions = torch.arange(self.config.block_size, device=self.lm_head.weight.device)
+        attn = self.blocks[0].attn
+        return {str(w or "full"): attn.kernel(self.sight(w, positions), dtype) for w in self.windows
+                if hasattr(attn, "kernel")}
+
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, stop=None,
                  generator=None, use_cache=True):

@@ -56,6 +56,7 @@ def train(config, machine):
     header = {
         "arch_name": model.built().arch_name(), "config": config.flat(), "model": model.built().flat(),
         "parameters": model.parameter_counts(), "flops_per_token": flops, "data": objective.description(),
+        "attention_kernels": model.attention_kernels(machine.dtype),
         "hardware": {"device": str(machine.device), "name": machine.name(), "world_size": machine.world_size,
                      "dtype": str(machine.dtype).removeprefix("torch."), "tf32": machine.tf32,
                      "compile": machine.compile, "peak_flops": peak, "peak_source": peak_source},

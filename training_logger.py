@@ -330,7 +330,12 @@ def print_header(header, config, model, flops, run_dir):
     count, hardware, data = header["parameters"], header["hardware"], header["data"]
     peak = hardware["peak_flops"]
     rows = [("architecture", built.arch_name())]
-    rows += [(f"  {axis}", f"{getattr(built, axis)} ({o.cls})") for axis, o in options.items()]
+    rows += [(f"  {axis}", f"{getattr(built, axis)} ({o.cls})") for axis, o in options.items()
+             if o.label or getattr(built, axis) != "none"]
+    kernels = " · ".join(f"{name}: {kernel}" for name, kernel in header["attention_kernels"].items())
+    how = [", chosen by auto"] if config.model.attention_backend == "auto" else []
+    how += [f"; torch's kernel here: {kernels}"] if kernels else []
+    rows = [(name, text + "".join(how) if name == "  attention_backend" else text) for name, text in rows]
     rows += [
         ("  sizes", f"d_ff {built.d_ff} · head_dim {built.head_dim} · kv heads {built.n_kv_head} · "
                     f"vocabulary {built.vocab_size} · block {built.block_size} · "

@@ -9,6 +9,7 @@ import torch
 
 from data_loader import TrainBatches, open_dataset, to_device, val_batches, val_windows
 from data_prepare import ensure
+from errors import ConfigError
 
 
 class LanguageModeling:
@@ -26,6 +27,13 @@ class LanguageModeling:
         finally:  # where it fails, the others do not wait for it: they find no dataset themselves
             machine.barrier()
         self.dataset = open_dataset(config.dataset, config.data_dir)
+        self.eot = self.dataset.meta["eot"]
+        if not config.model.causal:
+            raise ConfigError("causal", "False: every token would see the next one, which it is to predict "
+                                        "(next-token prediction needs causal=True)")
+        if config.model.mask_documents and self.eot is None:
+            raise ConfigError("mask_documents", f"the tokens of {config.dataset} do not say where a document ends "
+                                                "(its tokenizer has no end-of-text token)")
         self.batches = TrainBatches(self.dataset, config.seed, config.model.block_size, config.batch_size,
                                     config.gradient_accumulation_steps)
         val_windows(self.dataset, config.model.block_size)  # a split too short is told now, not after an hour
@@ -50,7 +58,14 @@ class LanguageModeling:
     def loss(self, model, batch):
         """This micro-batch's share of the step's loss: the sum over its tokens / the tokens of the step."""
         x, y = batch
-        return model(x, y)[1] * (y.numel() / self.tokens_per_step)
+        return model(x, y, documents=self.documents(x))[1] * (y.numel() / self.tokens_per_step)
+
+    def documents(self, x):
+        """(B, T) int64, the number within its window of each token's document, if those are to be kept apart."""
+        if not self.config.model.mask_documents:
+            return None
+        ends = x == self.eot
+        return ends.cumsum(dim=1) - ends.long()  # the end-of-text token belongs to the document that it ends
 
     @torch.no_grad()
     def evaluate(self, model):
@@ -62,7 +77,7 @@ class LanguageModeling:
                                  self.config.batch_size, self.machine.rank, self.machine.world_size):
             x, y = to_device(batch, self.machine.device)
             with self.machine.autocast():
-                total += model(x, y)[1].item() * y.numel()
+                total += model(x, y, documents=self.documents(x))[1].item() * y.numel()
             count += y.numel()
         model.train(was_training)
         total, count = self.machine.sum(total, count)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from errors import ConfigError, UserError
+from model_config import ATTENTION_BACKEND
 
 
 @dataclass
@@ -81,6 +82,12 @@ def init(config):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    backend = config.model.options()["attention_backend"]
+    if backend.trains_on and device.type not in backend.trains_on and not config.eval_only:
+        able = [n for n in config.model.able_backends() if not ATTENTION_BACKEND[n].trains_on]
+        raise ConfigError("attention_backend", f"{config.model.attention_backend!r} has no backward pass on "
+                          f"{device.type}: it trains on {' or '.join(backend.trains_on)} "
+                          f"({' or '.join(able)} can here)")
     compile = device.type == "cuda" if config.compile is None else config.compile
     if compile and not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++", "gcc", "cl") if c):
         raise ConfigError("compile", "torch.compile needs a C++ compiler and none is on the PATH (--compile=False)")

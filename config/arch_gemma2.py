@@ -1,0 +1,2 @@
+"""Gemma 2: sandwich norms, GEGLU, softcaps, every other layer sees 4,096 tokens."""
+arch_preset = "gemma2"

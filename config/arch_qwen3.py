@@ -1,0 +1,2 @@
+"""Qwen3: LLaMA with each head's queries and keys normalised, tied head."""
+arch_preset = "qwen3"
