@@ -1,93 +1,98 @@
 """model_builder: every combination builds and learns, from weights that depend on (seed, name) alone."""
 
 import dataclasses
-import itertools
 import os
-import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
 
 from errors import UserError
-from model_builder import build_model, load_weights, sample_token
+from model_builder import build_model, load_weights, lr_multipliers, sample_token
 from model_components import ResidualProjection
 from model_config import AXES, PRESETS, ModelConfig, get_preset
 
 TINY = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=64, block_size=16)
+COVERING, IMPOSSIBLE = architectures.covering(at_least=200)
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 3, 3, 3, 3], [0] * 12])
 
 
-def combinations():
-    """All axes × bias × weight_tying × dropout; an FFN that brings its activation takes no other."""
-    flags = {"bias": (False, True), "weight_tying": (False, True), "dropout": (0.0, 0.1)}
-    axes = {**{name: list(table) for name, table in AXES.items()}, **flags}
-    for values in itertools.product(*axes.values()):
-        chosen = dict(zip(axes, values, strict=True))
-        if AXES["ffn_type"][chosen["ffn_type"]].implies:
-            if chosen["activation"] != next(iter(AXES["activation"])):
-                continue
-            chosen["activation"] = None
-        yield chosen
+def test_what_cannot_stand_together_is_what_we_know_of():
+    brings_its_own = {(f, a) for f, o in AXES["ffn_type"].items() if o.implies for a in AXES["activation"]
+                      if a not in o.implies["activation"]}
+    expected = {(("activation", a), ("ffn_type", f)) for f, a in brings_its_own} | {
+        (("norm_position", "post"), ("parallel_block", "two_norms")),
+        (("attention_backend", "sdpa"), ("attn_softcap", 5.0)),
+        (("attention_backend", "flex"), ("dropout", 0.1))}
+    assert {frozenset(p) for p in IMPOSSIBLE} == {frozenset(p) for p in expected}
+    assert len(COVERING) >= 200
 
 
-ALL = list(combinations())
-
-
-@pytest.mark.parametrize("position", AXES["position_encoding"])
-@pytest.mark.parametrize("norm", AXES["normalization"])
-def test_all_combinations_build_and_run_forward_and_backward(norm, position):
-    idx = torch.randint(0, 64, (2, 16))
-    mine = [c for c in ALL if (c["normalization"], c["position_encoding"]) == (norm, position)]
-    assert len(mine) == len(ALL) // (len(AXES["normalization"]) * len(AXES["position_encoding"]))
-    for chosen in mine:
-        model = build_model(ModelConfig(**TINY | {"n_layer": 1}, **chosen))
-        logits, loss = model(idx, idx)
-        loss.backward()
-        assert logits.shape == (2, 16, 64)
-        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters()), chosen
+@pytest.mark.parametrize("part", range(8))
+def test_all_pairs_of_options_build_and_run_forward_and_backward(part):
+    idx = torch.randint(0, 48, (2, 12), generator=torch.Generator().manual_seed(part))
+    for chosen in COVERING[part::8]:
+        model = build_model(ModelConfig(**architectures.TINY | chosen))
         assert model.built() == model.config, chosen
+        counts = model.parameter_counts()
+        assert counts["total"] == sum(p.numel() for p in model.parameters())
+        trains = not AXES["attention_backend"][chosen["attention_backend"]].trains_on
+        with torch.set_grad_enabled(trains):  # flex has no backward pass on a CPU
+            logits, loss = model(idx, idx, documents=DOCUMENTS)
+        assert logits.shape == (2, 12, 48) and torch.isfinite(logits).all(), chosen
+        if trains:
+            loss.backward()
+            assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters()), chosen
 
 
 def overfits(chosen):
-    """Loss of one memorised batch after 60 steps of AdamW."""
+    """Whether AdamW brings the loss of one batch from ln 64 = 4.16 below 1 within 200 steps."""
     torch.manual_seed(0)
     model = build_model(ModelConfig(**TINY, **chosen))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     idx = torch.randint(0, 64, (2, 17))
-    for step in range(60):
+    for step in range(200):
         for group in optimizer.param_groups:  # post-norm wants a warm-up
             group["lr"] = 1e-2 * min(1.0, (step + 1) / 10)
         loss = model(idx[:, :-1], idx[:, 1:])[1]
+        if loss.item() < 1.0:
+            return True
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return loss.item()
+    return False
 
 
-def covering():
-    """A sample of the combinations in which every pair of options stands together somewhere."""
-    chosen, covered = [], set()
-    for c in random.Random(0).sample(ALL, len(ALL)):
-        pairs = set(itertools.combinations(c.items(), 2))
-        if not pairs <= covered:
-            chosen.append(c)
-            covered |= pairs
-    return chosen
+# What a model needs to memorise a batch: order in time, and a rate that fits its width.
+LEARNABLE = dict(sliding_window=(None, 5), dropout=(0.0, 0.1), bias=(False, True), weight_tying=(False, True),
+                 embedding_norm=(False, True), x0_mix=(False, True), value_embeddings=(0, 1),
+                 zero_init_residual=(False, True), logit_softcap=(None, 30.0), attn_softcap=(None, 30.0))
+LEARNING = {**{axis: architectures.SPACE[axis] for axis in AXES}, **LEARNABLE,
+            "attention_backend": ("sdpa", "manual"), "rope_scaling": ("none",)}
 
 
-@pytest.mark.parametrize("chosen", covering(), ids=lambda c: "-".join(str(v) for v in c.values()))
+def learnable(at_least=1):
+    """Combinations that should memorise. DyT has no statistics to bring a small embedding up to scale: it is given a
+    larger one, as its authors do, and not asked to hold a post-norm stream together."""
+    chosen = architectures.covering(LEARNING, at_least=at_least, mup_base_width=32)[0]
+    return [c | ({"embedding_scale": "sqrt"} if c["normalization"] == "dyt" else {}) for c in chosen
+            if (c["normalization"], c["norm_position"]) != ("dyt", "post")]
+
+
+@pytest.mark.parametrize("chosen", learnable()[:24], ids=architectures.name)
 def test_overfits_one_batch(chosen):
-    assert overfits(chosen) < 1.0  # from ln 64 = 4.16
+    assert overfits(chosen)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("part", range(16))
 def test_every_combination_overfits_one_batch(part):
-    for chosen in ALL[part::16]:
-        assert overfits(chosen) < 1.0, chosen
+    for chosen in learnable(at_least=400)[part::16]:
+        assert overfits(chosen), chosen
 
 
 def test_released_gpt2_has_its_parameter_count():
@@ -114,13 +119,15 @@ def test_initialisation_is_gpt2s_and_reaches_every_residual_projection(name):
     residual = {f"{m}.weight" for m, module in model.named_modules() if isinstance(module, ResidualProjection)}
     assert {n for n, _ in model.named_parameters() if "down_proj.weight" in n or "o_proj.weight" in n} == residual
     assert len(residual) == 6
+    centred = model.config.normalization == "rmsnorm_gemma"  # 1 + weight
     for n, p in model.named_parameters():
         if p.dim() >= 2:
-            expected = 0.02 / 6**0.5 if n in residual else 0.02
-            assert abs(p.std().item() / expected - 1) < 0.03, n  # tens of thousands of draws
-            assert abs(p.mean().item()) < 0.03 * expected * 5
-        else:
-            assert (p == (0.0 if n.endswith("bias") else 1.0)).all(), n
+            zero = n in residual and model.config.zero_init_residual
+            expected = 0.0 if zero else 0.02 / 6**0.5 if n in residual else 0.02
+            assert abs(p.std().item() - expected) <= 0.03 * expected, n  # tens of thousands of draws
+            assert abs(p.mean().item()) <= 0.03 * expected * 5
+        elif "norm" in n:
+            assert (p == (0.0 if n.endswith("bias") or centred else 1.0)).all(), n
 
 
 def test_shared_parameters_start_equal_across_architectures():
@@ -133,26 +140,51 @@ def test_shared_parameters_start_equal_across_architectures():
     assert not torch.equal(a["token_embedding.weight"], other["token_embedding.weight"])
 
 
-DIFFERENT = {"n_layer": 3, "n_head": 4, "n_kv_head": 1, "n_embd": 64, "head_dim": 8, "block_size": 8, "vocab_size": 128,
-             "norm_eps": 0.5, "d_ff": 16, "rope_theta": 50.0, "bias": True, "weight_tying": False, "dropout": 0.5,
-             "init_std": 0.1, "normalization": "layernorm", "norm_position": "post", "activation": "relu",
-             "ffn_type": "swiglu", "position_encoding": "none", "attention_backend": "manual"}
+# Another value for every key, and configurations to try it on.
+DIFFERENT = dict(
+    n_layer=3, n_head=8, n_kv_head=1, n_embd=64, head_dim=12, block_size=24, vocab_size=128, norm_eps=0.5, d_ff=16,
+    ffn_multiple_of=24, rope_theta=50.0, rope_theta_local=30.0, rope_fraction=0.25, rope_scaling="linear",
+    rope_scaling_factor=3.0, rope_original_context=10_000, bias=True, qkv_bias=True, weight_tying=False, dropout=0.5,
+    init="normal", init_std=0.3, zero_init_residual=True, mup_base_width=8, normalization="layernorm",
+    norm_position="reordered", parallel_block="one_norm", activation="relu", ffn_type="reglu", position_encoding="none",
+    attention_backend="manual", qk_norm="head", attn_gate="headwise", attn_scale=0.5, attn_softcap=0.1,
+    logit_softcap=0.1, sliding_window=2, window_pattern="LS", causal=False, mask_documents=True, embedding_scale=2.0,
+    embedding_norm=True, residual_scale=0.5, x0_mix=True, value_embeddings=1)
+BASES = {
+    "gpt2": {}, "llama": {}, "neox": dict(rope_fraction=0.5), "olmo2": dict(norm_position="pre"),
+    "custom": dict(normalization="dyt"),
+    "gemma3": dict(sliding_window=4, window_pattern="SL", qk_norm="none", rope_scaling="yarn"),
+    "qwen3": dict(rope_scaling="llama3", init="mup", sliding_window=3, qk_norm="none", d_ff=40),
+}
 
 
 @pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(ModelConfig) if f.name != "arch_preset"])
-def test_every_key_changes_the_model(key):
-    base = dict(TINY, position_encoding="rope", n_layer=2)
-    idx = torch.randint(0, 64, (2, 8))
+@pytest.mark.parametrize("base", BASES)
+def test_every_key_changes_the_model_or_is_reported_as_having_no_effect(base, key):
+    idx = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 
-    def facts(**overrides):
-        model = build_model(ModelConfig(**{**base, **overrides}))
+    def facts(config):
+        model = build_model(config)
         torch.manual_seed(0)
-        return ([(n, tuple(p.shape)) for n, p in model.named_parameters()], [type(m) for m in model.modules()],
-                model(idx)[0].sum().item())
+        logits = model(idx, documents=DOCUMENTS)[0]
+        return ([(n, tuple(p.shape), p.sum().item()) for n, p in model.named_parameters()],
+                [type(m) for m in model.modules()], logits.tolist(), lr_multipliers(model))
 
-    if key == "block_size":  # only a table of positions is as long as the context
-        base["position_encoding"] = "learned_absolute"
-    assert facts() != facts(**{key: DIFFERENT[key]})
+    before = {**TINY, "n_head": 4, "init_std": 0.2, **BASES[base]}
+    now = get_preset(base, **before).resolve()
+    after = {**before, key: DIFFERENT[key]}
+    if getattr(now, key) == DIFFERENT[key]:
+        after[key] = not DIFFERENT[key] if isinstance(DIFFERENT[key], bool) else "rmsnorm"
+    if key == "activation":  # a gated FFN takes but its own
+        after[key] = {"geglu": "gelu", "swiglu": "silu"}.get(now.ffn_type, "relu")
+    config = get_preset(base, **after)
+    same = facts(get_preset(base, **before)) == facts(config)
+    if key == "block_size" and config.position_encoding != "learned_absolute":
+        return  # the length of the data's windows, not a part of the model
+    if key == "activation" and after[key] == "silu":
+        assert same  # the configurator refuses it as a flag
+    else:
+        assert same == (key in config.unused_keys())
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -223,6 +255,7 @@ model = build_model(config)
 assert "scalenorm" in help_text() and "-Scale-" in model.built().arch_name()
 assert model.parameter_counts()["total"] == sum(p.numel() for p in model.parameters())
 assert flops_per_token(model, 8)["train"] > 0
+assert config.unused_keys().get("norm_eps") is None
 import torch
 idx = torch.zeros(1, 8, dtype=torch.long)
 model(idx, idx)[1].backward()

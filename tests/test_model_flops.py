@@ -1,34 +1,51 @@
 """model_flops: every printed FLOP against torch's own counter, every peak against its name."""
 
+import architectures
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model_builder import build_model
-from model_config import PRESETS, get_preset
+from model_config import PRESETS, ModelConfig, get_preset
 from model_flops import flops_per_token, forward_flops, look_up_peak, peak_flops
+
+
+def counted(model, T, B=2):
+    """(forward, backward) FLOPs of a batch by torch's own counter."""
+    idx = torch.randint(0, model.config.vocab_size, (B, T))
+    documents = (idx == 0).cumsum(dim=1)
+    # The counter does not know the CPU's fused attention; the plain one is made of products that it sees.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            loss = model(idx, idx, documents=documents)[1]
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_flops_are_those_that_torch_counts_for_all_pairs_of_options(part):
+    space = {**architectures.SPACE, "attention_backend": ("sdpa", "manual")}  # flex has no backward pass on a CPU
+    combinations = architectures.covering(space, at_least=200)[0]
+    assert len(combinations) >= 200
+    for chosen in combinations[part::4]:
+        model = build_model(ModelConfig(**architectures.TINY | chosen))
+        computed = sum(forward_flops(model, 12).values()) * 2 * 12
+        assert counted(model, 12) == (computed, 2 * computed), chosen
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("overrides", [
     dict(n_layer=3, n_head=4, n_embd=64, vocab_size=96, block_size=32),
-    dict(n_layer=1, n_head=6, n_kv_head=2, n_embd=48, head_dim=16, d_ff=100, vocab_size=50, block_size=7, bias=True),
+    dict(n_layer=2, n_head=6, n_kv_head=2, n_embd=48, head_dim=16, d_ff=100, vocab_size=50, block_size=7, bias=True),
 ])
-@pytest.mark.parametrize("backend", ["sdpa", "manual"])
-def test_flops_are_those_that_torch_counts(name, overrides, backend):
-    model = build_model(get_preset(name, **overrides, attention_backend=backend))
-    B, T = 2, overrides["block_size"]
-    idx = torch.randint(0, overrides["vocab_size"], (B, T))
-    # The counter does not know the CPU's fused attention; the plain one is made of products that it sees.
-    with sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as forward:
-            loss = model(idx, idx)[1]
-        with FlopCounterMode(display=False) as backward:
-            loss.backward()
+def test_flops_of_presets_are_those_that_torch_counts(name, overrides):
+    model = build_model(get_preset(name, **overrides))
+    T = overrides["block_size"]
     account = flops_per_token(model, T)
-    assert sum(account["forward"].values()) * B * T == forward.get_total_flops()
-    assert account["train"] * B * T == forward.get_total_flops() + backward.get_total_flops()
+    assert account["train"] * 2 * T == sum(counted(model, T))  # no window is shorter than T
+    assert sum(account["forward"].values()) * 2 * T == counted(model, T)[0]
 
 
 def test_full_size_presets_on_meta_are_counted_the_same():
@@ -39,6 +56,35 @@ def test_full_size_presets_on_meta_are_counted_the_same():
             with FlopCounterMode(display=False) as counter:
                 model(idx)
         assert sum(forward_flops(model, 128).values()) * 128 == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("T, window, causal", [(64, 10, True), (64, 64, True), (64, 100, True), (64, 1, True),
+                                               (64, 10, False), (5, 3, False)])
+def test_windows_are_credited_by_convention(T, window, causal):
+    shape = dict(n_layer=1, n_head=2, n_embd=16, vocab_size=8, block_size=T, causal=causal)
+    windowed, full = (build_model(ModelConfig(**shape, sliding_window=w)) for w in (window, None))
+    attn = windowed.blocks[0].attn
+    seen = windowed.sight(window, torch.arange(T)).reach(torch.arange(T)[:, None] - torch.arange(T)).sum().item() / T
+    if causal:  # the convention leaves half a key out on the diagonal
+        assert attn.needed_keys(T, "PaLM") == min(T, window)
+        assert abs(attn.needed_keys(T, "causal") + 0.5 - seen) <= 0.5
+    else:
+        assert seen <= attn.needed_keys(T, "causal") == attn.needed_keys(T, "PaLM") <= T
+    a, b = flops_per_token(windowed, T), flops_per_token(full, T)
+    assert a["forward"] == b["forward"]  # masked is computed all the same
+    assert b["train"] - a["train"] == 3 * 4 * 16 * (T - attn.needed_keys(T, "PaLM"))
+
+
+@pytest.mark.parametrize("T, window, causal", [(1000, None, True), (1000, 1, True), (1000, 129, True),
+                                               (1000, 130, True), (300, 40, False), (50, 7, True)])
+def test_flex_is_accounted_by_the_blocks_that_it_meets(T, window, causal):
+    model = build_model(ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=8, block_size=T, sliding_window=window,
+                                    attention_backend="flex", causal=causal))
+    attn = model.blocks[0].attn
+    block_mask, _ = attn.mask(model.sight(window, torch.arange(T)))
+    blocks = block_mask.kv_num_blocks.sum() + (block_mask.full_kv_num_blocks.sum()
+                                               if block_mask.full_kv_num_blocks is not None else 0)
+    assert attn.computed_keys(T) == min(T, blocks.item() * 128 / block_mask.kv_num_blocks.numel())
 
 
 def test_gpt2_at_124m_costs_what_palms_formula_says():
