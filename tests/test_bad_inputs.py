@@ -137,6 +137,16 @@ COMMANDS = [
     ("train.py --position_encoding=rope --head_dim=7", 2, "--position_encoding: .*not head_dim=7 .*change"),
     ("train.py --ffn_type=swiglu --activation=gelu", 2, "--activation: activation: 'gelu' has no place in .*swiglu"),
     ("train.py --activation=silu --arch_preset=llama", 2, "--activation: .*: drop activation, set it to None, or use"),
+    ("train.py --activation=silu --ffn_type=geglu", 2, "--activation: .*'silu' has no place in .*gelu or gelu_tanh"),
+    ("train.py --attention_backend=flash", 2, r"--attention_backend: .*'flash' is unknown \(one of auto, sdpa, "),
+    ("train.py --attention_backend=sdpa --attn_softcap=50", 2, "--attention_backend: .*sdpa cannot do attn_softcap=50 "
+     r"\(manual or flex can"),
+    ("train.py --attn_softcap=50 --attention_backend=flex --dropout=0.1", 2, r"--attention_backend: .*\(manual can"),
+    ("train.py --window_pattern=SSG", 2, "--window_pattern: .*'SSG' has other letters than S .* and L"),
+    ("train.py --position_encoding=rope --rope_fraction=0.01", 2, "--position_encoding: .*rope_fraction=0.01 .*change"),
+    ("train.py --norm_position=post --parallel_block=two_norms", 2, "--parallel_block: .*one_norm, or another"),
+    ("train.py --value_embeddings=3", 2, r"--value_embeddings: .*n_layer=4 \(at most 2\)"),
+    ("train.py --embedding_scale=root", 2, r"--embedding_scale: .*'root' is unknown \(a number, or sqrt"),
     ("train.py --min_lr=1", 2, "--min_lr: min_lr: 1 is above learning_rate=0.001"),
     ("train.py --warmup_iters=9 --lr_decay_iters=8", 2, "--lr_decay_iters: .*8 ends before warmup_iters=9 .*raise it"),
     ("WORLD_SIZE=3 train.py --gradient_accumulation_steps=4", 2, "--gradient_accumulation_steps: .* 4 .*multiple of 3"),
@@ -165,7 +175,11 @@ COMMANDS = [
     ("$ CUDA_VISIBLE_DEVICES= train.py tiny.py --device=cuda", 2, "(--device: )?device: 'cuda': .*--device=cpu"),
     ("train.py tiny.py --device=cuda:999", 2, "(--device: )?device: 'cuda:999'"),
     ("train.py tiny.py --dtype=float16", 2, "(--dtype: )?dtype: 'float16' .*cpu .*--dtype=bfloat16"),
+    ("train.py tiny.py --attention_backend=flex", 2, r"(--attention_backend: )?attention_backend: 'flex' has no "
+     r"backward pass on cpu: it trains on cuda \(sdpa or manual can here\)"),
     # the data
+    ("train.py tiny.py --mask_documents", 2, "(--mask_documents: )?mask_documents: the tokens of chars do not say"),
+    ("train.py tiny.py --causal=False", 2, "(--causal: )?causal: False: every token would see the next one"),
     ("$ train.py tiny.py --dataset=char", 2, r"dataset 'char' does not exist: .*did you mean chars\?"),
     ("train.py tiny.py --data_dir=nowhere", 2, "dataset 'chars' does not exist: no nowhere/chars/meta.json"),
     ("train.py tiny.py --dataset=shakespeare_char", 2, "dataset .* is not prepared: run python data/.*prepare.py"),

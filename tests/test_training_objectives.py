@@ -91,6 +91,24 @@ def test_an_evaluation_does_not_depend_on_batches_or_processes(config):
     assert (19 * parts[0] + 18 * parts[1]) / 37 == pytest.approx(whole, rel=1e-6)
 
 
+def test_documents_are_kept_apart_as_if_each_were_alone(config):
+    c = config(mask_documents=True, position_encoding="none", n_layer=2, init_std=0.3)
+    model, objective = build_model(c.model).eval(), LanguageModeling(c, machine())
+    eot = objective.eot
+    x = torch.randint(0, 256, (2, BLOCK), generator=torch.Generator().manual_seed(0))
+    x[0, [3, 4, 9]] = eot  # a document that is nothing but its end, too
+    x[1, BLOCK - 1] = eot
+    assert objective.documents(x).tolist() == [[0] * 4 + [1] + [2] * 5 + [3] * 6, [0] * BLOCK]
+    logits = model(x, documents=objective.documents(x))[0]
+    for row, first, last in ((0, 0, 4), (0, 4, 5), (0, 5, 10), (0, 10, BLOCK), (1, 0, BLOCK)):
+        alone = model(x[row:row + 1, first:last])[0]
+        torch.testing.assert_close(logits[row:row + 1, first:last], alone, rtol=1e-4, atol=1e-5)
+    y = x.roll(-1, 1)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
+    assert objective.loss(model, (x, y)).item() * objective.tokens_per_step == pytest.approx(expected, rel=1e-6)
+    assert LanguageModeling(config(), machine()).documents(x) is None
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_an_evaluation_is_without_dropout_and_leaves_the_mode_as_it_was(config, training):
     c = config(eval_tokens=64, dropout=0.5)
