@@ -58,7 +58,7 @@ def test_run_directory_tells_everything(tmp_path, train):
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "runs/full/run.json").read_text())
     assert run["status"] == "finished" and run["schema_version"] == 1
-    assert run["arch_name"] == "2L-2H-32D-RoPE-RMS-SwiGLU-PreNorm"
+    assert run["arch_name"] == "2L-2H-32D-RoPE-RMS-SwiGLU-PreNorm-theta500"
     assert run["config"]["rope_theta"] == 500 and run["model"]["vocab_size"] == 320
     assert run["parameters"]["total"] == sum(run["parameters"][k] for k in ("non_embedding",)) + 320 * 32
     assert run["flops_per_token"]["train"] == 3 * sum(run["flops_per_token"]["forward"].values())
