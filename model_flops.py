@@ -82,14 +82,18 @@ def flops_per_token(model, seq_len):
 
 def find_gpu(name):
     """The `GPU` that a device name, as torch gives it, is of; None if it is not in the table."""
-    return next((gpu for gpu in GPUS if re.search(rf"\b{gpu.name}\b", name, re.IGNORECASE)
+    return next((gpu for gpu in GPUS if re.search(rf"\b{gpu.name}\b", name)
                  and not OTHER_CHIPS.search(name)), None)
 
 
 def gpu_called(text):
-    """The `GPU` that a person means by `text`: its device name or the beginning of one ('H100', '4090'), or None."""
-    start = re.compile(rf"{re.escape(text)}\b", re.IGNORECASE)
-    return find_gpu(text) or next((g for g in GPUS if start.match(g.name) or start.match(g.name.split()[-1])), None)
+    """The `GPU` that a person means: its name, some of its words ('H100', 'A100 40GB', '4090'), or what torch says."""
+    def words(name):
+        return set(re.split(r"[\s-]+", name.lower())) - {"nvidia", "geforce", "tesla", "amd", "instinct"}
+
+    meant = words(text)
+    exact = next((gpu for gpu in GPUS if gpu.name.lower() == text.lower()), None)
+    return exact or next((gpu for gpu in GPUS if meant and meant <= words(gpu.name)), None) or find_gpu(text)
 
 
 def look_up_peak(name, kind, sparse=False):

@@ -307,7 +307,7 @@ def part_of(path, embeds, stage=None):
     """
     if block_of(path) is not None:
         return {"attn": "attention", "ffn": "ffn"}.get(".".join(path.split(".")[2:3]), "norms and residual")
-    if path == "lm_head" or (not path and stage == "after"):
+    if path.split(".")[0] == "lm_head" or (not path and stage == "after"):
         return HEAD
     return "embeddings" if embeds or stage == "before" else "norms and residual"
 
@@ -415,9 +415,9 @@ class AsOnGPU(TorchFunctionMode):
     row, and autocast runs the functions of `FLOAT32` in float32 (ATen/autocast_mode.h; the CPU's list is shorter).
     """
 
-    FLOAT32 = frozenset(("softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm", "exp", "log", "pow", "__pow__",
-                         "rsqrt", "reciprocal", "softplus", "logsumexp", "cumsum", "sum", "norm", "vector_norm",
-                         "cosine_similarity"))
+    FLOAT32 = frozenset(("softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm", "exp", "log", "pow",
+                         "__pow__", "rsqrt", "reciprocal", "softplus", "logsumexp", "cumsum", "sum", "norm",
+                         "vector_norm", "cosine_similarity"))
 
     def __init__(self, autocast):
         super().__init__()
@@ -426,12 +426,13 @@ class AsOnGPU(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
         if name == "scaled_dot_product_attention":
-            kwargs["dropout_p"] = 0.0
-            args = args[:4]
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            kwargs.pop("dropout_p", None)
         if self.autocast and name in self.FLOAT32:
             args = [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
         if name == "rms_norm":
-            return FusedRMSNorm.apply(args[0], *(a for a in args[2:3] or [kwargs.get("weight")]))
+            return FusedRMSNorm.apply(args[0], args[2] if len(args) > 2 else kwargs.get("weight"))
         return function(*args, **kwargs)
 
 
