@@ -10,6 +10,7 @@ fewer, and what a kernel allocates inside itself is not seen.
 """
 
 import contextlib
+import warnings
 import weakref
 from collections import Counter
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from functools import cached_property, partial
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -170,6 +172,8 @@ class MemoryAccount:
         """The loss of a batch, as the training loop computes it."""
         idx = torch.zeros(sequences, self.block_size, dtype=torch.long, device=self.device)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # of slow kernels, say: that is for the run to tell
             if self.gpu and self.device.type == "cpu":
                 stack.enter_context(AsOnGPU(autocast=self.dtype != torch.float32))
             if self.dtype != torch.float32:
@@ -411,8 +415,9 @@ def only_blocks(model, shown, live):
 class AsOnGPU(TorchFunctionMode):
     """A context in which operators on fake CPU tensors save what CUDA's do, where the two differ.
 
-    On CUDA, attention with dropout is fused and keeps no weights, RMSNorm is one kernel and keeps x and one number a
-    row, and autocast runs the functions of `FLOAT32` in float32 (ATen/autocast_mode.h; the CPU's list is shorter).
+    On CUDA, attention with dropout is fused and keeps no weights, dropout keeps a bool for each number, RMSNorm is one
+    kernel and keeps x and one number a row, and autocast runs the functions of `FLOAT32` in float32
+    (ATen/autocast_mode.h; the CPU's list is shorter).
     """
 
     FLOAT32 = frozenset(("softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm", "exp", "log", "pow",
@@ -431,9 +436,15 @@ class AsOnGPU(TorchFunctionMode):
             kwargs.pop("dropout_p", None)
         if self.autocast and name in self.FLOAT32:
             args = [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        if function is F.dropout:
+            return native_dropout(*args, **kwargs)
         if name == "rms_norm":
             return FusedRMSNorm.apply(args[0], args[2] if len(args) > 2 else kwargs.get("weight"))
         return function(*args, **kwargs)
+
+
+def native_dropout(x, p=0.5, training=True, inplace=False):
+    return torch.native_dropout(x, p, training)[0] if p and training else x
 
 
 class FusedRMSNorm(torch.autograd.Function):
