@@ -154,7 +154,7 @@ class Config:
             unused |= dict.fromkeys((*training, "dropout"), "eval_only trains nothing")
         if self.dtype in ("bfloat16", "float16"):
             unused["tf32"] = f"dtype is {self.dtype}"
-        if self.device in ("cpu", "mps"):
+        if self.device in ("cpu", "mps") and "device" not in unused:
             unused["tf32"] = f"device is {self.device}"
             if isinstance(self.mfu_peak, str):
                 unused["mfu_peak"] = f"device is {self.device}, whose peak is neither dense nor sparse"
