@@ -74,6 +74,14 @@ class Config:
     mfu_peak: str | float = key("dense", "what MFU divides by: dense, sparse (2:4), or TFLOP/s as a number",
                                 group="system")
 
+    dry_run: bool = key(False, "print what the run needs and costs, and stop: exit code 0 if it fits, 1 if not",
+                        group="dry run")
+    dry_run_gpus: int = key(1, "processes, one a GPU, to tell of; if not set: those of torchrun", group="dry run",
+                            minimum=1, maximum=1_000_000)
+    dry_run_gpu: str | None = key(None, "a GPU's name, such as B200; None: the one here, else this machine's memory",
+                                  group="dry run")
+    dry_run_mfu: float = key(0.4, "share of the peak to reckon the time with", group="dry run", above=0.0, maximum=1.0)
+
     log_interval: int = key(10, "steps between lines of the log", group="logging", minimum=1)
     gradient_log_interval: int = key(0, "steps between per-layer gradient statistics; 0: never", group="logging",
                                      minimum=0)
@@ -82,10 +90,12 @@ class Config:
 
     def __post_init__(self):
         check_fields(self)
-        processes = world_size()
+        processes = self.processes
         if self.gradient_accumulation_steps % processes:
             raise ConfigError("gradient_accumulation_steps", f"{self.gradient_accumulation_steps} cannot be shared by "
                               f"{processes} processes (a multiple of {processes}: it counts over all of them)")
+        if self.dry_run and self.eval_only:
+            raise ConfigError("dry_run", "tells of training, and eval_only trains nothing (drop one of them)")
         if self.lr_decay_iters is not None and self.lr_decay_iters < (self.warmup_iters or 0):
             raise ConfigError("lr_decay_iters", f"{self.lr_decay_iters} ends before warmup_iters={self.warmup_iters} "
                                                 "(raise it, or lower warmup_iters)")
@@ -105,6 +115,11 @@ class Config:
         if not isinstance(self.mfu_peak, str) and self.mfu_peak <= 0:
             raise ConfigError("mfu_peak", f"{self.mfu_peak} is out of range, must be above 0")
 
+    @property
+    def processes(self):
+        """How many train together, or would."""
+        return self.dry_run_gpus if self.dry_run and "dry_run_gpus" in self.explicit else world_size()
+
     def for_vocabulary(self, n):
         """The config with room for a dataset of n token ids: as set by hand, else n rounded up to a multiple of 64."""
         if "vocab_size" not in self.explicit:
@@ -122,6 +137,10 @@ class Config:
     def without_effect(self):
         """{key: reason} of the keys set by hand that change nothing in this combination."""
         unused = dict(self.model.unused_keys())
+        if not self.dry_run:
+            unused |= {k: "dry_run is off" for k in ("dry_run_gpus", "dry_run_gpu", "dry_run_mfu")}
+        elif self.dry_run_gpu is not None:
+            unused["device"] = "dry_run_gpu names the device"
         if not self.wandb_log:
             unused["wandb_project"] = "wandb_log is off"
         if self.lr_schedule == "constant":
@@ -135,7 +154,7 @@ class Config:
             unused |= dict.fromkeys((*training, "dropout"), "eval_only trains nothing")
         if self.dtype in ("bfloat16", "float16"):
             unused["tf32"] = f"dtype is {self.dtype}"
-        if self.device in ("cpu", "mps"):
+        if self.device in ("cpu", "mps") and "device" not in unused:
             unused["tf32"] = f"device is {self.device}"
             if isinstance(self.mfu_peak, str):
                 unused["mfu_peak"] = f"device is {self.device}, whose peak is neither dense nor sparse"
@@ -145,7 +164,7 @@ class Config:
 def key_fields():
     """{key: dataclass field} of every configuration key, in the order of the help."""
     fields = {f.name: f for cls in (ModelConfig, Config) for f in dataclasses.fields(cls) if f.metadata}
-    order = ("architecture", "size", "run", "data", "optimization", "evaluation", "system", "logging")
+    order = ("architecture", "size", "run", "data", "optimization", "evaluation", "system", "dry run", "logging")
     return {n: f for group in order for n, f in fields.items() if f.metadata["group"] == group}
 
 
@@ -325,7 +344,8 @@ def recorded_keys(path, where):
         raise UserError(f"{where}: run_name: {path} cannot be read ({type(error).__name__}): the run cannot be resumed "
                         "(start another)") from None
     return {k: typed(k, v, path) for k, v in items
-            if k in KEYS and k not in ("run_name", "out_dir", "init_from", "eval_only")}
+            if k in KEYS and k not in ("run_name", "out_dir", "init_from", "eval_only")
+            and KEYS[k].metadata["group"] != "dry run"}
 
 
 def check_resumable(config, given, recorded):

@@ -33,7 +33,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, x0, rotate, mask, cache=None, value_embedding=None):
-        """x, x0 (B, T, C): the residual stream and what it began with; the others: see the attention's forward."""
+        """x, x0 (B, T, C): the residual stream and, for x0_mix, how it began; the rest: see the attention's forward."""
         if self.x0_mix is not None:
             x = self.x0_mix(x, x0)
         return self.combine(x, lambda h: self.dropout(self.attn(h, rotate, mask, cache, value_embedding)),
@@ -97,7 +97,8 @@ class GPT(nn.Module):
         x = self.token_embedding(idx)  # (B, T, C)
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
-        x = x0 = self.dropout(self.embedding_norm(self.position.embed(x, positions)))
+        x = self.dropout(self.embedding_norm(self.position.embed(x, positions)))
+        x0 = x if self.config.x0_mix else None
         values = [table(idx) for table in self.value_embeddings]  # (B, T, G D) each
         views = {window: self.view(window, positions, start, documents) for window in self.windows}
         for i, block in enumerate(self.blocks):

@@ -1,7 +1,8 @@
 """Train one model: `python train.py [config/*.py ...] [--key=value ...]`; `--help` lists every key.
 
 Several processes: `torchrun --standalone --nproc_per_node=8 train.py ...`. Exit codes: 0 done or cleanly
-interrupted, 2 a mistake in config or data, 3 no usable checkpoint, 4 the final save failed, 5 not finite.
+interrupted, 1 a --dry_run that does not fit, 2 a mistake in config or data, 3 no usable checkpoint, 4 the final save
+failed, 5 not finite.
 """
 
 import sys
@@ -27,6 +28,7 @@ from model_flops import flops_per_token, peak_flops
 from training_logger import RunLog, environment, print_header, run_directory
 from training_objectives import LanguageModeling
 from training_optimizers import build_optimizer, gradient_statistics, learning_rate, set_learning_rate
+from training_preflight import preflight
 
 
 def train(config, machine):
@@ -172,6 +174,8 @@ def train(config, machine):
 def main(config):
     machine = None
     try:
+        if config.dry_run:
+            sys.exit(preflight(config))
         machine = parallel.init(config)
         train(config, machine)
     except ConfigError as error:

@@ -150,7 +150,8 @@ def wrap(model, machine):
     wrapped = torch.compile(model) if machine.compile else model
     if machine.world_size > 1:
         ids = [machine.device.index] if machine.device.type == "cuda" else None
-        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False)
+        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False,
+                                                            gradient_as_bucket_view=True)  # else held twice
     return wrapped
 
 

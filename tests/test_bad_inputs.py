@@ -177,6 +177,20 @@ COMMANDS = [
     ("train.py tiny.py --dtype=float16", 2, "(--dtype: )?dtype: 'float16' .*cpu .*--dtype=bfloat16"),
     ("train.py tiny.py --attention_backend=flex", 2, r"(--attention_backend: )?attention_backend: 'flex' has no "
      r"backward pass on cpu: it trains on cuda \(sdpa or manual can here\)"),
+    # a dry run
+    ("$ train.py tiny.py --dry_run --dry_run_gpu=B20", 2, r"--dry_run_gpu: .*'B20' .*did you mean B200\?"),
+    ("train.py tiny.py --dry_run --dry_run_gpu='RTX 4090 Laptop GPU'", 2, "--dry_run_gpu: .* is not in the table"),
+    ("train.py tiny.py --dry_run --dry_run_gpu=", 2, "--dry_run_gpu: dry_run_gpu: is empty"),
+    ("train.py tiny.py --dry_run --dry_run_gpu=T4 --dtype=bfloat16", 2, "--dtype: .* T4 has none .*--dtype=float16"),
+    ("train.py tiny.py --dry_run --dry_run_gpus=0", 2, "--dry_run_gpus: .* 0 is out of range"),
+    ("train.py tiny.py --dry_run --dry_run_gpus=2", 2, r"(defaults|--dry_run_gpus): grad.* by 2 .*\(a multiple of 2"),
+    ("train.py tiny.py --dry_run --dry_run_mfu=40", 2, "--dry_run_mfu: .* 40.* is out of range, must be at most 1"),
+    ("train.py tiny.py --dry_run --eval_only", 2, "--dry_run: dry_run: tells of training, and eval_only"),
+    ("train.py tiny.py --dry_run --dataset=char", 2, r"dataset 'char' does not exist: .*did you mean chars\?"),
+    ("train.py tiny.py --dry_run --dataset=shakespeare_char", 2, "dataset .* is not prepared: run python data/"),
+    ("train.py tiny.py --dry_run --dataset=flipped", 2, "data/flipped/val.bin: is damaged: its sha256"),
+    ("train.py tiny.py --dry_run --block_size=2200", 2, ".*block_size=2200 .* train split"),
+    ("train.py tiny.py --dry_run --vocab_size=10", 2, "--vocab_size: .* 10 is too small for chars"),
     # the data
     ("train.py tiny.py --mask_documents", 2, "(--mask_documents: )?mask_documents: the tokens of chars do not say"),
     ("train.py tiny.py --causal=False", 2, "(--causal: )?causal: False: every token would see the next one"),

@@ -229,6 +229,8 @@ def test_a_run_of_before_a_key_existed_gets_its_default(recorded):
     (["--warmup_iters=9", "--max_iters=9", "--lr_schedule=constant"], "lr_schedule"),
     (["--eval_only", "--learning_rate=1", "--dropout=0.1", "--log_interval=9"], "learning_rate dropout log_interval"),
     (["--tf32", "--dtype=bfloat16"], "tf32"), (["--tf32", "--device=cpu"], "tf32"), (["--tf32"], ""),
+    (["--dry_run_gpus=2", "--dry_run_mfu=1"], "dry_run_gpus dry_run_mfu"), (["--dry_run", "--dry_run_gpus=1"], ""),
+    (["--dry_run", "--dry_run_gpu=T4", "--device=cpu", "--tf32", "--mfu_peak=sparse"], "device"),
     (["--mfu_peak=sparse", "--device=cpu"], "mfu_peak"), (["--mfu_peak=9", "--device=cpu"], ""),
     (["config/arch_custom.py", "--arch_preset=llama", "--ffn_type=standard"], ""),
 ])
