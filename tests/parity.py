@@ -41,5 +41,6 @@ def equal_with_gradients(a, b, *leaves, rtol=1e-10, atol=1e-10):
     """Two outputs, and their gradients with respect to the same leaves for the same random cotangent."""
     equal(a, b, rtol, atol)
     cotangent = draw(*a.shape, seed=9).detach()
-    for ours, theirs in zip(*(torch.autograd.grad(y, leaves, cotangent) for y in (a, b)), strict=True):
+    gradients = (torch.autograd.grad(y, leaves, cotangent, retain_graph=True) for y in (a, b))
+    for ours, theirs in zip(*gradients, strict=True):
         equal(ours, theirs, rtol, atol)
