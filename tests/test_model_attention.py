@@ -111,6 +111,13 @@ def test_queries_behind_a_cache_see_what_their_positions_say(backend, window, T,
         equal(ours, by_definition(q, k, v, s, 6**-0.5))
 
 
+@pytest.mark.parametrize("causal, window, documents, alibi", MASKS)
+def test_no_mask_drives_torch_from_its_fused_kernels(causal, window, documents, alibi):
+    layer = attention("sdpa", n_kv_head=2)
+    s = sight(9, None, window, causal, documents_of(1, 9) if documents else None, slopes_of(4) if alibi else None)
+    assert layer.kernel(s, torch.float32) == "flash_attention"  # the CPU's fused one
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flex_attention has no backward pass on the CPU")
 def test_flex_has_the_gradients_of_manual_for_every_mask_on_cuda():
     B, H, G, T = 2, 4, 2, 200
