@@ -19,18 +19,23 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-def randomised(module, seed=0, std=0.1):
-    """The module in float64, its norms and biases random too: weights left at one or zero hide bugs."""
-    generator = torch.Generator().manual_seed(seed)
+def randomised(module, std=0.1):
+    """The module in float64, all its parameters random: norms and biases left at one or zero hide bugs."""
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in module.parameters():
-            p.nan_to_num_().clamp_(-2, 2).add_(torch.randn(p.shape, generator=generator) * std)  # parts: uninitialised
+            p.copy_(torch.randn(p.shape, generator=generator) * std + (0.5 if p.dim() < 2 else 0.0))
     return module.double().eval()
 
 
 def model(**overrides):
-    """A tiny model with random weights, in float64."""
-    return randomised(build_model(config(**overrides)))
+    """A tiny model in float64, its own initial weights with random ones added."""
+    own = build_model(config(**overrides)).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in own.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    return own
 
 
 def equal(a, b, rtol=1e-10, atol=1e-10):  # float64: rounding of a few hundred operations
