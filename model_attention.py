@@ -167,9 +167,10 @@ class SDPAttention(ManualAttention):
         if sight.is_plain_causal() and bias is None:
             return None, True
         allowed = sight.allowed()
-        if bias is not None and allowed is not None:
-            return bias.masked_fill(~allowed, float("-inf")), False
-        return allowed if bias is None else bias, False
+        if bias is None:
+            return allowed, False
+        bias = bias[None]  # (1, H, T, S): the fused kernels take masks of two or four dimensions, not of three
+        return bias if allowed is None else bias.masked_fill(~allowed, float("-inf")), False
 
     def attend(self, q, k, v, mask):
         return self.product(F.scaled_dot_product_attention, q, k, v, mask)

@@ -1,182 +1,266 @@
-"""model_components: each part against an independent implementation, in float64."""
-
-import re
+"""model_components: each part against an independent implementation, outputs and gradients, in float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from parity import config, draw, equal, equal_with_gradients, model, randomised
+from torch.func import functional_call
+from transformers import LlamaConfig
+from transformers.activations import ACT2FN
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import model_components as parts
-from model_builder import build_model
-from model_config import ModelConfig, get_preset
+from model_builder import Block, ParallelBlock, ParallelBlockOneNorm, build_model, lr_multipliers
+from model_config import NORMALIZATION
 
-TINY = dict(n_layer=2, n_head=4, n_embd=48, vocab_size=61, block_size=24)
-
-
-def randomised(model, seed=0):
-    """The model in float64 with random norms and biases too: weights left at one hide bugs."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model.double().eval()
+# ---------------------------------------------------------------- norms
 
 
-def config(**overrides):
-    return ModelConfig(**{**TINY, **overrides}).resolve()
+def layer_norm(x, p, eps):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * p["weight"] + p.get("bias", 0.0)
 
 
-def equal(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)  # float64: rounding of a few hundred operations
+def rms_norm(x, p, eps):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * p["weight"]
 
 
-@pytest.mark.parametrize("kv_heads, tied", [(4, False), (2, True)])
-def test_llama_preset_is_transformers_llama(kv_heads, tied):
-    theirs = randomised(LlamaForCausalLM(LlamaConfig(
-        hidden_size=48, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv_heads,
-        vocab_size=61, max_position_embeddings=24, rms_norm_eps=1e-5, tie_word_embeddings=tied, rope_theta=10000.0,
-        attn_implementation="eager")))
-    ours = build_model(get_preset("llama", **TINY, n_kv_head=kv_heads, d_ff=128, weight_tying=tied)).double().eval()
-    renamed = {"attn_residual.norm": "input_layernorm", "ffn_residual.norm": "post_attention_layernorm",
-               "attn.": "self_attn.", "ffn.": "mlp.", "blocks.": "model.layers.", "final_norm": "model.norm",
-               "token_embedding": "model.embed_tokens"}
-
-    def there(name, state):
-        for mine, other in renamed.items():
-            name = name.replace(mine, other)
-        return state[name]
-
-    # transformers computes RMSNorm and the angles in float32 whatever the model's dtype
-    assert_same_outputs_and_gradients(ours, theirs, there, rtol=1e-5, atol=1e-5)
+NORMS = {  # the formula of its paper
+    "layernorm": layer_norm,
+    "layernorm_nobias": layer_norm,
+    "rmsnorm": rms_norm,
+    "rmsnorm_gemma": lambda x, p, eps: rms_norm(x, {"weight": 1.0 + p["weight"]}, eps),
+    "dyt": lambda x, p, eps: torch.tanh(p["alpha"] * x) * p["weight"] + p["bias"],
+}
 
 
-def test_gpt2_openai_preset_is_transformers_gpt2():
-    theirs = randomised(GPT2LMHeadModel(GPT2Config(
-        n_layer=2, n_head=4, n_embd=48, vocab_size=61, n_positions=24, attn_implementation="eager",
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)))
-    ours = build_model(get_preset("gpt2_openai", **TINY)).double().eval()
-    renamed = {"blocks.": "transformer.h.", "token_embedding": "transformer.wte",
-               "position.embedding": "transformer.wpe", "final_norm": "transformer.ln_f",
-               "attn_residual.norm": "ln_1", "ffn_residual.norm": "ln_2",
-               "ffn.up_proj": "mlp.c_fc", "ffn.down_proj": "mlp.c_proj", "attn.o_proj": "attn.c_proj"}
-
-    def there(name, state):
-        for mine, other in renamed.items():
-            name = name.replace(mine, other)
-        if match := re.search("[qkv]_proj", name):  # GPT-2 keeps the three in one
-            value = state[name.replace(match[0], "c_attn")].chunk(3, dim=-1)["qkv".index(match[0][0])]
-        else:
-            value = state[name]
-        return value.T if re.search(r"(_proj|\.c_\w+)\.weight", name) else value  # and its matrices transposed
-
-    assert_same_outputs_and_gradients(ours, theirs, there)
+@pytest.mark.parametrize("eps", [1e-6, 0.3])
+@pytest.mark.parametrize("name", NORMALIZATION)
+def test_a_norm_is_its_formula(name, eps):
+    norm = randomised(parts.build_norm(config(normalization=name, norm_eps=eps)))
+    x, p = draw(5, 7, 48), dict(norm.named_parameters())
+    assert all(w.std() > 0.01 for n, w in p.items() if n != "alpha")
+    equal_with_gradients(norm(3 * x + 1), NORMS[name](3 * x + 1, p, eps), x, *p.values())
 
 
-def assert_same_outputs_and_gradients(ours, theirs, there, rtol=1e-10, atol=1e-10):
-    """With their weights in our model. there(our name, {their name: tensor}) -> the tensor that answers ours."""
-    with torch.no_grad():
-        for name, p in ours.named_parameters():
-            value = there(name, dict(theirs.named_parameters()))
-            assert p.shape == value.shape, name
-            p.copy_(value)
-    idx = torch.randint(0, 61, (3, 24), generator=torch.Generator().manual_seed(1))
-    logits, loss = ours(idx, idx.roll(-1, 1))
-    expected = theirs(idx).logits
-    torch.testing.assert_close(logits, expected, rtol=rtol, atol=atol)
-    reference = F.cross_entropy(expected.flatten(0, 1), idx.roll(-1, 1).flatten())
-    # The loss is computed in float32, as under mixed precision.
-    torch.testing.assert_close(loss.double(), reference, rtol=1e-6, atol=0.0)
-    logits.square().sum().backward()
-    expected.square().sum().backward()
-    gradients = {n: q.grad for n, q in theirs.named_parameters()}
-    largest = max(g.abs().max().item() for g in gradients.values())  # a key's bias has none but rounding
-    for name, p in ours.named_parameters():
-        torch.testing.assert_close(p.grad, there(name, gradients), rtol=rtol, atol=atol * largest,
-                                   msg=lambda m, name=name: f"{name}: {m}")
+def test_norms_have_the_parameters_that_they_are_known_for():
+    for name, expected in {"layernorm": {"weight", "bias"}, "layernorm_nobias": {"weight"}, "rmsnorm": {"weight"},
+                           "rmsnorm_gemma": {"weight"}, "dyt": {"alpha", "weight", "bias"}}.items():
+        norm = parts.build_norm(config(normalization=name), 10)
+        assert {n for n, _ in norm.named_parameters()} == expected
+        assert norm(torch.ones(3, 10)).shape == (3, 10)
 
 
-def test_norms():
-    c, x = config(), torch.randn(5, 7, 48, dtype=torch.float64) * 3 + 1
-    for cls in (parts.LayerNorm, parts.LayerNormNoBias):
-        norm = randomised(cls(c))
-        bias = norm.bias if norm.bias is not None else 0.0
-        centred = x - x.mean(-1, keepdim=True)
-        equal(norm(x), centred / (centred.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * norm.weight + bias)
-    assert parts.LayerNormNoBias(c).bias is None
-    norm, reference = randomised(parts.RMSNorm(c)), LlamaRMSNorm(48, eps=c.norm_eps).double()
-    reference.weight.data = norm.weight.data
-    # transformers normalises in float32 whatever it is given
-    torch.testing.assert_close(norm(x), reference(x), rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("name, reference", [("rmsnorm", LlamaRMSNorm), ("rmsnorm_gemma", Gemma2RMSNorm)])
+def test_rms_norms_are_transformers(name, reference):
+    norm = randomised(parts.build_norm(config(normalization=name, norm_eps=1e-6)))
+    x = draw(5, 7, 48)
+    theirs = functional_call(reference(48, eps=1e-6).double(), {"weight": norm.weight}, x)
+    equal_with_gradients(norm(x), theirs, x, norm.weight, rtol=1e-5, atol=1e-5)  # theirs is float32 inside
 
 
-def test_activations_are_their_formulas():
-    x = torch.linspace(-5, 5, 101, dtype=torch.float64)
-    for cls, formula in {
-        parts.GELU: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
-        parts.GELUTanh: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
-        parts.SiLU: x / (1 + torch.exp(-x)),
-        parts.ReLU: x.clamp(min=0),
-        parts.LeakyReLU: torch.where(x > 0, x, 0.01 * x),
-    }.items():
-        equal(cls()(x), formula)
+@pytest.mark.parametrize("name", NORMALIZATION)
+def test_a_norm_starts_without_effect_on_what_is_normal(name):
+    """gpt2's start leaves every gain at one and every shift at zero, DyT's alpha at the paper's 0.5."""
+    norm = build_model(config(normalization=name)).final_norm
+    x = F.layer_norm(torch.randn(4, 48), (48,))
+    expected = torch.tanh(0.5 * x) if name == "dyt" else x
+    torch.testing.assert_close(norm(x), expected, rtol=1e-4, atol=1e-4)  # float32, and norm_eps
 
 
-def test_rope_turns_by_position_and_keeps_relative_distance():
-    c = config(position_encoding="rope", head_dim=8)
-    rope = parts.RotaryPositions(c)
-    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+# ---------------------------------------------------------------- where the norm stands
 
-    def score(i, j):
-        tables = rope.tables(torch.tensor([i, j]))
-        turned, _ = rope.rotate(torch.cat((q, k), dim=2), q, tables)
-        return (turned[0, 0, 0] * turned[0, 0, 1]).sum()
-
-    # angles are float32, so agreement is to float32's rounding
-    torch.testing.assert_close(score(3, 10), score(103, 110), rtol=1e-4, atol=1e-5)
-    assert not torch.isclose(score(3, 10), score(3, 11))
-    untouched, _ = rope.rotate(q, k, rope.tables(torch.tensor([0])))
-    equal(untouched, q)
+POSITIONS = {  # the residual branch f, the norms n and (sandwich) m, the scale of what is added
+    "pre": lambda x, f, n, m, s: x + s * f(n(x)),
+    "post": lambda x, f, n, m, s: n(x + s * f(x)),
+    "sandwich": lambda x, f, n, m, s: x + s * m(f(n(x))),
+    "reordered": lambda x, f, n, m, s: x + s * n(f(x)),
+}
 
 
-def test_post_norm_normalises_the_sum():
-    c = config(norm_position="post")
-    residual, x = randomised(parts.PostNorm(c)), torch.randn(2, 3, 48, dtype=torch.float64)
-    equal(residual(x, torch.tanh), residual.norm(x + torch.tanh(x)))
-    pre = randomised(parts.PreNorm(c))
-    equal(pre(x, torch.tanh), x + torch.tanh(pre.norm(x)))
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("name", POSITIONS)
+def test_a_norm_position_is_its_formula(name, scale):
+    c = config(norm_position=name, residual_scale=scale, normalization="layernorm")
+    residual, x = randomised(parts.component("norm_position", c)(c)), draw(2, 3, 48)
+    after = getattr(residual, "norm_after", None)
+    assert (after is not None) == (name == "sandwich")
+    equal_with_gradients(residual(x, torch.tanh), POSITIONS[name](x, torch.tanh, residual.norm, after, scale),
+                         x, *residual.parameters())
 
 
-@pytest.mark.parametrize("n_head, n_kv_head, T", [(4, 4, 24), (4, 2, 17), (4, 1, 5), (1, 1, 24), (4, 4, 1)])
-def test_attention_backends_agree(n_head, n_kv_head, T):
-    options = dict(n_head=n_head, n_kv_head=n_kv_head, bias=True, position_encoding="rope")
-    sdpa, manual = (build_model(config(**options, attention_backend=b)).double().eval() for b in ("sdpa", "manual"))
-    idx = torch.randint(0, 61, (2, T))
-    a, b = sdpa(idx)[0], manual(idx)[0]
-    equal(a, b)
-    for model, out in ((sdpa, a), (manual, b)):
-        out.square().sum().backward()
-        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-    for p, q in zip(sdpa.parameters(), manual.parameters(), strict=True):
-        equal(p.grad, q.grad)
+@pytest.mark.parametrize("name, cls, norms", [
+    *((name, cls, norms) for name in POSITIONS for cls, norms in ((Block, 2), (ParallelBlockOneNorm, 1))),
+    *((name, ParallelBlock, 2) for name in POSITIONS if name != "post")])  # one sum has one norm
+def test_a_block_joins_attention_and_ffn_as_its_name_says(name, cls, norms):
+    block = randomised(cls(config(norm_position=name, residual_scale=0.3), 0))
+    x, attn, ffn = draw(2, 3, 48), torch.tanh, torch.sin
+    a, f = block.attn_residual, block.ffn_residual
+    assert sum(isinstance(r, parts.PreNorm) for r in (a, f)) == norms
+
+    def joined(x, residual, sublayer):
+        return POSITIONS[name](x, sublayer, residual.norm, getattr(residual, "norm_after", None), 0.3)
+
+    if cls is Block:
+        expected = joined(joined(x, a, attn), f, ffn)
+    elif cls is ParallelBlock:
+        expected = joined(x, a, attn) + joined(x, f, ffn) - x
+    else:
+        expected = joined(x, a, lambda h: attn(h) + ffn(h))
+    leaves = [p for r in (a, f) if r is not None for p in r.parameters()]
+    equal_with_gradients(block.combine(x, attn, ffn), expected, x, *leaves)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "manual"])
-def test_the_future_is_not_seen(backend):
-    model = build_model(config(attention_backend=backend, position_encoding="none")).double().eval()
-    idx = torch.randint(0, 61, (1, 24))
-    changed = idx.clone()
-    changed[0, 12:] = (changed[0, 12:] + 1) % 61
-    equal(model(idx)[0][:, :12], model(changed)[0][:, :12])
-    assert not torch.allclose(model(idx)[0][:, 12:], model(changed)[0][:, 12:])
+# ---------------------------------------------------------------- activations and FFNs
+
+ACTIVATIONS = {  # transformers' or torch's, and the formula
+    "gelu": (ACT2FN["gelu"], lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5))),
+    "gelu_tanh": (ACT2FN["gelu_pytorch_tanh"],
+                  lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))),
+    "silu": (ACT2FN["silu"], lambda x: x / (1 + torch.exp(-x))),
+    "relu": (ACT2FN["relu"], lambda x: x.clamp(min=0)),
+    "relu2": (ACT2FN["relu2"], lambda x: torch.where(x > 0, x * x, 0 * x)),
+    "leaky_relu": (ACT2FN["leaky_relu"], lambda x: torch.where(x > 0, x, 0.01 * x)),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_is_its_formula(name):
+    activation = parts.component("activation", config(activation=name))()
+    x = torch.linspace(-5, 5, 102, dtype=torch.float64, requires_grad=True)  # not zero itself, where some have a kink
+    for reference in ACTIVATIONS[name]:
+        equal_with_gradients(activation(x), reference(x), x)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("ffn_type, activation", [
+    *(("standard", name) for name in ACTIVATIONS), ("swiglu", "silu"), ("geglu", "gelu"), ("geglu", "gelu_tanh"),
+    ("reglu", "relu")])
+def test_an_ffn_is_its_formula(ffn_type, activation, bias):
+    c = config(ffn_type=ffn_type, activation=activation, bias=bias, d_ff=40)
+    ffn, x = randomised(parts.component("ffn_type", c)(c)), draw(2, 5, 48)
+    p, act = dict(ffn.named_parameters()), ACTIVATIONS[activation][1]
+
+    def linear(name, x):
+        return x @ p[f"{name}_proj.weight"].T + (p[f"{name}_proj.bias"] if bias else 0.0)
+
+    hidden = act(linear("up", x)) if ffn_type == "standard" else act(linear("gate", x)) * linear("up", x)
+    assert hidden.shape == (2, 5, 40) and len(p) == (2 if ffn_type == "standard" else 3) * (1 + bias)
+    equal_with_gradients(ffn(x), linear("down", hidden), x, *p.values())
+
+
+def test_swiglu_is_transformers():
+    ffn, x = randomised(parts.SwiGLU(config(ffn_type="swiglu", bias=True))), draw(2, 5, 48)
+    llama = LlamaConfig(hidden_size=48, intermediate_size=128, num_attention_heads=4, mlp_bias=True)
+    theirs = LlamaMLP(llama).double()
+    equal_with_gradients(ffn(x), functional_call(theirs, dict(ffn.named_parameters()), x), x, *ffn.parameters())
+
+
+# ---------------------------------------------------------------- the residual stream
+
+
+def test_x0_mix_is_two_trained_scalars_a_block():
+    mix, x, x0 = randomised(parts.X0Mix()), draw(2, 3, 48), draw(2, 3, 48, seed=1)
+    equal_with_gradients(mix(x, x0), mix.stream * x + mix.first * x0, x, x0, mix.stream, mix.first)
+    plain, mixed = (build_model(config(x0_mix=on)).double() for on in (False, True))
+    idx = torch.arange(24)[None]
+    equal(plain(idx)[0], mixed(idx)[0])  # at first the stream is what it was
+
+
+def stream(m, idx, embedded):
+    """Logits of model `m`, whose stream begins with `embedded`, by its own blocks."""
+    x = embedded
+    rotate, mask = m.view(None, torch.arange(idx.shape[1]), 0)
+    for block in m.blocks:
+        x = block(x if block.x0_mix is None else block.x0_mix.stream * x + block.x0_mix.first * embedded, 0.0,
+                  rotate, mask)
+    return m.final_norm(x) @ m.lm_head.weight.T
+
+
+@pytest.mark.parametrize("scale, factor", [(1.0, 1.0), (2.5, 2.5), ("sqrt", 48**0.5)])
+@pytest.mark.parametrize("position", ["learned_absolute", "sinusoidal", "none"])
+def test_embeddings_are_scaled_placed_and_normalised_in_that_order(scale, factor, position):
+    idx = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    for norm in (False, True):
+        m = model(embedding_scale=scale, embedding_norm=norm, position_encoding=position, normalization="layernorm",
+                  qk_norm="head")
+        x = m.position.embed(m.token_embedding.weight[idx] * factor, torch.arange(9))
+        expected = stream(m, idx, layer_norm(x, dict(m.embedding_norm.named_parameters()), 1e-5) if norm else x)
+        equal_with_gradients(m(idx)[0], expected, *m.parameters())
+
+
+def test_what_the_blocks_mix_back_in_is_what_the_stream_began_with():
+    m = model(x0_mix=True, embedding_norm=True, embedding_scale=2.0, position_encoding="none")
+    idx = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    x, rotate_mask = m.embedding_norm(2.0 * m.token_embedding.weight[idx]), m.view(None, torch.arange(9), 0)
+    x0 = x
+    for block in m.blocks:
+        mixed = block.x0_mix.stream * x + block.x0_mix.first * x0
+        x = block.combine(mixed, lambda h, b=block: b.attn(h, *rotate_mask), block.ffn)
+    equal_with_gradients(m(idx)[0], m.final_norm(x) @ m.lm_head.weight.T, *m.parameters())
+
+
+# ---------------------------------------------------------------- the output head
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_the_head_scales_then_caps(cap, scale):
+    head, x = randomised(parts.OutputHead(config(logit_softcap=cap), scale), std=1.0), draw(2, 5, 48)
+    logits = scale * (x @ head.weight.T)
+    assert logits.abs().max() > 2
+    equal_with_gradients(head(x), logits if cap is None else cap * torch.tanh(logits / cap), x, head.weight)
+
+
+# ---------------------------------------------------------------- muP
+
+
+def test_mup_is_table_8_of_its_paper():
+    """Tensor Programs V, table 8, for Adam: variances of hidden weights 1/fan_in, their rates 1/fan_in, logits
+    1/width, scores 1/head_dim, all relative to the base width; embeddings and vectors as they are."""
+    keys = dict(n_head=8, n_embd=256, vocab_size=512, block_size=256, init="mup", init_std=0.03, weight_tying=False)
+    wide, base = (build_model(config(**keys, mup_base_width=w)) for w in (64, 256))
+    plain = build_model(config(**{**keys, "init": "gpt2"}))
+    widened, unwidened = lr_multipliers(wide), lr_multipliers(base)
+    assert set(unwidened.values()) == {1.0}
+    for (name, w), b, p in zip(wide.named_parameters(), base.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(b, p), name
+        hidden = "_proj.weight" in name
+        assert widened[name] == (0.25 if hidden else 1.0), name
+        torch.testing.assert_close(w, b * (0.5 if hidden else 1.0), msg=name)
+    x = torch.randn(3, 256)
+    torch.testing.assert_close(wide.lm_head(x), x @ wide.lm_head.weight.T / 4)
+    torch.testing.assert_close(base.lm_head(x), x @ base.lm_head.weight.T)
+    assert wide.blocks[0].attn.scale == base.blocks[0].attn.scale == 1 / 32
+    assert plain.blocks[0].attn.scale == 32**-0.5
+
+
+def test_initialisation_has_the_standard_deviations_of_its_name():
+    keys = dict(n_layer=3, n_embd=256, vocab_size=512, block_size=256, init_std=0.05)
+    for init, residual in (("gpt2", 0.05 / 6**0.5), ("normal", 0.05)):
+        for name, p in build_model(config(**keys, init=init)).named_parameters():
+            if p.dim() == 2:  # tens of thousands of draws
+                expected = residual if "o_proj" in name or "down_proj" in name else 0.05
+                assert abs(p.std().item() / expected - 1) < 0.03, (init, name)
+
+
+def test_zero_init_makes_every_block_the_identity_at_first():
+    for init in ("gpt2", "normal", "mup"):
+        m = build_model(config(zero_init_residual=True, init=init, mup_base_width=12)).double()
+        idx = torch.arange(24)[None]
+        x = m.position.embed(m.token_embedding(idx), torch.arange(24))
+        equal(m(idx)[0], m.lm_head(m.final_norm(x)))
+
+
+# ---------------------------------------------------------------- dropout
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "manual"])
 def test_dropout_acts_in_training_alone(backend):
-    model = build_model(config(attention_backend=backend, dropout=0.5))
+    m = build_model(config(attention_backend=backend, dropout=0.5))
     idx = torch.randint(0, 61, (2, 24))
-    model.train()
-    assert not torch.equal(model(idx)[0], model(idx)[0])
-    model.eval()
-    assert torch.equal(model(idx)[0], model(idx)[0])
+    m.train()
+    assert not torch.equal(m(idx)[0], m(idx)[0])
+    m.eval()
+    assert torch.equal(m(idx)[0], m(idx)[0])

@@ -1,0 +1,201 @@
+"""model_positions: position encodings and RoPE's scalings against transformers and the papers' formulas."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from parity import config, draw, equal, equal_with_gradients, randomised
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from model_components import component
+from model_config import POSITION_ENCODING, ROPE_SCALING
+
+
+def position(**keys):
+    c = config(**keys)
+    return component("position_encoding", c)(c)
+
+
+def rope(**keys):
+    return position(position_encoding="rope", **keys)
+
+
+# ---------------------------------------------------------------- on the embeddings
+
+
+@pytest.mark.parametrize("C, T, start", [(48, 24, 0), (48, 1, 23), (7, 24, 0), (1, 3, 5), (2, 1, 0)])
+def test_sinusoidal_positions_are_the_paper_s(C, T, start):
+    """Vaswani et al. 2017, section 3.5: PE(p, 2i) = sin(p / 10000^(2i/C)), PE(p, 2i + 1) = cos of the same."""
+    x, ours = draw(2, T, C), position(position_encoding="sinusoidal", n_embd=C, n_head=1)
+    waves = torch.zeros(T, C, dtype=torch.float64)
+    for t, c in itertools.product(range(T), range(C)):
+        angle = (start + t) / 10000 ** ((c - c % 2) / C)
+        waves[t, c] = math.cos(angle) if c % 2 else math.sin(angle)
+    # our angles are float32
+    equal_with_gradients(ours.embed(x, torch.arange(start, start + T)), x + waves, x, rtol=1e-5, atol=1e-5)
+    assert not list(ours.parameters())
+
+
+def test_learned_positions_are_rows_of_a_table():
+    learned, x = randomised(position(position_encoding="learned_absolute", block_size=10)), draw(2, 3, 48)
+    table = learned.embedding.weight
+    assert table.shape == (10, 48)
+    equal_with_gradients(learned.embed(x, torch.tensor([7, 8, 9])), x + table[7:10], x, table)
+
+
+@pytest.mark.parametrize("name", POSITION_ENCODING)
+def test_a_position_encoding_acts_at_one_place(name):
+    ours, x = position(position_encoding=name), draw(1, 6, 48)
+    q, k, positions = draw(1, 4, 6, 12), draw(1, 4, 6, 12, seed=1), torch.arange(1, 7)
+    if name == "learned_absolute":
+        randomised(ours)
+    embeds = not torch.equal(ours.embed(x, positions), x)
+    turned = ours.rotate(q, k, ours.tables(positions, None))
+    rotates = not (torch.equal(turned[0], q) and torch.equal(turned[1], k))
+    biases = ours.slopes() is not None
+    place = {"learned_absolute": 0, "sinusoidal": 0, "rope": 1, "alibi": 2, "none": None}[name]
+    assert [embeds, rotates, biases] == [place == i for i in range(3)]
+
+
+# ---------------------------------------------------------------- on the scores
+
+
+def test_alibi_slopes_are_the_published_ones():
+    eight = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
+    between = [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]  # of 16 heads every other one, as the authors' code has it
+    for n, slopes in {8: eight, 12: eight + between, 4: [1 / 4, 1 / 16, 1 / 64, 1 / 256], 1: [1 / 256],
+                      2: [1 / 16, 1 / 256], 3: [1 / 16, 1 / 256, 1 / 4]}.items():
+        torch.testing.assert_close(position(position_encoding="alibi", n_head=n, head_dim=4).slopes(),
+                                   torch.tensor(slopes))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 8, 12, 16, 20, 31, 32, 33, 112])
+def test_alibi_slopes_are_transformers(n):
+    slopes = position(position_encoding="alibi", n_head=n, head_dim=4).slopes()
+    theirs = build_alibi_tensor(torch.ones(1, 2), n, torch.float32)[:, 0, 1]  # at position one
+    torch.testing.assert_close(slopes, theirs)
+    assert slopes.dtype == torch.float32 and len(slopes) == n
+
+
+# ---------------------------------------------------------------- on queries and keys
+
+
+def reference_frequencies(scaling, factor, original, theta, head_dim, fraction):
+    """(frequencies, factor on cos and sin) by transformers."""
+    parameters = dict(rope_type=scaling, rope_theta=theta, factor=factor, partial_rotary_factor=fraction,
+                      original_max_position_embeddings=original, low_freq_factor=1.0, high_freq_factor=4.0)
+    if scaling == "none":
+        parameters |= dict(rope_type="linear", factor=1.0)
+    c = LlamaConfig(hidden_size=2 * head_dim, num_attention_heads=2, head_dim=head_dim,
+                    max_position_embeddings=int(original * factor))
+    c.rope_parameters = parameters
+    return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](c)
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+@pytest.mark.parametrize("head_dim, fraction", [(128, 1.0), (64, 1.0), (64, 0.25), (20, 0.5), (12, 1.0), (2, 1.0)])
+@pytest.mark.parametrize("scaling", ROPE_SCALING)
+def test_rope_scalings_are_transformers(scaling, head_dim, fraction, theta):
+    """Also where the original context is shorter than 32 turns of the fastest pair, 2π · 32 = 201 tokens."""
+    for factor, original in itertools.product((1.0, 2.0, 4.0, 8.0, 40.0), (8, 64, 100, 201, 202, 4096, 8192, 32768)):
+        ours = rope(head_dim=head_dim, rope_fraction=fraction, rope_theta=theta, rope_scaling=scaling,
+                    rope_scaling_factor=factor, rope_original_context=original)
+        cos, sin = (t[0].double() for t in ours.tables(torch.tensor([1])))  # no pair turns more than 1 rad a token
+        frequencies, sharper = reference_frequencies(scaling, factor, original, theta, head_dim, fraction)
+        told = f"factor {factor}, original context {original}"
+        # float32 on both sides, a dozen operations
+        torch.testing.assert_close(torch.atan2(sin, cos), frequencies.double(), rtol=2e-6, atol=1e-12,
+                                   msg=lambda m, told=told: f"{told}: {m}")
+        torch.testing.assert_close(torch.hypot(sin, cos), torch.full_like(cos, sharper), rtol=1e-6, atol=0.0)
+
+
+def test_yarn_is_its_paper_s():
+    """Peng et al. 2023: tables times 0.1 ln(s) + 1; what turns over 32 times stays, what does not once slows by s."""
+    keys = dict(head_dim=128, rope_scaling_factor=16.0, rope_original_context=4096)
+    plain, scaled = rope(**keys), rope(**keys, rope_scaling="yarn")
+    one = torch.tensor([1])
+    (c0, s0), (c1, s1) = ([t[0].double() for t in r.tables(one)] for r in (plain, scaled))
+    before, after = torch.atan2(s0, c0), torch.atan2(s1, c1)
+    turns = 4096 * before / (2 * math.pi)
+    ratio = after / before
+    torch.testing.assert_close(ratio[turns > 33], torch.ones_like(ratio[turns > 33]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ratio[turns < 0.9], torch.full_like(ratio[turns < 0.9], 1 / 16), rtol=1e-6, atol=0)
+    assert (ratio.diff() <= 1e-6).all() and 0.4 < ratio[len(ratio) // 2] < 0.7
+    torch.testing.assert_close(torch.hypot(s1, c1), torch.full_like(c1, 0.1 * math.log(16) + 1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scaling", ROPE_SCALING)
+@pytest.mark.parametrize("T, start", [(24, 0), (1, 0), (1, 1000), (7, 100)])
+def test_rope_turns_queries_and_keys_as_transformers(scaling, T, start):
+    parameters = dict(rope_theta=10_000.0, rope_type="default") if scaling == "none" else dict(
+        rope_theta=10_000.0, rope_type=scaling, factor=8.0, original_max_position_embeddings=128, low_freq_factor=1.0,
+        high_freq_factor=4.0)
+    theirs = LlamaRotaryEmbedding(LlamaConfig(hidden_size=96, num_attention_heads=4, head_dim=20,
+                                              max_position_embeddings=1024, rope_parameters=parameters))
+    ours = rope(head_dim=20, rope_scaling=scaling, rope_scaling_factor=8.0, rope_original_context=128)
+    q, k, positions = draw(2, 4, T, 20), draw(2, 2, T, 20, seed=1), torch.arange(start, start + T)
+    turned = ours.rotate(q, k, ours.tables(positions))
+    expected = apply_rotary_pos_emb(q, k, *theirs(q, positions[None]))
+    for a, b, leaf in zip(turned, expected, (q, k), strict=True):
+        equal_with_gradients(a, b, leaf, rtol=1e-6, atol=1e-7 * max(16, start + T))  # angles are float32 in both
+
+
+@pytest.mark.parametrize("head_dim, fraction, R", [(12, 1.0, 12), (20, 0.5, 10), (64, 0.25, 16), (20, 0.33, 6)])
+def test_rope_turns_pairs_in_the_complex_plane(head_dim, fraction, R):
+    """Su et al. 2021: the pair (x_i, x_{i + R/2}), a complex number, times exp(i p theta^(-2i/R)); the rest stays."""
+    ours, positions = rope(head_dim=head_dim, rope_fraction=fraction, rope_theta=100.0), torch.tensor([0, 1, 5, 23])
+    q, k = draw(2, 4, 4, head_dim), draw(2, 1, 4, head_dim, seed=1)
+
+    def reference(x):
+        frequencies = 100.0 ** (-torch.arange(0, R, 2, dtype=torch.float64) / R)
+        turn = torch.polar(torch.ones(4, R // 2, dtype=torch.float64), torch.outer(positions.double(), frequencies))
+        z = torch.complex(x[..., : R // 2], x[..., R // 2 : R]) * turn
+        return torch.cat((z.real, z.imag, x[..., R:]), dim=-1)
+
+    for turned, x in zip(ours.rotate(q, k, ours.tables(positions)), (q, k), strict=True):
+        equal_with_gradients(turned, reference(x), x, rtol=1e-5, atol=1e-5)  # our angles are float32
+        equal(turned[..., R:], x[..., R:])
+
+
+def test_rope_scores_depend_on_distance_alone():
+    ours = rope(head_dim=8)
+    q, k = draw(1, 1, 1, 8), draw(1, 1, 1, 8, seed=1)
+
+    def score(i, j):
+        q_turned, _ = ours.rotate(q, k, ours.tables(torch.tensor([i])))
+        _, k_turned = ours.rotate(q, k, ours.tables(torch.tensor([j])))
+        return (q_turned * k_turned).sum()
+
+    # angles are float32, so agreement is to float32's rounding
+    torch.testing.assert_close(score(3, 10), score(103, 110), rtol=1e-4, atol=1e-5)
+    assert not torch.isclose(score(3, 10), score(3, 11))
+    equal(ours.rotate(q, k, ours.tables(torch.tensor([0])))[0], q)
+
+
+def test_layers_with_a_window_have_their_own_base_and_no_scaling():
+    positions = torch.arange(24)
+    keys = dict(rope_theta=1_000_000.0, sliding_window=5, window_pattern="SL")
+    for scaling in ROPE_SCALING:
+        scaled = dict(rope_scaling=scaling, rope_scaling_factor=4.0, rope_original_context=6)
+        both = rope(**keys, **scaled, rope_theta_local=100.0)
+        one = rope(**keys, **scaled)
+        far, near = rope(rope_theta=1_000_000.0, **scaled), rope(rope_theta=100.0)
+        for window, expected in ((5, near), (None, far)):
+            for a, b in zip(both.tables(positions, window), expected.tables(positions), strict=True):
+                assert torch.equal(a, b)
+        for a, b in zip(one.tables(positions, 5), far.tables(positions), strict=True):
+            assert torch.equal(a, b)  # without a base of their own they are as the others
+
+
+def test_rope_s_angles_are_float32_in_half_precision():
+    ours = rope(head_dim=64)
+    q = torch.randn(1, 1, 1, 64, generator=torch.Generator().manual_seed(0))
+    tables = ours.tables(torch.tensor([4001]))  # bfloat16 would make 4000 of it
+    assert all(t.dtype == torch.float32 for t in tables)
+    half, _ = ours.rotate(q.bfloat16(), q.bfloat16(), tables)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), ours.rotate(q, q, tables)[0], rtol=0.02, atol=0.05)  # bfloat16: 8 bits
