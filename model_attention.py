@@ -319,7 +319,7 @@ class ValueMix(nn.Module):
         self.other = nn.Parameter(torch.empty(1))
 
     def forward(self, v, e):
-        return self.own * v + self.other * e
+        return self.own.to(v.dtype) * v + self.other.to(v.dtype) * e.to(v.dtype)
 
 
 # ---------------------------------------------------------------- generation
@@ -344,6 +344,8 @@ class KVCache:
             k, v = (t if kept is None else torch.cat((kept, t), dim=2) for kept, t in ((self.k, k), (self.v, v)))
             first = max(0, k.shape[2] - (self.window - 1))
             self.k, self.v = k[:, :, first:], v[:, :, first:]
+            if first > self.window:  # a view would hold on to all of a long prompt
+                self.k, self.v = self.k.clone(), self.v.clone()
         else:
             if self.k is None:
                 self.k = k.new_empty(*k.shape[:2], max_len, k.shape[3])

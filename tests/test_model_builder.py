@@ -1,6 +1,7 @@
 """model_builder: every combination builds and learns, from weights that depend on (seed, name) alone."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -235,12 +236,13 @@ def test_weights_of_another_architecture_are_refused_whole():
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
-def test_a_new_norm_is_one_class_and_one_line(tmp_path):
-    """The worked example of docs/ARCHITECTURE.md, done to a copy of the project."""
+def test_a_new_norm_is_one_class_and_one_line(tmp_path, data_dir):
+    """The worked example of docs/ARCHITECTURE.md, done to a copy of the project: nothing else has to be touched."""
     root = Path(__file__).resolve().parent.parent
     for source in root.glob("*.py"):
         shutil.copy(source, tmp_path)
     example = (root / "docs/ARCHITECTURE.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(example.splitlines()) < 20
     cls, line = example.split("# model_config.py, NORMALIZATION\n")
     with open(tmp_path / "model_components.py", "a") as f:
         f.write("\n\n" + cls)
@@ -257,10 +259,17 @@ assert model.parameter_counts()["total"] == sum(p.numel() for p in model.paramet
 assert flops_per_token(model, 8)["train"] > 0
 assert config.unused_keys().get("norm_eps") is None
 import torch
-idx = torch.zeros(1, 8, dtype=torch.long)
-model(idx, idx)[1].backward()
-assert model.final_norm.weight.grad is not None
+from model_memory import MemoryAccount
+saved = MemoryAccount(config, torch.float32, gpu=False).saved_in("final_norm")
+assert saved.per_sequence > 0
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "train.py", "--normalization=scalenorm", "--n_embd=32", "--n_layer=1",
+                           "--block_size=32", "--max_iters=30", "--eval_tokens=512", "--dataset=text", "--device=cpu",
+                           "--mfu_peak=1", f"--data_dir={data_dir}", "--run_name=new"], cwd=tmp_path,
+                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / "runs/new/run.json").read_text())
+    assert run["arch_name"] == "1L-4H-32D-AbsPos-Scale-GELU-PreNorm" and run["results"]["val_loss"] < 5.0  # ln 320 = 5.8
