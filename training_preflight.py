@@ -331,7 +331,7 @@ def time_text(config, target, account, tokens):
 def table_lines(config, rows):
     """The table of needs in GiB, a row for each mode; the run's own is marked with >."""
     head = ["", "GiB per process", *("logits, loss" if f.name == "logits" else f.name for f in fields(Need)), "total",
-            "fits", "largest batch_size"]
+            "fits", "largest"]
     lines = [head]
     for row in rows:
         own = ">" if (row.mode, row.checkpointing) == chosen(config) else ""
@@ -343,7 +343,7 @@ def table_lines(config, rows):
     text = ["  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in
                       enumerate(zip(line, widths, strict=True))) for line in lines]
     return [*text, "",
-            "At the fullest moment of a step of this batch_size; the largest one is exact, to the sequence.",
+            "At the fullest moment of a step of this batch_size. largest: the largest batch_size that fits, exactly.",
             "Where a step is one micro-batch, gradients are made as activations go, and may not be there at that time.",
             "* an estimate: this program cannot do it yet."]
 
