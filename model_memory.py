@@ -4,6 +4,9 @@ Nothing here knows a component: forward and backward pass run under torch's `Fak
 what lives meanwhile is counted as it is made, each storage once. So a new component is in the account without
 stating anything. A storage's bytes are affine in the number of sequences, so two runs tell them for every number.
 
+The tensors pretend to be on the CPU, also where a GPU is: the account is the same on every machine, and no GPU's memory
+is touched. What a GPU's operators save otherwise is imitated (`AsOnGPU`).
+
 All blocks run in the forward pass. Blocks with equal parameters and equal saved bytes are of one kind, and one of
 each kind goes through the backward pass. What is counted are torch's tensors, executed eagerly: torch.compile keeps
 fewer, and what a kernel allocates inside itself is not seen.
@@ -20,6 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -105,7 +109,6 @@ class MemoryAccount:
 
     def __init__(self, config, dtype, gpu):
         self.dtype, self.gpu, self.block_size = dtype, gpu, config.block_size
-        self.device = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
         self.mode = FakeTensorMode()
         self.model = self._fake(config)
         self.sizes = {p: p.numel() * p.element_size() for p in self.model.parameters()}
@@ -121,7 +124,7 @@ class MemoryAccount:
                 for tensors in (module._parameters, module._buffers):
                     for name, t in tensors.items():
                         if t is not None and t not in made:
-                            fake = torch.empty(t.shape, dtype=t.dtype, device=self.device)
+                            fake = torch.empty(t.shape, dtype=t.dtype)
                             made[t] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
                         tensors[name] = made.get(t)
         return model.train()
@@ -170,14 +173,15 @@ class MemoryAccount:
 
     def _loss(self, sequences):
         """The loss of a batch, as the training loop computes it."""
-        idx = torch.zeros(sequences, self.block_size, dtype=torch.long, device=self.device)
+        idx = torch.zeros(sequences, self.block_size, dtype=torch.long)
         with contextlib.ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # of slow kernels, say: that is for the run to tell
-            if self.gpu and self.device.type == "cpu":
+            if self.gpu:
+                stack.enter_context(flex_attention_anywhere())
                 stack.enter_context(AsOnGPU(autocast=self.dtype != torch.float32))
             if self.dtype != torch.float32:
-                stack.enter_context(torch.autocast(self.device.type, dtype=self.dtype))
+                stack.enter_context(torch.autocast("cpu", dtype=self.dtype))
             return self.model(idx, idx)[1]
 
     @cached_property
@@ -415,9 +419,9 @@ def only_blocks(model, shown, live):
 class AsOnGPU(TorchFunctionMode):
     """A context in which operators on fake CPU tensors save what CUDA's do, where the two differ.
 
-    On CUDA, attention with dropout is fused and keeps no weights, dropout keeps a bool for each number, RMSNorm is one
-    kernel and keeps x and one number a row, and autocast runs the functions of `FLOAT32` in float32
-    (ATen/autocast_mode.h; the CPU's list is shorter).
+    On CUDA, attention with dropout is fused and keeps no weights, nor does flex_attention; dropout keeps a bool for
+    each number; RMSNorm is one kernel and keeps x and one number a row; autocast runs the functions of `FLOAT32` in
+    float32 (ATen/autocast_mode.h; the CPU's list is shorter).
     """
 
     FLOAT32 = frozenset(("softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm", "exp", "log", "pow",
@@ -430,17 +434,32 @@ class AsOnGPU(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
-        if name == "scaled_dot_product_attention":
-            if len(args) > 4:
-                args = (*args[:4], 0.0, *args[5:])
-            kwargs.pop("dropout_p", None)
         if self.autocast and name in self.FLOAT32:
             args = [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
-        if function is F.dropout:
-            return native_dropout(*args, **kwargs)
         if name == "rms_norm":
             return FusedRMSNorm.apply(args[0], args[2] if len(args) > 2 else kwargs.get("weight"))
+        if name == "flex_attention":
+            return FusedAttention.apply(*args[:3])
+        if function is F.dropout:
+            return native_dropout(*args, **kwargs)
+        if name == "scaled_dot_product_attention":
+            kwargs.pop("dropout_p", None)
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
         return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def flex_attention_anywhere():
+    """A context in which flex_attention, which trains on CUDA alone and compiles itself, comes to `AsOnGPU`."""
+    plain = {"_validate_device": lambda *tensors: None, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG": True}
+    before = {name: getattr(flex_attention, name) for name in plain}
+    try:
+        for name, value in plain.items():
+            setattr(flex_attention, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(flex_attention, name, value)
 
 
 def native_dropout(x, p=0.5, training=True, inplace=False):
@@ -459,3 +478,18 @@ class FusedRMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+
+
+class FusedAttention(torch.autograd.Function):
+    """The shapes of the flex_attention operator: what it gathers, log-sum-exp and maximum of the scores."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        logsumexp = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, logsumexp)
+        return out, logsumexp, logsumexp.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])

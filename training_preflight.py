@@ -2,7 +2,7 @@
 
 Weights are never allocated and nothing is written. The account of one process comes from `model_memory`; here it is
 shared out over GPUs, held against their memory, and told. A way of sharing is a `Mode`; what `training_parallel`
-does not know yet is not among `AVAILABLE`, is told as an estimate, and `chosen` never returns it.
+does not know yet is not among `AVAILABLE` and told as an estimate; what is known is for `chosen` to choose.
 """
 
 import os
@@ -217,8 +217,9 @@ def advice(account, config, budget, rows):
                 "--batch_size={} --gradient_accumulation_steps={}".format(*smaller))
     other = next((row for row in rows if row.largest and (row.mode is not SINGLE or config.processes == 1)), None)
     if other:
+        there = (other.mode, other.checkpointing) in AVAILABLE
         return (f"no batch_size fits; {described(other.mode, other.checkpointing)} would, up to "
-                f"batch_size={other.largest}, but cannot be asked for yet: until then {SMALLER}")
+                f"batch_size={other.largest}" + ("" if there else f", but is not there yet: until then {SMALLER}"))
     return f"nothing makes it fit on {config.processes} of these: {SMALLER}"
 
 
@@ -309,8 +310,8 @@ def run_lines(config, target, account, data):
                 "step on each process"),
         ("data", data),
         ("device", f"{processes} × {target.name}{asked}: {human_bytes(target.memory)}{power}, {name_of(target.dtype)}"),
-        ("kept aside", f"{human_bytes(target.memory - target.budget)} ({RESERVE:.0%}: CUDA context, workspaces, "
-                       f"fragmentation), leaving {human_bytes(target.budget)}"),
+        ("kept aside", f"{human_bytes(target.memory - target.budget)} ({RESERVE:.0%}: the device's context, "
+                       f"workspaces, fragmentation), leaving {human_bytes(target.budget)}"),
         ("time", time_text(config, target, account, tokens)),
     ]
 
@@ -331,7 +332,7 @@ def time_text(config, target, account, tokens):
 def table_lines(config, rows):
     """The table of needs in GiB, a row for each mode; the run's own is marked with >."""
     head = ["", "GiB per process", *("logits, loss" if f.name == "logits" else f.name for f in fields(Need)), "total",
-            "fits", "largest batch_size"]
+            "fits", "largest"]
     lines = [head]
     for row in rows:
         own = ">" if (row.mode, row.checkpointing) == chosen(config) else ""
@@ -343,7 +344,7 @@ def table_lines(config, rows):
     text = ["  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in
                       enumerate(zip(line, widths, strict=True))) for line in lines]
     return [*text, "",
-            "At the fullest moment of a step of this batch_size; the largest one is exact, to the sequence.",
+            "At the fullest moment of a step of this batch_size. largest: the largest batch_size that fits, exactly.",
             "Where a step is one micro-batch, gradients are made as activations go, and may not be there at that time.",
             "* an estimate: this program cannot do it yet."]
 
