@@ -51,7 +51,7 @@ GPUS = (
     GPU("V100-PCIE-32GB", 32, 250, dict(float16=112)),
     GPU("V100-PCIE", 16, 250, dict(float16=112)),
     GPU("T4", 16, 70, dict(float16=65)),
-    GPU("A10G", 24, 150, dict(bfloat16=70, float16=70, tf32=35)),
+    GPU("A10G", 24, 300, dict(bfloat16=70, float16=70, tf32=35)),
     GPU("A10", 24, 150, dict(bfloat16=125, float16=125)),
     GPU("RTX A6000", 48, 300, dict(bfloat16=154.8, float16=154.8, tf32=77)),
     GPU("RTX 3090", 24, 350, dict(bfloat16=71, float16=71, tf32=35.6)),

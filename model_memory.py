@@ -182,7 +182,7 @@ class MemoryAccount:
                 stack.enter_context(AsOnGPU(autocast=self.dtype != torch.float32))
             if self.dtype != torch.float32:
                 stack.enter_context(torch.autocast("cpu", dtype=self.dtype))
-            return self.model(idx, idx)[1]
+            return self.model(idx, idx, documents=idx)[1]
 
     @cached_property
     def saved(self):

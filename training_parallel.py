@@ -82,12 +82,8 @@ def init(config):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    backend = config.model.options()["attention_backend"]
-    if backend.trains_on and device.type not in backend.trains_on and not config.eval_only:
-        able = [n for n in config.model.able_backends() if not ATTENTION_BACKEND[n].trains_on]
-        raise ConfigError("attention_backend", f"{config.model.attention_backend!r} has no backward pass on "
-                          f"{device.type}: it trains on {' or '.join(backend.trains_on)} "
-                          f"({' or '.join(able)} can here)")
+    if not config.eval_only:
+        check_trainable(config.model, device.type)
     compile = device.type == "cuda" if config.compile is None else config.compile
     if compile and not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++", "gcc", "cl") if c):
         raise ConfigError("compile", "torch.compile needs a C++ compiler and none is on the PATH (--compile=False)")
@@ -132,6 +128,15 @@ def choose_device(name, local_rank):
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device", "'mps': torch sees no Apple GPU here (--device=cpu)")
     return device
+
+
+def check_trainable(model, device_type):
+    """`ConfigError` if the attention backend of the `ModelConfig` has no backward pass on such a device."""
+    trains_on = model.options()["attention_backend"].trains_on
+    if trains_on and device_type not in trains_on:
+        able = [name for name in model.able_backends() if not ATTENTION_BACKEND[name].trains_on]
+        raise ConfigError("attention_backend", f"{model.attention_backend!r} has no backward pass on {device_type}: it "
+                          f"trains on {' or '.join(trains_on)} ({' or '.join(able)} can here)")
 
 
 def choose_dtype(name, device):

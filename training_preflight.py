@@ -242,6 +242,7 @@ def preflight(config):
     if int(os.environ.get("RANK", "0")):
         return 0  # torchrun's first process tells it
     target = find_target(config)
+    parallel.check_trainable(config.model, "cuda" if target.gpu else "cpu")
     config, data = look_at_data(config)
     account = MemoryAccount(config.model, target.dtype, target.gpu)
     rows = table(account, config, target.budget)
