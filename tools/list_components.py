@@ -1,6 +1,6 @@
 """The option space as a table: every option, what it is, what it costs here beside the option it would replace.
 
-    python -m tools.list_components                  # parameters, FLOPs and step time, relative to the defaults
+    python -m tools.list_components                  # parameters, FLOPs, memory and step time, beside the defaults
     python -m tools.list_components --steps=0        # without the measuring, in seconds
 
 Steps (forward, backward, AdamW) of an option and of its baseline are taken in turn and the ratio is of their medians,
@@ -18,6 +18,7 @@ from errors import ArgumentParser, UserError, told_in_one_line
 from model_builder import build_model
 from model_config import AXES, ModelConfig
 from model_flops import flops_per_token
+from model_memory import MemoryAccount
 from training_parallel import choose_device
 
 # Keys that are no axis, each with a value to show.
@@ -82,10 +83,10 @@ def step_ratio(config, baseline, steps, batch_size, device):
 
 
 def account(config):
-    """(parameters, training FLOPs per token) of a model that is not made."""
-    with torch.device("meta"):
-        model = build_model(config)
-    return model.parameter_counts()["total"], flops_per_token(model, config.block_size)["train"]
+    """(parameters, training FLOPs per token, bytes saved for the backward pass per token) of a model not made."""
+    memory = MemoryAccount(config, torch.float32, gpu=True)
+    return (memory.model.parameter_counts()["total"], flops_per_token(memory.model, config.block_size)["train"],
+            memory.saved_in().per_sequence / config.block_size)
 
 
 def main(argv):
@@ -97,7 +98,8 @@ def main(argv):
                                                 else torch.cuda.get_device_name() if device.type == "cuda" else "MPS")
     print(f"Beside {base.arch_name()}, block {args.block_size}, batch {args.batch_size}, {where}. "
           f"It has {account(base)[0]:,} parameters.\n")
-    print(f"{'key':19} {'value':17} {'in the name':12} {'parameters':>11} {'FLOPs':>6} {'step':>6}  what it is")
+    print(f"{'key':19} {'value':17} {'in the name':12} {'parameters':>11} {'FLOPs':>6} {'saved':>6} {'step':>6}  "
+          "what it is")
     fields = {f.name: f for f in dataclasses.fields(ModelConfig)}
     for key, options in {**AXES, **{k: {v: None} for k, v in VALUES.items()}}.items():
         baseline = dataclasses.replace(base, **beside(key))
@@ -107,13 +109,15 @@ def main(argv):
             label = option.label if option else (fields[key].metadata["label"] or "").format(value)
             text = option.help if option else fields[key].metadata["help"].partition(";")[0]
             if getattr(usual, key) == value:
-                print(f"{key:19} {value!s:17} {label:12} {'·':>11} {'·':>6} {'·':>6}  {text}")
+                print(f"{key:19} {value!s:17} {label:12} {'·':>11} {'·':>6} {'·':>6} {'·':>6}  {text}")
                 continue
-            (parameters, flops), (usual_parameters, usual_flops) = account(config), account(baseline)
+            (parameters, *costs), (usual_parameters, *usual_costs) = account(config), account(baseline)
+            flops, saved = (a / b for a, b in zip(costs, usual_costs, strict=True))
             ratio = step_ratio(config, baseline, args.steps, args.batch_size, device)
-            print(f"{key:19} {value!s:17} {label:12} {parameters - usual_parameters:>+11,} {flops / usual_flops:>6.2f} "
+            print(f"{key:19} {value!s:17} {label:12} {parameters - usual_parameters:>+11,} {flops:>6.2f} {saved:>6.2f} "
                   f"{'–' if ratio is None else f'{ratio:.2f}':>6}  {text}", flush=True)
-    print("\n· is the option it is compared with; – is not timed. FLOPs of training by the PaLM convention.")
+    print("\n· is the option it is compared with; – is not timed. FLOPs: of training, by the PaLM convention. saved: "
+          "bytes\nfor the backward pass per token, on a GPU, in float32. step: time of a training step.")
 
 
 if __name__ == "__main__":
