@@ -7,7 +7,7 @@ little of it, its documents to `write_dataset` (see data/pycode).
 """
 
 import collections
-import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import fcntl
 import hashlib
@@ -38,6 +38,7 @@ from data_writer import (
     find_duplicates,
     finish_part,
     first_problem,
+    is_done,
     part_path,
     publish,
     remove_stale,
@@ -111,9 +112,9 @@ def write_dataset(out_dir, tokenizer, documents, *, source, skipped=None, separa
     with written(out_dir):
         try:
             work.mkdir()
-            refused = encode_part(part_path(work, 0), documents, tokenizer, recipe, refusals)
+            refused = encode_part(work / "all", documents, tokenizer, recipe, refusals)
             left_out = {**(skipped or {}), **refusals}
-            meta = build(Path(out_dir), work, 1, tokenizer, recipe, source, left_out, refused, extras)
+            meta = build(Path(out_dir), work, [work / "all"], tokenizer, recipe, source, left_out, refused, extras)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     print(summary(meta, time.perf_counter() - started, out_dir))
@@ -127,19 +128,19 @@ def prepare(out_dir, tokenizer, parts, *, source, recipe=None, workers=None, sha
     goes on with the others. What comes out does not depend on workers. Other arguments and errors as `write_dataset`.
     """
     recipe, out_dir, started = recipe or Recipe(), Path(out_dir), time.perf_counter()
-    workers = min(workers or cores(), len(parts))
-    identity = [tokenizer.to_meta(), asdict(recipe), [part.identity() for part in parts]]
-    key = hashlib.sha256(json.dumps(identity, default=repr).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([tokenizer.to_meta(), asdict(recipe)], default=repr).encode()).hexdigest()[:16]
     work = out_dir / f".parts.{key}.tmp"
     with written(out_dir, kept=True), locked(work):
-        todo = [i for i in range(len(parts)) if not part_path(work, i).with_suffix(".json").exists()]
-        if len(todo) < len(parts):
-            print(f"going on: {len(parts) - len(todo)} of {len(parts)} parts were done", flush=True)
-        encode_parts(work, parts, todo, tokenizer, recipe, workers)
-        left_out, refused = tallied(work, len(parts))
+        paths = [part_path(work, part) for part in parts]
+        todo = {path: part for path, part in zip(paths, parts, strict=True) if not is_done(path)}
+        done = sum(map(is_done, paths))
+        if done:
+            print(f"going on: {done} of {len(parts)} parts were done", flush=True)
+        encode_parts(todo, tokenizer, recipe, min(workers or cores(), len(todo)), Progress(len(parts), done))
+        left_out, refused = tallied(paths)
         extras = {"recipe": {**asdict(recipe), "filters": {k: str(v) for k, v in recipe.filters.items()}}, **extras}
         try:
-            meta = build(out_dir, work, len(parts), tokenizer, recipe, source, left_out, refused, extras, shard_tokens)
+            meta = build(out_dir, work, paths, tokenizer, recipe, source, left_out, refused, extras, shard_tokens)
         except DataError:  # no split can be empty: to do it again would end the same
             shutil.rmtree(work, ignore_errors=True)
             raise
@@ -179,15 +180,15 @@ def locked(work):
         os.close(descriptor)
 
 
-def build(out_dir, work, count, tokenizer, recipe, source, left_out, refused, extras, shard_tokens=SHARD_TOKENS):
+def build(out_dir, work, paths, tokenizer, recipe, source, left_out, refused, extras, shard_tokens=SHARD_TOKENS):
     """Assemble the parts into shards and publish them with their meta.json, which is returned."""
     dtype = dtype_for(tokenizer.vocab_size)
     splits = {name: Split(out_dir, name, DTYPES[dtype], shard_tokens) for name in SPLITS}
     try:
-        drop = find_duplicates(work, count) if recipe.deduplicate else ()
+        drop = find_duplicates(work, paths) if recipe.deduplicate else ()
         if recipe.deduplicate:
             left_out = {**left_out, "duplicate": int(drop.sum())}
-        assemble(work, count, splits, drop)
+        assemble(paths, splits, drop)
         for name, split in splits.items():
             split.finish()
             if not split.tokens:
@@ -207,6 +208,7 @@ def build(out_dir, work, count, tokenizer, recipe, source, left_out, refused, ex
 
 # ---- the parts, over several processes ----
 
+SPAWN = multiprocessing.get_context("spawn")  # the same on every system, and nothing inherited by accident
 worker = {}  # what a worker process keeps from its start: tokenizer, recipe, counters
 
 
@@ -232,27 +234,18 @@ def encoded(path, part, tokenizer, recipe, advance):
     return skipped, refused
 
 
-def encode_parts(work, parts, todo, tokenizer, recipe, workers):
-    """Encode the parts numbered in `todo`. The first that fails ends it, after those under way."""
-    context = multiprocessing.get_context("spawn")
-    counters = context.Array("Q", 2)
-    progress = Progress(len(parts), len(parts) - len(todo), counters)
+def encode_parts(todo, tokenizer, recipe, workers, progress):
+    """Encode the parts of `todo` {path: part}. The first that fails ends it, after those under way."""
     try:
         if workers <= 1:
-            def advance(tokens, size):
-                counters[0] += tokens
-                counters[1] += size
-                progress.show()
-
-            for number in todo:
-                path = part_path(work, number)
-                finish_part(path, *encoded(path, parts[number], tokenizer, recipe, advance))
+            for path, part in todo.items():
+                finish_part(path, *encoded(path, part, tokenizer, recipe, progress.advance))
                 progress.part_done()
             return
-        pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_worker,
-                                                      (tokenizer.to_meta(), recipe, counters))
+        pool = concurrent.futures.ProcessPoolExecutor(workers, SPAWN, start_worker,
+                                                      (tokenizer.to_meta(), recipe, progress.counters))
         with pool:
-            pending = {pool.submit(encode_one, part_path(work, number), parts[number]) for number in todo}
+            pending = {pool.submit(encode_one, path, part) for path, part in todo.items()}
             try:
                 while pending:
                     done, pending = concurrent.futures.wait(pending, 0.5, concurrent.futures.FIRST_COMPLETED)
@@ -264,8 +257,8 @@ def encode_parts(work, parts, todo, tokenizer, recipe, workers):
                 pool.shutdown(cancel_futures=True)
                 raise
     except concurrent.futures.process.BrokenProcessPool:
-        raise DataError(f"{work.parent}: a worker process was killed, out of memory perhaps (the parts done are kept: "
-                        "the same command goes on, with fewer --workers)") from None
+        raise DataError("a worker process was killed, out of memory perhaps (the parts done are kept: the same command "
+                        "goes on, with fewer --workers)") from None
     except DataError as error:
         raise DataError(f"{error} (the parts done are kept: the same command goes on)") from None
     finally:
@@ -273,12 +266,21 @@ def encode_parts(work, parts, todo, tokenizer, recipe, workers):
 
 
 class Progress:
-    """One line on a terminal, rewritten; in a file, a line now and then. Silent for what takes a moment."""
+    """One line on a terminal, rewritten; in a file, a line now and then. Silent for what takes a moment.
 
-    def __init__(self, total, done, counters):
-        self.total, self.done, self.counters = total, done, counters
+    total, done: parts. counters: tokens and bytes since the start, of all processes.
+    """
+
+    def __init__(self, total, done):
+        self.total, self.done, self.counters = total, done, SPAWN.Array("Q", 2)
         self.started = self.shown = time.perf_counter()
         self.live = sys.stderr is not None and sys.stderr.isatty()
+
+    def advance(self, tokens, size):
+        """Count what this process did, and show it."""
+        self.counters[0] += tokens
+        self.counters[1] += size
+        self.show()
 
     def part_done(self):
         self.done += 1

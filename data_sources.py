@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tokenizer import first_line, needed
-from errors import DataError, did_you_mean
+from errors import DataError, UserError, did_you_mean
 
 PART_BYTES = 32 * 2**20  # of files: what a process reads at a time, and at most loses when it is killed
 MAX_DOCUMENT = 64 * 2**20  # bytes; a longer text file is cut at line ends into several documents
@@ -148,9 +148,10 @@ def lines(file, piece, skipped=None):
 
     skipped: where to count the long lines that are left out; None: slice them.
     """
-    position = first_line_start(file, piece.start)
-    stop = None if piece.stop is None else first_line_start(file, piece.stop)
-    file.seek(position)
+    position, stop = 0, None
+    if piece.stop is not None:  # a packed file, which cannot be entered in the middle, is one piece
+        position, stop = first_line_start(file, piece.start), first_line_start(file, piece.stop)
+        file.seek(position)
     while stop is None or position < stop:
         line = file.readline(MAX_DOCUMENT)
         if not line:
@@ -198,7 +199,8 @@ def text_documents(piece, text_key, skipped):
                 held, size = [whole[cut:]], len(whole) - cut
             held.append(line)
             size += len(line)
-        yield from decoded(held, skipped)
+        if held:
+            yield from decoded(held, skipped)
 
 
 def decoded(pieces, skipped):
@@ -294,11 +296,11 @@ class HubPart:
 
     def documents(self, skipped):
         """Goes on where it stopped when the network fails; `DataError` after ATTEMPTS failures in a row."""
-        shard = hub_dataset(self.arguments).shard(self.count, self.index)
         state, failures, rows = None, 0, None
         while True:
             try:
                 if rows is None:
+                    shard = hub_dataset(self.arguments).shard(self.count, self.index)
                     if state is not None:
                         shard.load_state_dict(state)
                     rows = iter(shard)
@@ -326,7 +328,13 @@ class HubPart:
 def hub_parts(path, name=None, split="train", text_key="text", into=None, **more):
     """The parts of a dataset on the Hugging Face hub (or of local files: path "json", data_files=…), one a file."""
     arguments = tuple(sorted({"path": path, "name": name, "split": split, **more}.items()))
-    count = hub_dataset(arguments).num_shards
+    try:
+        count = hub_dataset(arguments).num_shards
+    except UserError:
+        raise
+    except Exception as error:  # no network, no such dataset, another layout of its files: the library's many kinds
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(f"{name_of(arguments)}: cannot be opened: {problem}") from None
     return [HubPart(arguments, text_key, i, count, into) for i in range(count)]
 
 
@@ -358,13 +366,9 @@ def text_of(source, url, sha256):
 
 
 def hub_dataset(arguments):
-    """The streamed dataset; `DataError` if it cannot be reached."""
-    datasets = needed("datasets")
-    try:
-        return datasets.load_dataset(**{k: list(v) if type(v) is tuple else v for k, v in arguments}, streaming=True)
-    except Exception as error:  # no network, no such dataset, another one's file layout: the library's many kinds
-        problem = f"{type(error).__name__}: {first_line(error)}"
-        raise DataError(f"{name_of(arguments)}: cannot be opened: {problem}") from None
+    """The dataset, streamed. Raises what the library raises."""
+    arguments = {k: list(v) if type(v) is tuple else v for k, v in arguments}
+    return needed("datasets").load_dataset(**arguments, streaming=True)
 
 
 def name_of(arguments):

@@ -112,8 +112,13 @@ def finish_part(path, skipped, refused):
     write_json(f"{path}.json", {"skipped": dict(skipped), "refused": refused})
 
 
-def part_path(work, number):
-    return work / f"{number:07}"
+def part_path(work, part):
+    """Where a part's files stand: by its content, so that a file that changed is read again, and no other."""
+    return work / hashlib.sha256(json.dumps(part.identity()).encode()).hexdigest()[:32]
+
+
+def is_done(path):
+    return os.path.exists(f"{path}.json")
 
 
 def mapped(path, dtype):
@@ -121,9 +126,9 @@ def mapped(path, dtype):
     return np.memmap(path, dtype, "r").view(np.ndarray) if os.path.getsize(path) else np.empty(0, dtype)
 
 
-def find_duplicates(work, count):
-    """Which of all parts' documents stood there before: a bool array on the disk, one for each row of the indices."""
-    rows = [os.path.getsize(f"{part_path(work, i)}.index") // ROW.itemsize for i in range(count)]
+def find_duplicates(work, paths):
+    """Which of the parts' documents stood there before: a bool array on the disk, one for each row of the indices."""
+    rows = [os.path.getsize(f"{path}.index") // ROW.itemsize for path in paths]
     total = sum(rows)
     if not total:
         return np.zeros(0, bool)
@@ -131,12 +136,12 @@ def find_duplicates(work, count):
     buckets = -(-total // DEDUP_ROWS)
     for bucket in range(buckets):
         found, numbers, first = [], [], 0
-        for i in range(count):
-            digests = mapped(f"{part_path(work, i)}.index", ROW)["digest"]
+        for path, n in zip(paths, rows, strict=True):
+            digests = mapped(f"{path}.index", ROW)["digest"]
             mine = np.flatnonzero(digests[:, 0] // 2**32 % buckets == bucket) if buckets > 1 else slice(None)
             found.append(digests[mine])
-            numbers.append(np.arange(first, first + rows[i])[mine])
-            first += rows[i]
+            numbers.append(np.arange(first, first + n)[mine])
+            first += n
         found, numbers = np.concatenate(found), np.concatenate(numbers)
         order = np.lexsort((numbers, found[:, 1], found[:, 0]))  # of equal ones, the first of the corpus stays
         ordered = found[order]
@@ -144,12 +149,11 @@ def find_duplicates(work, count):
     return drop
 
 
-def assemble(work, count, splits, drop):
-    """Copy the documents of all parts that stay into `splits` {name: Split}, in the order of the corpus."""
+def assemble(paths, splits, drop):
+    """Copy the documents of the parts that stay into `splits` {name: Split}, in the order of the corpus."""
     first = 0
-    for i in range(count):
-        ids, index = mapped(f"{part_path(work, i)}.ids", splits["train"].dtype), mapped(f"{part_path(work, i)}.index",
-                                                                                        ROW)
+    for path in paths:
+        ids, index = mapped(f"{path}.ids", splits["train"].dtype), mapped(f"{path}.index", ROW)
         at = row = 0
         while row < len(index):
             rows = index[row:row + 2**16]
@@ -270,11 +274,12 @@ def remove_stale(out_dir):
                     path.unlink()
 
 
-def tallied(work, count):
-    """(Counter of what all parts left out, why the first document was refused or None), from the parts' .json."""
+def tallied(paths):
+    """(Counter of what the parts left out, why the first document was refused or None), from their .json."""
     skipped, refused = collections.Counter(), None
-    for i in range(count):
-        done = json.loads((part_path(work, i).with_suffix(".json")).read_bytes())
+    for path in paths:
+        with open(f"{path}.json", "rb") as file:
+            done = json.load(file)
         skipped.update(done["skipped"])
         refused = refused or done["refused"]
     return skipped, refused
