@@ -74,8 +74,12 @@ def not_prepared(dataset, data_dir=None):
 
 
 def is_bare(directory):
-    """Whether a dataset is two files of tokens that nothing describes, as nanoGPT leaves them."""
-    return all((directory / f"{split}.bin").exists() for split in SPLITS) and not (directory / "meta.json").exists()
+    """Whether a dataset is two files of tokens that nothing describes, as nanoGPT leaves them.
+
+    What a killed `prepare` leaves may look so too, but for its work directory.
+    """
+    return (all((directory / f"{split}.bin").exists() for split in SPLITS) and not (directory / "meta.json").exists()
+            and not any(directory.glob(".parts.*.tmp")))
 
 
 def ensure(dataset, data_dir=None):

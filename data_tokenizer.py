@@ -22,6 +22,7 @@ from errors import DataError, UserError, did_you_mean, shown
 ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")  # tiktoken's, fetched once, then cached
 # How an exported SentencePiece BPE is split before merging: in front of spaces, across which it has no pieces either.
 SPACES_AND_WORD = r" *[^ ]+| +"
+UNNAMED = "unnamed"  # the tokenizer of bare token files of which only the vocabulary's size is known
 # The names under which tokenizer.json files have a token that ends a document, the most specific first.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 
@@ -234,6 +235,9 @@ def from_meta(meta):
     """The tokenizer that `meta` (the "tokenizer" entry of a meta.json) describes. `DataError` if there is none."""
     arguments = dict(meta)
     name = arguments.pop("name", None)
+    if name == UNNAMED:
+        raise DataError("nobody named the tokenizer of these token files (train with --tokenizer=… instead of "
+                        "--vocab_size to have text)")
     if name not in TOKENIZERS:
         raise DataError(f"tokenizer {name!r} is unknown{did_you_mean(name, TOKENIZERS)}")
     try:
