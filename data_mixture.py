@@ -169,18 +169,19 @@ def check_epochs(mixture, windows, max_epochs, max_iters, sequences_per_step):
         return
     if isinstance(max_epochs, dict) and (strangers := sorted(set(max_epochs) - set(windows))):
         raise ConfigError("max_epochs", f"{strangers[0]} is not among the sources ({', '.join(sorted(windows))})")
-    needed = mixture.served(max_iters * sequences_per_step)
-    for name, count in needed.items():
-        most = max_epochs.get(name) if isinstance(max_epochs, dict) else max_epochs
-        if most is None or count <= most * windows[name]:
-            continue
-        wrong = f"{name} would be read {count / windows[name]:.3g} times by step {max_iters}, and may be {most:g} times"
-        steps = largest(lambda n, name=name, room=most * windows[name]:
-                        mixture.served(n * sequences_per_step)[name] <= room, max_iters)
-        share = most * windows[name] / (max_iters * sequences_per_step)
-        mend = f"max_iters at most {steps}" if len(mixture.phases) > 1 or len(windows) == 1 else \
-            f"max_iters at most {steps}, or a ratio of {name} of at most {share:.4g} of the whole"
-        raise ConfigError("max_epochs", f"{wrong} ({mend})")
+    limits = max_epochs if isinstance(max_epochs, dict) else dict.fromkeys(windows, max_epochs)
+    room = {name: most * windows[name] for name, most in limits.items()}
+
+    def too_many(steps):
+        served = mixture.served(steps * sequences_per_step)
+        return {name: served[name] for name in room if served[name] > room[name]}
+
+    for name, count in too_many(max_iters).items():
+        mend = f"max_iters at most {largest(lambda steps: not too_many(steps), max_iters)}"
+        if len(mixture.phases) == 1 and len(windows) > 1:
+            mend += f", or {name} at most {room[name] / (max_iters * sequences_per_step):.4g} of the whole"
+        raise ConfigError("max_epochs", f"{name} would be read {count / windows[name]:.3g} times by step {max_iters}, "
+                                        f"and may be {limits[name]:g} times ({mend})")
 
 
 def largest(holds, most):
