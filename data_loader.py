@@ -78,7 +78,7 @@ def open_dataset(dataset, data_dir=None, tokenizer=None, vocab_size=None):
     """
     directory, remedy = dataset_dir(dataset, data_dir), f"(run {prepare_command(dataset, data_dir)} again)"
     if is_bare(directory):
-        return open_bare(dataset, directory, tokenizer, vocab_size)
+        return open_bare(dataset, directory, load_tokenizer(tokenizer) if tokenizer else None, vocab_size)
     if not (directory / "meta.json").exists():
         raise not_prepared(dataset, data_dir)
     try:
@@ -98,16 +98,15 @@ def open_dataset(dataset, data_dir=None, tokenizer=None, vocab_size=None):
     return Dataset(dataset, directory, meta, shards, remedy)
 
 
-def open_bare(dataset, directory, tokenizer, vocab_size):
+def open_bare(dataset, directory, tokenizer=None, vocab_size=None):
     """The `Dataset` of a train.bin and val.bin without a meta.json, as nanoGPT's prepare.py leaves them.
 
-    Its bytes are counted by decoding val, up to COUNTED_TOKENS of it, where the tokenizer is known.
+    Where the tokenizer is known its bytes are counted by decoding, or, beyond COUNTED_TOKENS, estimated from those.
     """
     if tokenizer is None and vocab_size is None:
         raise DataError(f"{directory}: has train.bin and val.bin and no meta.json: say what they hold, "
                         "--tokenizer=gpt2 or --vocab_size=N (python -m tools.convert_nanogpt_meta writes it down)")
-    known = load_tokenizer(tokenizer) if tokenizer else None
-    vocab_size = known.vocab_size if known else vocab_size
+    vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
     dtype = DTYPES[dtype_for(vocab_size)]
     shards, splits = {}, {}
     for split in SPLITS:
@@ -119,14 +118,14 @@ def open_bare(dataset, directory, tokenizer, vocab_size):
         shards[split] = [open_shard(path, entry, dtype, vocab_size, verify=False)]
         if size <= VERIFY_BYTES:
             check_ids(shards[split][0], vocab_size, path, "(another --tokenizer or --vocab_size?)")
-        splits[split] = {"tokens": size // dtype.itemsize, "bytes": None, "documents": None,
+        splits[split] = {"tokens": size // dtype.itemsize, "bytes": None, "documents": 1,
                          "files": {path.name: entry}}
-    if known:
-        sample = shards["val"][0][:COUNTED_TOKENS]
-        held = len(known.decode(sample.tolist()).encode())
-        splits["val"]["bytes"] = round(held * splits["val"]["tokens"] / len(sample))
-    meta = {"schema_version": SCHEMA_VERSION, "tokenizer": known.to_meta() if known else {"name": UNNAMED},
-            "vocab_size": vocab_size, "eot": known.eot if known else None, "dtype": dtype_for(vocab_size),
+        if tokenizer:
+            sample = shards[split][0][:COUNTED_TOKENS]
+            held = len(tokenizer.decode(sample.tolist()).encode())
+            splits[split]["bytes"] = round(held * splits[split]["tokens"] / len(sample))
+    meta = {"schema_version": SCHEMA_VERSION, "tokenizer": tokenizer.to_meta() if tokenizer else {"name": UNNAMED},
+            "vocab_size": vocab_size, "eot": tokenizer.eot if tokenizer else None, "dtype": dtype_for(vocab_size),
             "source": "token files without a meta.json", "splits": splits, "skipped": {}}
     return Dataset(dataset, directory, meta, shards, "(another --tokenizer or --vocab_size?)")
 

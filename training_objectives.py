@@ -43,7 +43,6 @@ class LanguageModeling:
                          for name in self.mixture.names}
         self.dataset = first = next(iter(self.datasets.values()))
         for name, dataset in self.datasets.items():
-            val_windows(dataset, block_size)  # a split too short is told now, not after an hour
             if dataset.meta["tokenizer"] != first.meta["tokenizer"]:
                 mine, theirs = (describe(d.meta["tokenizer"]) for d in (dataset, first))
                 raise DataError(f"datasets {first.name!r} ({theirs}) and {name!r} ({mine}) have different tokenizers: "
@@ -59,6 +58,8 @@ class LanguageModeling:
             self.sources = {name: source(dataset, source_seed(config.seed, name), block_size, *shape)
                             for name, dataset in self.datasets.items()}
             self.batches = MixedBatches(self.sources, self.mixture, *shape)
+        for dataset in self.datasets.values():
+            val_windows(dataset, block_size)  # a split too short is told now, not after an hour
         if not config.eval_only:
             check_epochs(self.mixture, {name: b.n_windows for name, b in self.sources.items()}, config.max_epochs,
                          config.max_iters, self.sequences_per_step)

@@ -460,7 +460,7 @@ def test_bare_token_files_need_a_tokenizer_or_a_vocabulary(tmp_path):
     assert "--tokenizer=gpt2 or --vocab_size=N" in message and "convert_nanogpt_meta" in message
     d = open_dataset("x", tmp_path, tokenizer="byte")
     assert (d.vocab_size, d.meta["eot"], d.tokens("val")) == (257, 256, len(text.encode()))
-    assert d.bytes_per_token("val") == 1 and d.bytes_per_token("train") is None
+    assert d.bytes_per_token("val") == d.bytes_per_token("train") == 1
     unnamed = open_dataset("x", tmp_path, vocab_size=256)
     assert unnamed.vocab_size == 256 and unnamed.bytes_per_token("val") is None
     assert same(TrainBatches(unnamed, 0, 8, 4).micro_batch(3), TrainBatches(d, 0, 8, 4).micro_batch(3))
