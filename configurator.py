@@ -168,8 +168,8 @@ class Config:
             unused |= dict.fromkeys(("lr_schedule", "min_lr", "lr_decay_iters"), "the run ends before the warm-up does")
         if self.eval_only:
             training = [f.name for f in dataclasses.fields(self) if f.metadata.get("group") == "optimization"]
-            training += ["gradient_accumulation_steps", "eval_interval", "checkpoint_interval", "log_interval",
-                         "gradient_log_interval", "mfu_peak"]
+            training += ["max_epochs", "packing", "gradient_accumulation_steps", "eval_interval", "checkpoint_interval",
+                         "log_interval", "gradient_log_interval", "mfu_peak"]
             unused |= dict.fromkeys((*training, "dropout"), "eval_only trains nothing")
         if self.dtype in ("bfloat16", "float16"):
             unused["tf32"] = f"dtype is {self.dtype}"

@@ -88,9 +88,11 @@ def ensure(dataset, data_dir=None):
     Of the processes of one run, let one call this and the others wait.
     """
     directory = dataset_dir(dataset, data_dir)
-    if (directory / "meta.json").exists() or is_bare(directory):
+    if (directory / "meta.json").exists():
         return
     if dataset != EMBEDDED:
+        if is_bare(directory):
+            return  # `open_dataset` asks what the files hold
         raise not_prepared(dataset, data_dir)
     print(f"preparing {dataset} in {directory}: once, a few seconds", flush=True)
     command = [sys.executable, ROOT / "data" / dataset / "prepare.py", "--out_dir", directory]
@@ -328,7 +330,7 @@ def command_parser(description, out_dir, tokenizer="gpt2", val_fraction=0.01):
     parser = ArgumentParser(description=description)
     parser.add_argument("--out_dir", type=Path, default=out_dir, help="where the files go")
     parser.add_argument("--tokenizer", default=tokenizer,
-                        help="byte, gpt2, cl100k_base, o200k_base, or a file: *.model, *.tiktoken, tokenizer.json")
+                        help="byte, char, gpt2, cl100k_base, o200k_base, or a file: *.model, *.tiktoken, *.json")
     parser.add_argument("--val_fraction", type=float, default=val_fraction,
                         help="share of the documents that is for validation")
     parser.add_argument("--workers", type=int, help="processes; None: one a core")

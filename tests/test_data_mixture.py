@@ -222,6 +222,8 @@ def test_a_mixed_run_accounts_for_every_token_and_resumes_bit_for_bit(tmp_path, 
     assert (tmp_path / "runs/cut/model.safetensors").read_bytes() == \
         (tmp_path / "runs/whole/model.safetensors").read_bytes()
     assert json.loads((tmp_path / "runs/cut/run.json").read_text())["results"]["tokens_per_source"] == served
+    compared = run_python(ROOT / "compare_architectures.py", cwd=tmp_path)
+    assert compared.returncode == 0 and "whole" in compared.stdout and "finished" in compared.stdout
 
 
 def test_one_dataset_in_a_mixture_is_that_dataset(corpora):
