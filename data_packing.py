@@ -8,7 +8,7 @@ is never a target. The plan is made once, at start, which reads the split, and h
 import numpy as np
 import torch
 
-from data_loader import GlobalBatches, check_ids, permute, scramble
+from data_loader import GlobalBatches, advise, check_ids, permute, scramble
 from errors import DataError
 
 IGNORED = -1  # the target that the loss leaves out
@@ -30,7 +30,11 @@ class PackedBatches(GlobalBatches):
                             "none (packing='stream')")
         self.shards = dataset.shards["train"]
         self.shard_ends = np.cumsum([len(tokens) for tokens in self.shards])
+        for tokens in self.shards:
+            advise(tokens, "MADV_SEQUENTIAL")
         starts, lengths = pieces_of(self.shards, self.eot, block_size)
+        for tokens in self.shards:
+            advise(tokens, "MADV_RANDOM")
         if not len(lengths):
             raise DataError(f"the train split of dataset {dataset.name!r} has no document of two tokens")
         bins, self.n_windows = best_fit(lengths, block_size + 1)

@@ -344,6 +344,7 @@ def command_parser(description, out_dir, tokenizer="gpt2", val_fraction=0.01):
 def parse(parser):
     """The parsed command line; `UserError` for a value out of range, before anything is read."""
     args = parser.parse_args()
+    sys.path.append(os.getcwd())  # where a user's --filter callable=module:function stands
     args.filters = parse_filters(args.filter)
     for name, ok, range_ in (("val_fraction", 0 < args.val_fraction < 1, "above 0 and below 1"),
                              ("workers", args.workers is None or args.workers >= 1, "at least 1"),

@@ -23,7 +23,7 @@ from data_tokenizer import first_line, needed
 from errors import DataError, UserError, did_you_mean
 
 PART_BYTES = 32 * 2**20  # of files: what a process reads at a time, and at most loses when it is killed
-MAX_DOCUMENT = 64 * 2**20  # bytes; a longer text file is cut at line ends into several documents
+MAX_DOCUMENT = 16 * 2**20  # bytes; a longer text file is cut at line ends into several documents
 ATTEMPTS = 5  # to go on after a failure of the network
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")  # Tiny Shakespeare, its sha256

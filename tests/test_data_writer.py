@@ -273,11 +273,10 @@ def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(tmp_path, corp
     (tmp_path / "fault.py").write_text("import os\ndef keep(text):\n    if text.startswith('20 7 '):\n"
                                        "        os.kill(os.getpid(), 9)\n    return True\n")
     flags = ["--workers=2", "--filter=callable=fault:keep"]
-    env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    died = run_python(*small_parts(corpus, out, *flags), env=env)
+    died = run_python(*small_parts(corpus, out, *flags), cwd=tmp_path)
     assert died.returncode == 2 and died.stderr.count("\n") == 1 and "a worker process was killed" in died.stderr
     (tmp_path / "fault.py").write_text("def keep(text):\n    return True\n")
-    again = run_python(*small_parts(corpus, out, *flags), env=env)
+    again = run_python(*small_parts(corpus, out, *flags), cwd=tmp_path)
     assert again.returncode == 0 and "parts were done" in again.stdout, again.stderr
     assert sorted(tree(out)) == ["meta.json", "train.bin", "val.bin"]
 
