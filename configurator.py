@@ -124,14 +124,14 @@ class Config:
         if not steps or steps[0] != 0 or sorted(set(steps)) != steps or steps[-1] > 10**12:
             raise ConfigError(name, f"the phases start at the steps {steps}, not at 0 and then later and later")
         for _, shares in self.phases():
-            if not any(shares.values()):
-                raise ConfigError(name, f"{shown(shares)} leaves nothing to read (a share above 0)")
             for source, share in shares.items():
                 if type(source) is not str or not source or not source.isprintable():
                     raise ConfigError(name, f"{shown(source)} is not the name of a dataset")
                 check_folder_name(name, source)
                 if type(share) not in (int, float) or not 0 <= share < float("inf"):
                     raise ConfigError(name, f"the share of {source} is {shown(share)}, not a number from 0 on")
+            if not any(shares.values()):
+                raise ConfigError(name, f"{shown(shares)} leaves nothing to read (a share above 0)")
         most = self.max_epochs
         for number in most.values() if isinstance(most, dict) else () if most is None else (most,):
             if type(number) not in (int, float) or not 0 < number < float("inf"):
@@ -365,7 +365,10 @@ def typed(name, value, where):
             raise UserError(f"{where}: {name}: {shown(value)} is not a Python dict or list (for the shell, in quotes: "
                             f"--{name}=\"{{'a': 0.7, 'b': 0.3}}\")") from None
     if type(value) in (dict, list, tuple):
-        value = as_json(value)
+        try:
+            value = as_json(value)
+        except RecursionError:
+            raise UserError(f"{where}: {name}: is nested too deeply") from None
     try:
         check_value(KEYS[name], TYPES[name], value)
     except ConfigError as error:

@@ -24,7 +24,7 @@ def exact_shares(ratios):
     exact = {}
     for name, ratio in ratios.items():
         simple = Fraction(ratio).limit_denominator(1000)
-        exact[name] = simple if abs(simple - Fraction(ratio)) < 1e-9 else Fraction(str(ratio))
+        exact[name] = simple if abs(simple - Fraction(ratio)) * 10**9 <= ratio else Fraction(str(ratio))
     total = sum(exact.values())
     return {name: ratio / total for name, ratio in exact.items()}
 

@@ -136,7 +136,7 @@ def prepare(out_dir, tokenizer, parts, *, source, recipe=None, workers=None, sha
     recipe, out_dir, started = recipe or Recipe(), Path(out_dir), time.perf_counter()
     key = hashlib.sha256(json.dumps([tokenizer.to_meta(), asdict(recipe)], default=repr).encode()).hexdigest()[:16]
     work = out_dir / f".parts.{key}.tmp"
-    with written(out_dir, kept=True), locked(work):
+    with written(out_dir, work), locked(work):
         paths = [part_path(work, part) for part in parts]
         todo = {path: part for path, part in zip(paths, parts, strict=True) if not is_done(path)}
         done = sum(map(is_done, paths))
@@ -161,11 +161,14 @@ def cores():
 
 
 @contextlib.contextmanager
-def written(out_dir, kept=False):
-    """Around whatever writes below `out_dir`: the folder is there, and what fails there is told in one line."""
+def written(out_dir, kept=None):
+    """Around whatever writes below `out_dir`: the folder is there, and what fails there is told in one line.
+
+    kept: a work directory that stays, however long ago its process was killed.
+    """
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
-        remove_stale(Path(out_dir))
+        remove_stale(Path(out_dir), kept)
         yield
     except OSError as error:
         goes_on = "; what was done is kept, the same command goes on" if kept else ""

@@ -80,18 +80,16 @@ def files_parts(patterns, text_key="text"):
         if not found:
             raise DataError(f"{pattern}: no such file (a pattern in quotes: 'docs/**/*.txt')")
         paths.update(found)
-    parts, small, held = [], [], 0
+    groups, held = [[]], 0  # of pieces, each a part
     for path in sorted(paths):
-        pieces = list(pieces_of(path))
-        if len(pieces) > 1:
-            parts += [FilesPart((piece,), text_key) for piece in pieces]
-            continue
-        small += pieces
-        held += pieces[0].size
-        if held >= PART_BYTES:
-            parts.append(FilesPart(tuple(small), text_key))
-            small, held = [], 0
-    return parts + [FilesPart(tuple(small), text_key)] * bool(small)
+        for piece in pieces_of(path):
+            size = piece.size if piece.stop is None else PART_BYTES
+            if held + size > PART_BYTES and groups[-1]:
+                groups.append([])
+                held = 0
+            groups[-1].append(piece)
+            held += size
+    return [FilesPart(tuple(group), text_key) for group in groups]
 
 
 def kind_of(path):
@@ -194,7 +192,7 @@ def text_documents(piece, text_key, skipped):
                 held, size = [], 0
             elif size > 2 * MAX_DOCUMENT:  # no line end far and wide
                 whole = b"".join(held)
-                cut = next(i for i in range(len(whole) - 1, 0, -1) if whole[i] & 0xC0 != 0x80)
+                cut = next((i for i in range(len(whole) - 1, 0, -1) if whole[i] & 0xC0 != 0x80), len(whole))
                 yield from decoded([whole[:cut]], skipped)
                 held, size = [whole[cut:]], len(whole) - cut
             held.append(line)

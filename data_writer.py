@@ -260,10 +260,12 @@ def shards_of(meta):
         return []
 
 
-def remove_stale(out_dir):
-    """Remove the temporaries of processes that were killed long ago: they can be as large as the dataset."""
+def remove_stale(out_dir, kept=None):
+    """Remove the temporaries, but for `kept`, of processes killed long ago: they can be as large as the dataset."""
     for pattern in (".train.bin.*.tmp", ".val.bin.*.tmp", ".meta.json.*.tmp", ".parts.*.tmp"):
         for path in out_dir.glob(pattern):
+            if path == kept:
+                continue
             with contextlib.suppress(FileNotFoundError):
                 newest = max(p.stat().st_mtime for p in (path, *(path.iterdir() if path.is_dir() else ())))
                 if time.time() - newest <= STALE:

@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and the tests run side by side
 
 from data_prepare import write_dataset
 from data_tokenizer import ByteTokenizer, load_tokenizer
 from tools.train_tokenizer import main as train_tokenizer
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parent.parent
 

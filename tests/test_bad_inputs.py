@@ -46,6 +46,8 @@ CONFIG_FILES = {  # name: (text, what the line says behind the file's name)
     "nothing": ("n_layer = None", "n_layer: None is NoneType, not int"),
     "nested": ("n_layer = [1, 2]", r"n_layer: \[1, 2\] is list, not int"),
     "dictionary": ("arch_preset = {}", "arch_preset: {} is dict, not str"),
+    "endless_mixture": ("dataset = {}\ndataset['chars'] = dataset", "dataset: is nested too deeply"),
+    "array": ("import numpy as _n\ndataset = {'a': _n.ones(2)}", "dataset: the share of a is array"),
     "function": ("def n_layer(): return 2", "n_layer: <function .* is function, not int"),
     "overflow": ("learning_rate = 10 ** 400", "learning_rate: .* is out of range"),
     "unprintable": ("n_layer = 10 ** 5000", "n_layer: <int> is out of range, must be at most 10000"),

@@ -97,8 +97,9 @@ def test_the_order_is_the_same_in_every_release():
 
 
 def test_ratios_that_never_come_out_even_are_refused():
-    with pytest.raises(ConfigError, match="round them"):
-        mixture((0, {"a": 0.12345678, "b": 0.87654321}))
+    for ratios in ({"a": 0.12345678, "b": 0.87654321}, {"a": 1e-10, "b": 1}):  # the latter is not taken for 0
+        with pytest.raises(ConfigError, match="round them"):
+            mixture((0, ratios))
 
 
 def test_a_mixture_in_words():

@@ -101,7 +101,7 @@ def test_text_key_names_the_field(tmp_path):
     assert "no column 'body' (one of id, text)" in refusal(read, [tmp_path / "x.csv"], text_key="body")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30), max_size=30),
        size=st.integers(1, 200), kind=st.sampled_from(["jsonl", "parquet"]), ended=st.booleans())
 def test_a_large_file_in_pieces_gives_each_document_once(tmp_path_factory, texts, size, kind, ended):
@@ -117,7 +117,7 @@ def test_a_large_file_in_pieces_gives_each_document_once(tmp_path_factory, texts
             assert len(files_parts([str(path)])) > 1
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(content=st.text("ab\nż", min_size=1, max_size=200), size=st.integers(1, 60), longest=st.integers(8, 40))
 def test_a_large_text_is_cut_between_characters_and_loses_none(tmp_path_factory, content, size, longest):
     path = tmp_path_factory.mktemp("cut") / "x.txt"
@@ -170,11 +170,26 @@ def test_small_files_share_a_part(tmp_path, monkeypatch):
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text("x" * 40)
     parts = files_parts([str(tmp_path)])
-    assert [len(p.pieces) for p in parts] == [3, 3, 3, 1]
+    assert [len(p.pieces) for p in parts] == [2, 2, 2, 2, 2]
     before = [p.identity() for p in parts]
     (tmp_path / "5.txt").write_text("y" * 41)
     changed = [a != b for a, b in zip(before, (p.identity() for p in files_parts([str(tmp_path)])), strict=True)]
-    assert changed == [False, True, False, False]
+    assert changed == [False, False, True, False, False]
+
+
+def test_large_and_small_files_come_in_the_order_of_their_paths(tmp_path, monkeypatch):
+    for name, n in {"a.jsonl": 1, "b.jsonl": 30, "c.jsonl": 1, "d.jsonl": 1}.items():
+        (tmp_path / name).write_bytes(as_jsonl([f"{name} {i}" for i in range(n)]))
+    whole = read([tmp_path])[0]
+    monkeypatch.setattr(data_sources, "PART_BYTES", 100)
+    assert read([tmp_path])[0] == whole == sorted(whole, key=lambda text: text.split()[0])
+
+
+def test_bytes_that_are_no_text_at_all_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_sources, "MAX_DOCUMENT", 50)
+    (tmp_path / "x.bin").write_bytes(b"\x80" * 1000)
+    texts, skipped = read([tmp_path])
+    assert texts == [] and skipped["not_utf8"] > 1
 
 
 # The hub, on local files: the same library, the same code
