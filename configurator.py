@@ -5,6 +5,7 @@ A resumed run starts from its own recorded keys in place of the defaults. Every 
 names where the key was set, the key, what is wrong and the way out. To add a key: one line in `Config`.
 """
 
+import ast
 import dataclasses
 import json
 import os
@@ -40,7 +41,16 @@ class Config:
     eval_only: bool = key(False, "evaluate once and stop", group="run")
     seed: int = key(1337, "of weights, batches and dropout", group="run", minimum=0, maximum=2**63 - 1)
 
-    dataset: str = key("pycode", "a folder under data_dir, made by its prepare.py", group="data")
+    dataset: str | dict = key("pycode", "a folder under data_dir, made by its prepare.py, or several with their shares "
+                              "of the tokens: {'fineweb': 0.7, 'pycode': 0.3}", group="data")
+    dataset_schedule: list | None = key(None, "shares by phase, instead of dataset: [(0, {…}), (20_000, {…})], each "
+                                        "from its step on", group="data")
+    max_epochs: float | dict | None = key(None, "how often a dataset may be read, for all or as {name: number}; a run "
+                                          "that would read one more often is refused", group="data")
+    packing: str = key("stream", "stream: windows cut from the running text; documents: whole documents in each",
+                       group="data", choices=("stream", "documents"))
+    tokenizer: str | None = key(None, "of a folder of bare token files, such as nanoGPT's: gpt2, … or a file; of "
+                                "others it must be theirs", group="data")
     data_dir: str | None = key(None, "where datasets stand; None: data/ beside train.py", group="data")
     batch_size: int = key(16, "sequences per micro-batch, on each process", group="data", minimum=1)
     gradient_accumulation_steps: int = key(1, "micro-batches per step, over all processes", group="data", minimum=1)
@@ -103,11 +113,8 @@ class Config:
             raise ConfigError("min_lr", f"{self.min_lr:g} is above learning_rate={self.learning_rate:g}")
         if self.init_from == "resume" and not self.run_name:
             raise ConfigError("init_from", "resume needs --run_name=NAME, the run to go on with")
-        for name in ("run_name", "dataset"):
-            value = getattr(self, name) or "x"
-            if set(value) & set("/\\") or value.startswith(".") or value != value.strip() or len(value.encode()) > 255:
-                raise ConfigError(name, f"{shown(value)} is not the name of a folder (no slash, no dot in front, no "
-                                        "space around it, at most 255 bytes)")
+        check_folder_name("run_name", self.run_name or "x")
+        self.check_sources()
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
             raise ConfigError("device", f"{shown(self.device)} is unknown (one of auto, cpu, cuda, cuda:1, mps)")
         if isinstance(self.mfu_peak, str) and self.mfu_peak not in ("dense", "sparse"):
@@ -120,13 +127,44 @@ class Config:
         """How many train together, or would."""
         return self.dry_run_gpus if self.dry_run and "dry_run_gpus" in self.explicit else world_size()
 
+    def check_sources(self):
+        """Raise `ConfigError` unless dataset and dataset_schedule name folders with shares that can be."""
+        if self.dataset_schedule is not None and "dataset" in self.explicit:
+            raise ConfigError("dataset", "has no place beside dataset_schedule, which says it all (drop one of them)")
+        name = "dataset" if self.dataset_schedule is None else "dataset_schedule"
+        for phase in self.dataset_schedule or ():
+            if type(phase) is not list or [type(part) for part in phase] not in ([int, dict], [int, str]):
+                raise ConfigError(name, f"{shown(phase)} is not a phase: (step, {{name: share, …}})")
+        steps = [step for step, _ in self.phases()]
+        if not steps or steps[0] != 0 or sorted(set(steps)) != steps or steps[-1] > 10**12:
+            raise ConfigError(name, f"the phases start at the steps {steps}, not at 0 and then later and later")
+        for _, shares in self.phases():
+            for source, share in shares.items():
+                if type(source) is not str or not source or not source.isprintable():
+                    raise ConfigError(name, f"{shown(source)} is not the name of a dataset")
+                check_folder_name(name, source)
+                if type(share) not in (int, float) or not 0 <= share < float("inf"):
+                    raise ConfigError(name, f"the share of {source} is {shown(share)}, not a number from 0 on")
+            if not any(shares.values()):
+                raise ConfigError(name, f"{shown(shares)} leaves nothing to read (a share above 0)")
+        most = self.max_epochs
+        for number in most.values() if isinstance(most, dict) else () if most is None else (most,):
+            if type(number) not in (int, float) or not 0 < number < float("inf"):
+                raise ConfigError("max_epochs", f"{shown(number)} is not a number above 0")
+
+    def phases(self):
+        """[(first step, {dataset: share of the tokens})] of the run, the first from step 0."""
+        phases = [[0, self.dataset]] if self.dataset_schedule is None else self.dataset_schedule
+        return [(step, sources if isinstance(sources, dict) else {sources: 1}) for step, sources in phases]
+
     def for_vocabulary(self, n):
         """The config with room for a dataset of n token ids: as set by hand, else n rounded up to a multiple of 64."""
         if "vocab_size" not in self.explicit:
             return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=-(-n // 64) * 64))
         if self.model.vocab_size < n:
             raise UserError(f"{self.explicit['vocab_size']}: vocab_size: {self.model.vocab_size} is too small for "
-                            f"{self.dataset}, which has {n} token ids (drop the key to fit the data)")
+                            f"{' + '.join(self.phases()[0][1])}, which has {n} token ids (drop the key to fit the "
+                            "data)")
         return self
 
     def flat(self):
@@ -149,8 +187,8 @@ class Config:
             unused |= dict.fromkeys(("lr_schedule", "min_lr", "lr_decay_iters"), "the run ends before the warm-up does")
         if self.eval_only:
             training = [f.name for f in dataclasses.fields(self) if f.metadata.get("group") == "optimization"]
-            training += ["gradient_accumulation_steps", "eval_interval", "checkpoint_interval", "log_interval",
-                         "gradient_log_interval", "mfu_peak"]
+            training += ["max_epochs", "packing", "gradient_accumulation_steps", "eval_interval", "checkpoint_interval",
+                         "log_interval", "gradient_log_interval", "mfu_peak"]
             unused |= dict.fromkeys((*training, "dropout"), "eval_only trains nothing")
         if self.dtype in ("bfloat16", "float16"):
             unused["tf32"] = f"dtype is {self.dtype}"
@@ -159,6 +197,13 @@ class Config:
             if isinstance(self.mfu_peak, str):
                 unused["mfu_peak"] = f"device is {self.device}, whose peak is neither dense nor sparse"
         return {k: reason for k, reason in unused.items() if k in self.explicit}
+
+
+def check_folder_name(key, value):
+    """`ConfigError` for the key if `value` is not the name of a folder."""
+    if set(value) & set("/\\") or value.startswith(".") or value != value.strip() or len(value.encode()) > 255:
+        raise ConfigError(key, f"{shown(value)} is not the name of a folder (no slash, no dot in front, no "
+                               "space around it, at most 255 bytes)")
 
 
 def key_fields():
@@ -271,6 +316,8 @@ def parse_value(name, text, where):
         raise UserError(f"{where}: {name}: needs a value (--{name}=…)")
     if text in ("None", "none") and type(None) in accepted:
         return None
+    if is_nested(name, text):
+        return text  # `typed` reads it
     if bool in accepted:
         if text.lower() in BOOLEANS:
             return BOOLEANS[text.lower()]
@@ -283,6 +330,11 @@ def parse_value(name, text, where):
                 kind = "a number" if float in accepted else "a whole number"
                 raise UserError(f"{where}: {name}: {shown(text)} is not {kind}") from None
     return text
+
+
+def is_nested(name, text):
+    """Whether text is meant as a dict or list, for a key that takes one."""
+    return (text[:1] == "{" and dict in TYPES[name]) or (text[:1] in ("[", "(") and list in TYPES[name])
 
 
 def whole(text):
@@ -325,11 +377,29 @@ def typed(name, value, where):
     """`value` as the key's type has it, where a file says max_iters = 1e4 or learning_rate = 1; checked."""
     if int in TYPES[name] and type(value) is float and value.is_integer():
         value = int(value)
+    if type(value) is str and is_nested(name, value):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            raise UserError(f"{where}: {name}: {shown(value)} is not a Python dict or list (for the shell, in quotes: "
+                            f"--{name}=\"{{'a': 0.7, 'b': 0.3}}\")") from None
+    if type(value) in (dict, list, tuple):
+        try:
+            value = as_json(value)
+        except RecursionError:
+            raise UserError(f"{where}: {name}: is nested too deeply") from None
     try:
         check_value(KEYS[name], TYPES[name], value)
     except ConfigError as error:
         raise UserError(f"{where}: {error}") from None
     return float(value) if float in TYPES[name] and type(value) is int else value
+
+
+def as_json(value):
+    """A nested value as run.json gives it back: lists, no tuples."""
+    if type(value) is dict:
+        return {k: as_json(v) for k, v in value.items()}
+    return [as_json(v) for v in value] if type(value) in (list, tuple) else value
 
 
 def recorded_keys(path, where):
@@ -351,7 +421,7 @@ def recorded_keys(path, where):
 def check_resumable(config, given, recorded):
     """Refuse by name what would make the rest of a resumed run another experiment than its beginning."""
     fixed = [k for k, f in KEYS.items() if f.metadata["group"] in ("architecture", "size") and k != "attention_backend"]
-    for name in (*fixed, "seed", "dataset"):
+    for name in (*fixed, "seed", "dataset", "dataset_schedule", "packing", "tokenizer"):
         if name in given and name in recorded and given[name] != recorded[name]:
             raise UserError(f"{config.explicit[name]}: {name}: the run was made with {recorded[name]!r} and keeps it "
                             "when resumed (drop the key, or start a new run)")

@@ -5,9 +5,12 @@ tokens, each of an epoch once, in an order that a keyed permutation computes on 
 is not known here.
 """
 
+import collections
+import concurrent.futures
 import hashlib
 import json
 import math
+import mmap
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_prepare import DTYPES, SCHEMA_VERSION, SPLITS, dataset_dir, not_prepared, prepare_command
+from data_prepare import SCHEMA_VERSION, dataset_dir, is_bare, not_prepared, prepare_command
+from data_tokenizer import UNNAMED, describe, load_tokenizer
+from data_writer import DTYPES, SPLITS, dtype_for
 from errors import DataError
 from files import sha256_of
 
-VERIFY_BYTES = 2**30  # larger files are opened by size alone: their digest would take seconds at every start
+VERIFY_BYTES = 2**30  # larger datasets are opened by size alone: their digests would take seconds at every start
+COUNTED_TOKENS = 2**22  # of bare files, to learn the bytes of a token
 
 META = {"schema_version": (int,), "tokenizer": (dict,), "vocab_size": (int,), "eot": (int, type(None)),
         "dtype": (str,), "source": (str,), "splits": (dict,), "skipped": (dict,)}
@@ -55,26 +61,82 @@ class Dataset:
         return self.meta["splits"][split]["tokens"]
 
     def bytes_per_token(self, split):
-        """UTF-8 bytes of text per token of the split, on average; bits per byte = bits per token / this."""
-        return self.meta["splits"][split]["bytes"] / self.tokens(split)
+        """UTF-8 bytes of text per token of the split, on average; bits per byte = bits per token / this.
+
+        None where nobody counted them, as for bare token files.
+        """
+        held = self.meta["splits"][split]["bytes"]
+        return None if held is None else held / self.tokens(split)
 
 
-def open_dataset(dataset, data_dir=None):
+def open_dataset(dataset, data_dir=None, tokenizer=None, vocab_size=None):
     """Open `<data_dir>/<dataset>`, checked: a `Dataset`. data_dir None: data/ beside this file.
 
-    `DataError` names the file at fault: absent, of another size or digest than meta.json says (the digest of files
-    up to VERIFY_BYTES), or with token ids beyond the vocabulary.
+    tokenizer (as `load_tokenizer` takes it), vocab_size: what a folder of bare token files needs, of which the one or
+    the other is enough; of other datasets the tokenizer must be the one that is named.
+    `DataError` names the file at fault: absent, of another size or digest than meta.json says (the digests of a
+    dataset up to VERIFY_BYTES), or with token ids beyond the vocabulary.
     """
     directory, remedy = dataset_dir(dataset, data_dir), f"(run {prepare_command(dataset, data_dir)} again)"
+    if is_bare(directory):
+        return open_bare(dataset, directory, load_tokenizer(tokenizer) if tokenizer else None, vocab_size)
     if not (directory / "meta.json").exists():
         raise not_prepared(dataset, data_dir)
     try:
         meta = read_meta(directory / "meta.json")
-        shards = {split: [open_shard(directory / name, entry, DTYPES[meta["dtype"]], meta["vocab_size"])
-                          for name, entry in sorted(meta["splits"][split]["files"].items())] for split in SPLITS}
+        if type(meta.get("command")) is str:  # of a dataset without a script of its own
+            remedy = f"(run {meta['command']} again)"
+        files = [(split, name, entry) for split in SPLITS for name, entry in meta["splits"][split]["files"].items()]
+        verify = sum(entry["size"] for _, _, entry in files) <= VERIFY_BYTES
+        shards = {split: [] for split in SPLITS}
+        for split, name, entry in sorted(files, key=lambda file: file[1]):
+            shards[split].append(open_shard(directory / name, entry, DTYPES[meta["dtype"]], meta["vocab_size"], verify))
     except DataError as error:
         raise DataError(f"{error} {remedy}") from None
+    if tokenizer and load_tokenizer(tokenizer).to_meta() != meta["tokenizer"]:
+        raise DataError(f"dataset {dataset!r} was made with the tokenizer {describe(meta['tokenizer'])}, not with "
+                        f"{tokenizer} (drop --tokenizer, or prepare it again)")
     return Dataset(dataset, directory, meta, shards, remedy)
+
+
+def open_bare(dataset, directory, tokenizer=None, vocab_size=None):
+    """The `Dataset` of a train.bin and val.bin without a meta.json, as nanoGPT's prepare.py leaves them.
+
+    Where the tokenizer is known its bytes are counted by decoding, or, beyond COUNTED_TOKENS, estimated from those.
+    """
+    if tokenizer is None and vocab_size is None:
+        raise DataError(f"{directory}: has train.bin and val.bin and no meta.json: say what they hold, "
+                        "--tokenizer=gpt2 or --vocab_size=N (python -m tools.convert_nanogpt_meta writes it down)")
+    vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
+    dtype = DTYPES[dtype_for(vocab_size)]
+    shards, splits = {}, {}
+    for split in SPLITS:
+        path = directory / f"{split}.bin"
+        size = path.stat().st_size
+        if not size or size % dtype.itemsize:
+            raise DataError(f"{path}: has {size} bytes, which is no whole number of {dtype.name} tokens, at least one")
+        entry = {"size": size, "sha256": sha256_of(path) if size <= VERIFY_BYTES else sha256_of_ends(path)}
+        shards[split] = [open_shard(path, entry, dtype, vocab_size, verify=False)]
+        if size <= VERIFY_BYTES:
+            check_ids(shards[split][0], vocab_size, path, "(another --tokenizer or --vocab_size?)")
+        splits[split] = {"tokens": size // dtype.itemsize, "bytes": None, "documents": 1,
+                         "files": {path.name: entry}}
+        if tokenizer:
+            sample = shards[split][0][:COUNTED_TOKENS]
+            held = len(tokenizer.decode(sample.tolist()).encode())
+            splits[split]["bytes"] = round(held * splits[split]["tokens"] / len(sample))
+    meta = {"schema_version": SCHEMA_VERSION, "tokenizer": tokenizer.to_meta() if tokenizer else {"name": UNNAMED},
+            "vocab_size": vocab_size, "eot": tokenizer.eot if tokenizer else None, "dtype": dtype_for(vocab_size),
+            "source": "token files without a meta.json", "splits": splits, "skipped": {}}
+    return Dataset(dataset, directory, meta, shards, "(another --tokenizer or --vocab_size?)")
+
+
+def sha256_of_ends(path, n=2**20):
+    """Hex digest of a large file's size and first and last n bytes: what can be told of it at once."""
+    with open(path, "rb") as file:
+        size, head = file.seek(0, 2), file.seek(0) or file.read(n)
+        file.seek(-n, 2)
+        return hashlib.sha256(str(size).encode() + head + file.read(n)).hexdigest()
 
 
 def read_meta(path):
@@ -125,20 +187,41 @@ def check_fields(path, where, value, fields):
             raise DataError(f"{path}: {where}{name} is {value[name]!r:.80}, not of type {types[0].__name__}")
 
 
-def open_shard(path, entry, dtype, vocab_size):
-    """Memory-map one file of tokens after checking it against its entry in meta.json: 1-d array, read-only."""
+def open_shard(path, entry, dtype, vocab_size, verify):
+    """Memory-map one file of tokens after checking it against its entry in meta.json: 1-d array, read-only.
+
+    verify: its digest and its ids too, which reads it.
+    """
     try:
         size = path.stat().st_size
         if size != entry["size"]:
             raise DataError(f"{path}: has {size} bytes, meta.json says {entry['size']}")
-        if size <= VERIFY_BYTES and sha256_of(path) != entry["sha256"]:
+        if verify and sha256_of(path) != entry["sha256"]:
             raise DataError(f"{path}: is damaged: its sha256 is not the one in meta.json")
-        tokens = np.memmap(path, dtype, mode="r").view(np.ndarray) if size else np.empty(0, dtype)
+        tokens = mapped(path, dtype) if size else np.empty(0, dtype)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if size <= VERIFY_BYTES:
+    if verify:
         check_ids(tokens, vocab_size, path)
+    else:
+        advise(tokens, "MADV_RANDOM")
     return tokens
+
+
+def mapped(path, dtype):
+    """A file as a 1-d array, read-only, of which only what is looked at is read."""
+    with open(path, "rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
+
+
+def advise(tokens, pattern):
+    """Tell the system, if it can be told, how a mapped file will be read.
+
+    It reads ahead of what is looked at, which a window at a random place in a large file pays for a hundredfold.
+    """
+    mapping = getattr(tokens.base, "obj", None)  # numpy keeps a memoryview of it
+    if isinstance(mapping, mmap.mmap) and hasattr(mmap, pattern):
+        mapping.madvise(getattr(mmap, pattern))
 
 
 def check_ids(ids, vocab_size, where, remedy=""):
@@ -189,21 +272,16 @@ class Windows:
         return torch.from_numpy(ids[:, :-1].astype(np.int64)), torch.from_numpy(ids[:, 1:].astype(np.int64))
 
 
-class TrainBatches:
-    """The training sequences of a run: the k-th is a function of (seed, k) alone.
+class GlobalBatches:
+    """The steps of a run out of its sequences, the same however many processes share them.
 
-    Epoch e is k // n_windows. A permutation keyed by (seed, e) orders its windows; from the second epoch on they
-    lie at an offset, also keyed, so that a token is not always predicted from the same place. batch_size:
-    sequences of a micro-batch; gradient_accumulation_steps: micro-batches of a step, over all processes.
-    `DataError` if no window of block_size + 1 tokens fits.
+    A subclass has `sequences(k)`: the k-th sequences of the run, k (B,) int64, as x, y, int64 tensors (B, block_size);
+    and `n_targets(k)`: how many targets they hold. batch_size: sequences of a micro-batch;
+    gradient_accumulation_steps: micro-batches of a step, over all processes.
     """
 
-    def __init__(self, dataset, seed, block_size, batch_size, gradient_accumulation_steps=1):
-        # Every epoch has as many windows as the first: the spare tokens are the room for any later offset.
-        self.windows = Windows(dataset, "train", block_size, spare=block_size - 1)
-        self.n_windows = self.windows.count
+    def __init__(self, batch_size, gradient_accumulation_steps=1):
         self.batch_size, self.gradient_accumulation_steps = batch_size, gradient_accumulation_steps
-        self.seed_key = scramble(np.array([seed], np.uint64))
 
     def micro_batch(self, step, micro_step=0, rank=0, world_size=1):
         """Process `rank`'s `micro_step`-th share of a step: x, y, int64 tensors (batch_size, block_size).
@@ -215,12 +293,35 @@ class TrainBatches:
         micro = step * self.gradient_accumulation_steps + micro_step * world_size + rank
         return self.sequences(np.arange(micro * self.batch_size, (micro + 1) * self.batch_size))
 
+    def step_targets(self, step):
+        """The targets of a step, over all processes."""
+        sequences = self.batch_size * self.gradient_accumulation_steps
+        return self.n_targets(np.arange(step * sequences, (step + 1) * sequences))
+
+
+class TrainBatches(GlobalBatches):
+    """The training sequences of a run: the k-th is a function of (seed, k) alone.
+
+    Epoch e is k // n_windows. A permutation keyed by (seed, e) orders its windows; from the second epoch on they
+    lie at an offset, also keyed, so that a token is not always predicted from the same place.
+    `DataError` if no window of block_size + 1 tokens fits.
+    """
+
+    def __init__(self, dataset, seed, block_size, batch_size, gradient_accumulation_steps=1):
+        super().__init__(batch_size, gradient_accumulation_steps)
+        # Every epoch has as many windows as the first: the spare tokens are the room for any later offset.
+        self.windows = Windows(dataset, "train", block_size, spare=block_size - 1)
+        self.n_windows = self.windows.count
+        self.seed_key = scramble(np.array([seed], np.uint64))
+
     def sequences(self, k):
-        """The k-th sequences of the run, k (B,) int64: x, y, int64 tensors (B, block_size)."""
         epoch, place = np.divmod(k, self.n_windows)
         key = scramble(self.seed_key + epoch.astype(np.uint64))
         offset = np.where(epoch == 0, 0, (scramble(~key) % self.windows.block_size).astype(np.int64))
         return self.windows.read(permute(place, self.n_windows, key), offset)
+
+    def n_targets(self, k):
+        return len(k) * self.windows.block_size
 
 
 def val_windows(dataset, block_size, eval_tokens=0):
@@ -246,10 +347,41 @@ def val_batches(dataset, block_size, eval_tokens, batch_size, rank=0, world_size
     return (windows.read(mine[i:i + batch_size]) for i in range(0, len(mine), batch_size))
 
 
+class Prefetch:
+    """Batches read ahead by a thread, in the order in which `successor` says they will be asked for.
+
+    read(key): a batch, by whatever names it. What is asked for out of turn is read then, and the order goes on from
+    there, so that reading ahead changes nothing but when. Errors of `read` appear where its batch is asked for.
+    """
+
+    def __init__(self, read, successor, depth=4):
+        self.read, self.successor, self.depth = read, successor, depth
+        self.thread = concurrent.futures.ThreadPoolExecutor(1, "prefetch")
+        self.pending = collections.deque()  # (key, future), the next first
+
+    def get(self, key):
+        if not self.pending or self.pending[0][0] != key:
+            while self.pending:
+                self.pending.popleft()[1].cancel()
+            self._submit(key)
+        batch = self.pending.popleft()[1]
+        while len(self.pending) < self.depth:
+            self._submit(self.successor(self.pending[-1][0] if self.pending else key))
+        return batch.result()
+
+    def _submit(self, key):
+        self.pending.append((key, self.thread.submit(self.read, key)))
+
+
+def pinned(batch):
+    """The batch in memory from which a GPU copies by itself."""
+    return tuple(t.pin_memory() for t in batch)
+
+
 def to_device(batch, device):
     """The tensors of a batch on `device`; to a GPU through pinned memory, without waiting for the copy."""
     if torch.device(device).type == "cuda":
-        return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
+        return tuple(t.to(device, non_blocking=True) for t in pinned(batch))
     return tuple(t.to(device) for t in batch)
 
 

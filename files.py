@@ -25,11 +25,16 @@ def sync(path):
 
 
 def write_json(path, value):
-    """Replace `path` by `value` as JSON: a reader, or a crash, meets the old file or the new, never a part of one."""
+    """Replace `path` by `value` as JSON, as `write_bytes` does."""
+    write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path, content):
+    """Replace `path` by `content`: a reader, or a crash, meets the old file or the new, never a part of one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
         sync(temporary)
         os.replace(temporary, path)
     finally:

@@ -47,7 +47,7 @@ def train(config, machine):
         path = checkpoint.find_newest(run_dir)
         state = checkpoint.load(path, model, optimizer, machine.device)
         if state["data"] != objective.fingerprint:
-            raise CheckpointError(f"{path}: was made on other data than {config.dataset} holds now")
+            raise CheckpointError(f"{path}: was made on other data than its dataset holds now")
         if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
     wrapped = parallel.wrap(model, machine)
@@ -156,7 +156,8 @@ def train(config, machine):
                     peak = None
                 log.step(step=done, tokens=state["tokens"], loss=whole_loss, lr=rate, grad_norm=grad_norm,
                          step_time=step_time, tokens_per_sec=speed, tflops=achieved / 1e12,
-                         mfu=achieved / (peak * machine.world_size) if peak else None, memory=machine.memory())
+                         mfu=achieved / (peak * machine.world_size) if peak else None, memory=machine.memory(),
+                         tokens_per_source=objective.served(done))
                 busy, since_log = 0.0, 0
             stop = interruption.asked(machine, now=logged)
             is_best = evaluate() if done % config.eval_interval == 0 or ended else False

@@ -136,6 +136,7 @@ class RunLog:
             series.append(values[name])
         peak = (values["memory"] or {}).get("peak")
         self.results |= {"step": values["step"], "tokens": values["tokens"], "peak_memory": peak,
+                         "tokens_per_source": values.get("tokens_per_source"),
                          "wall_time": round(time.time() - self.started, 3)}
         if self.first_step is None:
             self.first_step = (values["step"], time.time())
@@ -346,6 +347,9 @@ def print_header(header, config, model, flops, run_dir):
         ("step", f"{data['tokens_per_step']:,} tokens in {data['sequences_per_step']} sequences; the run sees "
                  f"{data['tokens_per_step'] * config.max_iters:,} tokens, "
                  f"{data['tokens_per_step'] * config.max_iters / data['train_tokens']:.2g} epochs"),
+        *((f"  {name}", f"{s['share']:.4g} of the tokens" + (" at the end" if len(config.phases()) > 1 else "")
+           + f": {s['planned_tokens']:,} of {s['train_tokens']:,}, {s['planned_epochs']:.2g} epochs")
+          for name, s in data["sources"].items() if len(data["sources"]) > 1),
         ("device", f"{hardware['world_size']} × {hardware['name']} ({hardware['device']}), {hardware['dtype']}"
                    f"{', tf32' if hardware['tf32'] else ''}{', compiled' if hardware['compile'] else ''}"),
         ("FLOPs per token", f"forward {forward / 1e6:,.2f}M: {shares}"),

@@ -12,12 +12,12 @@ from functools import partial
 import torch
 
 import training_parallel as parallel
-from data_loader import TrainBatches, open_dataset, val_windows
-from data_prepare import dataset_dir, not_prepared
+from data_prepare import dataset_dir, is_bare, not_prepared
 from errors import ConfigError, did_you_mean
 from model_flops import GPUS, find_gpu, flops_per_token, gpu_called, look_up_peak, peak_flops
 from model_memory import MemoryAccount
 from training_logger import human_bytes, in_columns, tell
+from training_objectives import LanguageModeling
 
 # Of a GPU's memory, for what torch's allocator does not hand out or hands out in pieces: CUDA's context and NCCL's
 # buffers (about 1 GiB together), the kernels' own workspaces, error correction on cards that take it from their memory
@@ -258,16 +258,20 @@ def preflight(config):
 
 
 def look_at_data(config):
-    """(the config with the dataset's vocabulary, the dataset in words with the epochs that the run makes of it)."""
-    unprepared = not (dataset_dir(config.dataset, config.data_dir) / "meta.json").exists()
-    if unprepared and "vocab_size" in config.explicit:
-        return config, f"not known: {not_prepared(config.dataset, config.data_dir)}"
-    dataset = open_dataset(config.dataset, config.data_dir)
-    config = config.for_vocabulary(dataset.vocab_size)
-    TrainBatches(dataset, config.seed, config.model.block_size, config.batch_size)
-    val_windows(dataset, config.model.block_size)  # a split too short for the block is told as the run would
-    train = dataset.tokens("train")
-    return config, f"{config.dataset}: {train:,} training tokens; the run is {tokens_of(config) / train:.3g} epochs"
+    """(the config with the data's vocabulary, the data in words with the epochs that the run makes of them)."""
+    for name in {name for _, sources in config.phases() for name, share in sources.items() if share}:
+        directory = dataset_dir(name, config.data_dir)
+        if not (directory / "meta.json").exists() and not is_bare(directory):
+            missing = not_prepared(name, config.data_dir)
+            if "vocab_size" not in config.explicit:
+                raise missing
+            return config, f"not known: {missing}"
+    alone = parallel.Machine(0, 0, 1, torch.device("cpu"), torch.float32, False, False)
+    objective = LanguageModeling(config, alone)  # tells what the run would be told at its start
+    data = objective.description()
+    epochs = "; ".join(f"{name} {source['planned_epochs']:.3g} epochs" for name, source in data["sources"].items())
+    return (config.for_vocabulary(objective.vocab_size),
+            f"{data['dataset']}: {data['train_tokens']:,} training tokens; the run is {epochs}")
 
 
 def tokens_of(config):

@@ -7,16 +7,59 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and the tests run side by side
 
 from data_prepare import write_dataset
-from data_tokenizer import ByteTokenizer
+from data_tokenizer import ByteTokenizer, load_tokenizer
+from tools.train_tokenizer import main as train_tokenizer
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parent.parent
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--eval_tokens=512",
         "--dataset=text", "--device=cpu", "--mfu_peak=1", "--log_interval=1"]
+
+
+@pytest.fixture(scope="session")
+def sources():
+    """This project's own sources, as texts."""
+    return [p.read_text() for p in sorted(ROOT.glob("*.py"))]
+
+
+@pytest.fixture(scope="session")
+def pieces(tmp_path_factory, sources):
+    """The path of a small SentencePiece BPE model trained on the project's sources; beside it its .tiktoken form."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    for i, text in enumerate(sources):
+        (folder / f"{i}.txt").write_text(text)
+    train_tokenizer(["--input", f"{folder}/*.txt", "--vocab_size=700", f"--output={folder / 'tiny'}", "--export_bpe",
+                     "--max_sentences=200"])
+    return folder / "tiny.model"
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    """GPT-2's tokenizer; the test is skipped where tiktoken has it not in its cache and may not fetch it."""
+    cache = ROOT.parent / "shared/tiktoken"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if cache.is_dir():
+            monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+        if not os.path.isdir(os.environ.get("TIKTOKEN_CACHE_DIR", "")):
+            pytest.skip("GPT-2's BPE is not cached here (set TIKTOKEN_CACHE_DIR)")
+        yield load_tokenizer("gpt2")
+
+
+@pytest.fixture
+def tinyshakespeare():
+    """The path of Tiny Shakespeare; the test is skipped without it."""
+    path = ROOT.parent / "shared/data/tinyshakespeare/input.txt"
+    if not path.exists():
+        pytest.skip("Tiny Shakespeare is not here (../shared/data/tinyshakespeare/input.txt)")
+    return path
 
 
 @pytest.fixture(scope="session")

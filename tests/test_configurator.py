@@ -83,6 +83,37 @@ def test_a_config_file_need_not_be_in_the_current_directory(config_file, tmp_pat
     assert value("n_layer", f"{tmp_path}/mine.py") == 3
 
 
+# Several datasets
+
+
+MIXTURE = {"fineweb": 0.7, "pycode": 0.3}
+SCHEDULE = [[0, MIXTURE], [20_000, {"pycode": 1}]]
+
+
+@pytest.mark.parametrize("key, text, expected", [
+    ("dataset", "{'fineweb': 0.7, 'pycode': 0.3}", MIXTURE), ("dataset", "mine", "mine"),
+    ("dataset_schedule", "[(0, {'fineweb': 0.7, 'pycode': 0.3}), (20_000, {'pycode': 1})]", SCHEDULE),
+    ("dataset_schedule", "None", None), ("max_epochs", "{'pycode': 4}", {"pycode": 4}), ("max_epochs", "1.5", 1.5),
+])
+def test_a_mixture_means_the_same_in_a_flag_in_a_file_and_in_run_json(config_file, key, text, expected):
+    flag = value(key, f"--{key}={text}")
+    file = value(key, config_file("mine.py", f"{key} = {text if text != 'mine' else repr(text)}"))
+    assert flag == file == expected == json.loads(json.dumps(flag))
+
+
+def test_phases_are_what_dataset_or_dataset_schedule_say():
+    assert load_config([]).phases() == [(0, {"pycode": 1})]
+    assert load_config([f"--dataset={MIXTURE}"]).phases() == [(0, MIXTURE)]
+    assert load_config([f"--dataset_schedule={SCHEDULE}"]).phases() == [(0, MIXTURE), (20_000, {"pycode": 1})]
+    assert load_config(["config/mix_code.py"]).phases()[0][1]["pycode_gpt2"] == 0.65
+
+
+def test_nothing_in_a_mixture_is_carried_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "is not a Python dict" in refusal("--dataset={'a': __import__('os').mkdir('pwned')}")
+    assert not list(tmp_path.iterdir())
+
+
 # What a value means
 
 

@@ -3,6 +3,9 @@
 import collections
 import hashlib
 import json
+import os
+import re
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 import data_loader
 from data_loader import (
     Dataset,
+    Prefetch,
     TrainBatches,
     open_dataset,
     permute,
@@ -23,6 +27,7 @@ from data_loader import (
     val_batches,
     val_windows,
 )
+from data_tokenizer import from_meta
 from errors import DataError
 
 SEEDS = st.integers(0, 2**63 - 1)
@@ -170,6 +175,75 @@ def test_a_late_step_of_a_large_dataset_takes_no_memory():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert x.shape == (12, 64) and peak < 2**20
+
+
+def test_two_terabytes_open_and_serve_in_a_few_megabytes(tmp_path):
+    """A sparse file: what it costs to open it and to read any step of it does not depend on its size."""
+    size = 2 * 10**12
+    write_dataset(tmp_path / "x", {"train.bin": range(40), "val.bin": range(40)})
+    try:
+        os.truncate(tmp_path / "x/train.bin", size)
+    except OSError as error:
+        pytest.skip(f"this file system holds no sparse file of two terabytes: {error.strerror}")
+    in_meta("splits", "train", "files", "train.bin", "size", value=size)(tmp_path / "x")
+    in_meta("splits", "train", "tokens", value=size // 2)(tmp_path / "x")
+    tracemalloc.start()
+    b = TrainBatches(open_dataset("x", tmp_path), 7, 1024, 8)
+    for step in (0, 1, 10**9):
+        x, _ = b.micro_batch(step)
+        assert x.shape == (8, 1024)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert b.n_windows == (size // 2 - 1024) // 1024 and peak < 2 * 2**20
+    if sys.platform == "linux":  # the system was told that reading ahead is in vain
+        maps = Path("/proc/self/smaps").read_text()
+        flags = re.search(rf"{tmp_path}/x/train\.bin\n.*?VmFlags: (.*?)\n", maps, re.DOTALL)[1]
+        assert "rr" in flags.split()
+
+
+# Reading ahead
+
+
+def test_reading_ahead_changes_nothing():
+    reads = []
+
+    def read(key):
+        reads.append(key)
+        return key * 10
+
+    ahead = Prefetch(read, lambda key: key + 1, depth=3)
+    assert [ahead.get(k) for k in (5, 6, 7)] == [50, 60, 70]
+    assert ahead.get(100) == 1000 and ahead.get(101) == 1010  # out of turn
+    assert ahead.get(6) == 60
+    assert all(len(ahead.pending) == 3 for _ in range(2))
+    assert reads[:3] == [5, 6, 7] and {100, 101} <= set(reads)
+
+
+def test_reading_ahead_gives_the_batches_of_a_run():
+    b = TrainBatches(dataset([5000]), 3, 16, 4, 2)
+    order = [(s, m) for s in range(20) for m in range(2)]
+    ahead = Prefetch(lambda key: b.micro_batch(*key), lambda key: (key[0] + key[1], 1 - key[1]))
+    for key in order:
+        assert same(ahead.get(key), b.micro_batch(*key))
+
+
+def test_an_error_appears_where_its_batch_is_asked_for():
+    def read(key):
+        if key == 3:
+            raise DataError("damaged")
+        return key
+
+    ahead = Prefetch(read, lambda key: key + 1)
+    assert [ahead.get(k) for k in range(3)] == [0, 1, 2]
+    assert "damaged" in refusal(ahead.get, 3)
+    assert ahead.get(4) == 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_travel_to_a_gpu_from_pinned_memory():
+    batch = data_loader.pinned(TrainBatches(dataset([99]), 0, 8, 2).micro_batch(0))
+    assert all(t.is_pinned() for t in batch)
+    assert same([t.cpu() for t in to_device(batch, "cuda")], batch)
 
 
 # Validation
@@ -368,6 +442,54 @@ def test_of_large_files_the_batches_are_checked_instead(tmp_path, monkeypatch):
     b = TrainBatches(open_dataset("x", tmp_path), 0, 39, 2)
     message = refusal(b.micro_batch, 0)
     assert "train: has the token id 100" in message and "prepare.py" in message
+
+
+def test_a_dataset_may_be_required_to_have_a_tokenizer(tmp_path, gpt2):
+    write_dataset(tmp_path / "x", SHARD_FILES)
+    assert open_dataset("x", tmp_path, tokenizer="byte").vocab_size == 100
+    assert "made with the tokenizer byte, not with gpt2" in refusal(open_dataset, "x", tmp_path, tokenizer="gpt2")
+
+
+# nanoGPT's folders
+
+
+def bare(directory, train, val, dtype="<u2"):
+    directory.mkdir()
+    for name, ids in (("train", train), ("val", val)):
+        np.array(ids, dtype).tofile(directory / f"{name}.bin")
+
+
+def test_bare_token_files_need_a_tokenizer_or_a_vocabulary(tmp_path):
+    text = "Żółw and more. " * 20
+    bare(tmp_path / "x", list(text.encode()) * 3, list(text.encode()))
+    message = refusal(open_dataset, "x", tmp_path)
+    assert "--tokenizer=gpt2 or --vocab_size=N" in message and "convert_nanogpt_meta" in message
+    d = open_dataset("x", tmp_path, tokenizer="byte")
+    assert (d.vocab_size, d.meta["eot"], d.tokens("val")) == (257, 256, len(text.encode()))
+    assert d.bytes_per_token("val") == d.bytes_per_token("train") == 1
+    unnamed = open_dataset("x", tmp_path, vocab_size=256)
+    assert unnamed.vocab_size == 256 and unnamed.bytes_per_token("val") is None
+    assert same(TrainBatches(unnamed, 0, 8, 4).micro_batch(3), TrainBatches(d, 0, 8, 4).micro_batch(3))
+    assert unnamed.fingerprint != d.fingerprint
+    with pytest.raises(DataError, match="nobody named the tokenizer"):
+        from_meta(unnamed.meta["tokenizer"])
+
+
+@pytest.mark.parametrize("train, vocab_size, words", [
+    (b"abc", 100, "train.bin: has 3 bytes, which is no whole number of uint16 tokens"), (b"", 100, "has 0 bytes"),
+    (b"\x64\0", 100, "train.bin: has the token id 100, beyond vocab_size=100 (another --tokenizer or --vocab_size?)"),
+    (b"abcdef", 10**5, "has 6 bytes, which is no whole number of uint32 tokens"),
+])
+def test_bare_token_files_that_cannot_be_are_one_line(tmp_path, train, vocab_size, words):
+    bare(tmp_path / "x", [], [1, 2])
+    (tmp_path / "x/train.bin").write_bytes(train)
+    assert words in refusal(open_dataset, "x", tmp_path, vocab_size=vocab_size)
+
+
+def test_what_a_killed_preparation_leaves_is_not_taken_for_bare_files(tmp_path):
+    bare(tmp_path / "x", [1, 2], [1, 2])
+    (tmp_path / "x/.parts.1a2b.tmp").mkdir()
+    assert "does not exist" in refusal(open_dataset, "x", tmp_path, vocab_size=9)
 
 
 def test_an_empty_shard_among_others_is_no_harm(tmp_path):

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import data_prepare
 from data_loader import open_dataset
 from data_prepare import ensure, write_dataset
-from data_tokenizer import ByteTokenizer, CharTokenizer
+from data_tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from errors import DataError
 
 ROOT = Path(data_prepare.__file__).resolve().parent
@@ -51,10 +51,10 @@ def names(directory):
     return sorted(p.name for p in directory.iterdir())
 
 
-class WideTokenizer(ByteTokenizer):
+class WideTokenizer(Tokenizer):
     """One token a code point, from a vocabulary that two bytes cannot number."""
 
-    vocab_size, eot = 0x110000, None
+    name, vocab_size = "wide", 0x110000
 
     def encode(self, text):
         return [ord(c) for c in text]

@@ -1,9 +1,9 @@
 """The embedded corpus: the source of the standard library of the Python that runs this. No download.
 
-python data/pycode/prepare.py [--out_dir DIR]
+python data/pycode/prepare.py [--tokenizer gpt2] [--out_dir DIR]
 
-One document a file, as UTF-8 bytes with an end-of-text token behind. A file's path decides whether it is
-train or val, so that the split is the same on every machine with the same Python.
+One document a file, as UTF-8 bytes unless told otherwise, with an end-of-text token behind. A file's path decides
+whether it is train or val, so that the split is the same on every machine with the same Python.
 """
 
 import collections
@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
 
 from data_prepare import write_dataset
-from data_tokenizer import ByteTokenizer
+from data_tokenizer import load_tokenizer
 from errors import ArgumentParser, DataError, told_in_one_line
 
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
@@ -58,10 +58,12 @@ def split_of(name):
 def main():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--out_dir", type=Path, default=Path(__file__).resolve().parent, help="where the files go")
+    parser.add_argument("--tokenizer", default="byte", help="byte, gpt2, … or a file, as data/files has it")
     args = parser.parse_args()
     skipped = collections.Counter(not_utf8=0, unreadable=0, empty=0)
-    write_dataset(args.out_dir, ByteTokenizer(), collect(sysconfig.get_path("stdlib"), skipped), skipped=skipped,
-                  source="Python's standard library", python=platform.python_version())
+    tokenizer, documents = load_tokenizer(args.tokenizer), collect(sysconfig.get_path("stdlib"), skipped)
+    write_dataset(args.out_dir, tokenizer, documents, skipped=skipped, source="Python's standard library",
+                  python=platform.python_version())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,2 @@
+"""OpenWebText (python data/openwebtext/prepare.py)."""
+dataset = "openwebtext"

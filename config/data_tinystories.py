@@ -1,0 +1,2 @@
+"""TinyStories (python data/tinystories/prepare.py)."""
+dataset = "tinystories"
