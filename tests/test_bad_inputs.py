@@ -120,7 +120,7 @@ COMMANDS = [
     ("train.py --", 2, "'--': neither a config file"),
     ("train.py --=3", 2, "'--=3': neither a config file"),
     ("train.py config/arch_lama.py", 2, r"config/arch_lama.py: no such config file .*did you mean config/arch_llama"),
-    (f"train.py {5000 * 'x'}.py", 2, r"x+\.py: no such config file \(one of config/"),
+    (f"train.py {5000 * 'x'}.py", 2, r"x+\.py: no such config file \(did you mean config/"),
     ("train.py folder.py", 2, "folder.py: not a file"),
     ("train.py tiny.json", 2, "'tiny.json': neither a config file"),
     # names
