@@ -166,6 +166,10 @@ PRESETS = {
              "each head, biases.",
              dict(normalization="layernorm", norm_position="pre", parallel_block="two_norms", activation="gelu",
                   ffn_type="standard", position_encoding="rope", rope_fraction=0.25, bias=True, weight_tying=False)),
+    "modern": ("The strongest small model that docs/BENCHMARKS.md found: LLaMA with a tied head and each head's "
+               "queries and keys normalised.",
+               dict(normalization="rmsnorm", norm_position="pre", ffn_type="swiglu", position_encoding="rope",
+                    qk_norm="head", bias=False, weight_tying=True)),
     "team": ("model_v1: RoPE, RMSNorm, SwiGLU and pre-norm as LLaMA, with the head tied to the embedding.",
              dict(normalization="rmsnorm", norm_position="pre", ffn_type="swiglu",
                   position_encoding="rope", bias=False, weight_tying=True)),
