@@ -96,3 +96,11 @@ def train(tmp_path, data_dir):
         return run_python(ROOT / "train.py", *TINY, f"--data_dir={data_dir}", f"--run_name={name}", *flags,
                           cwd=tmp_path, **kwargs)
     return run
+
+
+@pytest.fixture
+def untraced(monkeypatch):
+    """flex_attention on the CPU as plain operations, without a second of tracing for every new mask."""
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)

@@ -312,7 +312,7 @@ def valid_values(key):
     elif float in types:
         low = limits["minimum"] if limits["above"] is None else limits["above"]
         values = st.floats(low, limits["below"], exclude_min=limits["above"] is not None,
-                           exclude_max=limits["below"] is not None, allow_infinity=False)
+                           exclude_max=limits["below"] is not None, allow_infinity=False, allow_nan=False)
     else:
         values = st.text(string.ascii_letters + "żα=,'\"{}#$%()+_", min_size=1, max_size=80)
     return values | st.none() if type(None) in types else values

@@ -19,12 +19,6 @@ from model_config import ATTENTION_BACKEND
 TRAINS_HERE = ("sdpa", "manual")  # flex has no backward pass on the CPU
 
 
-@pytest.fixture
-def untraced(monkeypatch):
-    """flex_attention on the CPU as plain operations, without a second of tracing for every new mask."""
-    monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-
-
 def attention(backend, **keys):
     """One layer's attention with random weights, in float64."""
     c = config(**keys, attention_backend=backend)

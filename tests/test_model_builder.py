@@ -34,7 +34,7 @@ def test_what_cannot_stand_together_is_what_we_know_of():
 
 
 @pytest.mark.parametrize("part", range(8))
-def test_all_pairs_of_options_build_and_run_forward_and_backward(part):
+def test_all_pairs_of_options_build_and_run_forward_and_backward(part, untraced):
     idx = torch.randint(0, 48, (2, 12), generator=torch.Generator().manual_seed(part))
     for chosen in COVERING[part::8]:
         model = build_model(ModelConfig(**architectures.TINY | chosen))

@@ -131,7 +131,7 @@ def test_saved_bytes_are_those_that_autograd_keeps(name, dtype, backend, dropout
         assert account.saved_in()(sequences) == really_saved(config, dtype, sequences)
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", [0, 1, *(pytest.param(i, marks=pytest.mark.long) for i in range(2, 8))])
 def test_parameters_and_saved_bytes_are_true_for_all_pairs_of_options(part):
     space = {**architectures.SPACE, "attention_backend": ("sdpa", "manual")}  # flex has no backward pass on a CPU
     for i, chosen in enumerate(architectures.covering(space, at_least=200)[0][part::8]):
