@@ -380,14 +380,16 @@ class ModelConfig:
         gated = "activation" in FFN_TYPE[self.ffn_type].implies
         multiple = self.ffn_multiple_of or (64 if gated else 1)
         width = 8 * self.n_embd if gated else 12 * self.n_embd  # in thirds
+        context = max(1, int(self.block_size / self.rope_scaling_factor))
+        stretched = "rope_original_context" in ROPE_SCALING[self.rope_scaling].keys
         return {
+            **({"rope_original_context": context} if stretched else {}),
             "n_kv_head": self.n_head,
             "head_dim": self.n_embd // self.n_head,
             "activation": self.implied().get("activation", ("gelu",))[0],
             "ffn_multiple_of": multiple,
             "d_ff": -(-width // (3 * multiple)) * multiple,
             "qkv_bias": self.bias,
-            "rope_original_context": max(1, int(self.block_size / self.rope_scaling_factor)),
             "attention_backend": next(iter(self.able_backends())),
         }
 
