@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import os
 import random
 import shutil
@@ -27,10 +28,21 @@ class Machine:
     dtype: torch.dtype
     tf32: bool
     compile: bool
+    tensor_parallel: int = 1  # neighbouring ranks that share each matrix, and read the same data
 
     @property
     def is_main(self):
         return self.rank == 0
+
+    @property
+    def data_rank(self):
+        """Which share of a step's micro-batches this process takes …"""
+        return self.rank // self.tensor_parallel
+
+    @property
+    def data_size(self):
+        """… of how many."""
+        return self.world_size // self.tensor_parallel
 
     def autocast(self):
         """Mixed precision around the forward pass."""
@@ -42,13 +54,28 @@ class Machine:
         """The sums of `values` (numbers) over all processes, in float64, as a list."""
         if self.world_size == 1:
             return [float(v) for v in values]
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
 
     def any(self, flag):
         """Whether `flag` holds on any process."""
         return self.sum(float(bool(flag)))[0] > 0
+
+    def exchange(self, value, group=None):
+        """[the `value` of rank 0, of rank 1, …] on every process; a value is what JSON can say.
+
+        group: a process group for tensors on the CPU; without one, that of the run.
+        """
+        if self.world_size == 1:
+            return [value]
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(own)]), group=group)
+        longest = max(map(int, sizes))
+        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+        dist.all_gather(texts, torch.nn.functional.pad(own, (0, longest - len(own))), group=group)
+        return [json.loads(text[:size].numpy().tobytes()) for text, size in zip(texts, sizes, strict=True)]
 
     def barrier(self):
         """Wait for the other processes."""
@@ -91,7 +118,8 @@ def init(config):
         if missing := [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]:
             raise UserError(f"WORLD_SIZE={world_size} without {', '.join(missing)}: several processes are started by "
                             "torchrun --nproc_per_node=N train.py …")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+        # gloo beside nccl: what processes tell each other about the run never waits for a GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 device_id=device if device.type == "cuda" else None)
     return Machine(rank, local_rank, world_size, device, dtype, config.tf32 and device.type == "cuda", compile)
 

@@ -155,6 +155,7 @@ rank = machine.rank
 assert machine.world_size == 2 and machine.device.type == "cpu" and machine.is_main == (rank == 0)
 assert machine.sum(rank + 1, 0.25) == [3.0, 0.5]
 assert machine.sum(2**53 if rank else 1 - 2**53) == [1.0]  # exactly, in float64
+assert machine.exchange({"rank": rank, "text": "ä" * rank}) == [{"rank": 0, "text": ""}, {"rank": 1, "text": "ä"}]
 assert machine.any(False) is False and machine.any(rank == 1) is True and machine.any(True) is True
 with parallel.Interruption() as interruption:
     if rank == 1:
