@@ -12,6 +12,7 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and the tests run side by side
 
 from data_prepare import write_dataset
+from data_sources import SHAKESPEARE
 from data_tokenizer import ByteTokenizer, load_tokenizer
 from tools.train_tokenizer import main as train_tokenizer
 
@@ -43,22 +44,18 @@ def pieces(tmp_path_factory, sources):
 
 @pytest.fixture(scope="session")
 def gpt2():
-    """GPT-2's tokenizer; the test is skipped where tiktoken has it not in its cache and may not fetch it."""
-    cache = ROOT.parent / "shared/tiktoken"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        if cache.is_dir():
-            monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
-        if not os.path.isdir(os.environ.get("TIKTOKEN_CACHE_DIR", "")):
-            pytest.skip("GPT-2's BPE is not cached here (set TIKTOKEN_CACHE_DIR)")
-        yield load_tokenizer("gpt2")
+    """GPT-2's tokenizer; the test is skipped where no cache of tiktoken's is named, as it may not fetch anything."""
+    if not os.path.isdir(os.environ.get("TIKTOKEN_CACHE_DIR", "")):
+        pytest.skip("GPT-2's BPE is not cached here (set TIKTOKEN_CACHE_DIR)")
+    return load_tokenizer("gpt2")
 
 
 @pytest.fixture
 def tinyshakespeare():
     """The path of Tiny Shakespeare; the test is skipped without it."""
-    path = ROOT.parent / "shared/data/tinyshakespeare/input.txt"
-    if not path.exists():
-        pytest.skip("Tiny Shakespeare is not here (../shared/data/tinyshakespeare/input.txt)")
+    path = os.environ.get("BLOCKGPT_TINYSHAKESPEARE")
+    if path is None:
+        pytest.skip(f"Tiny Shakespeare is not here (get {SHAKESPEARE[0]} and set BLOCKGPT_TINYSHAKESPEARE to its path)")
     return path
 
 
