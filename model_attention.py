@@ -182,11 +182,10 @@ class SDPAttention(ManualAttention):
         return function(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=self.scale,
                         dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head)
 
-    @torch.no_grad()
     def kernel(self, sight, dtype):
-        """The name of the kernel that torch chooses for a sequence like `sight`, in `dtype`, on its device."""
-        q, k = (torch.empty(1, heads, len(sight.queries), self.head_dim, dtype=dtype, device=sight.queries.device)
-                for heads in (self.n_head, self.n_kv_head))
+        """The name of the kernel that torch chooses to train on a sequence like `sight`, in `dtype`, on its device."""
+        like = dict(dtype=dtype, device=sight.queries.device, requires_grad=True)  # the choice may depend on gradients
+        q, k = (torch.empty(1, n, len(sight.queries), self.head_dim, **like) for n in (self.n_head, self.n_kv_head))
         return SDPBackend(self.product(torch._fused_sdp_choice, q, k, k, self.mask(sight))).name.lower()
 
 

@@ -124,9 +124,10 @@ class GPT(nn.Module):
     def attention_kernels(self, dtype):
         """{"full" or the window: torch's choice of kernel for it at block_size}, where the backend leaves one."""
         positions = torch.arange(self.config.block_size, device=self.lm_head.weight.device)
+        documents = torch.zeros_like(positions)[None]  # (1, T)
         attn = self.blocks[0].attn
-        return {str(w or "full"): attn.kernel(self.sight(w, positions), dtype) for w in self.windows
-                if hasattr(attn, "kernel")}
+        return {str(w or "full"): attn.kernel(self.sight(w, positions, documents=documents), dtype)
+                for w in self.windows if hasattr(attn, "kernel")}
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, stop=None,

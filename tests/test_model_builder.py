@@ -11,6 +11,7 @@ from pathlib import Path
 import architectures
 import pytest
 import torch
+import torch.nn.functional as F
 
 from errors import UserError
 from model_builder import build_model, load_weights, lr_multipliers, sample_token
@@ -186,6 +187,28 @@ def test_every_key_changes_the_model_or_is_reported_as_having_no_effect(base, ke
         assert same  # the configurator refuses it as a flag
     else:
         assert same == (key in config.unused_keys())
+
+
+@pytest.mark.parametrize("mask_documents", [False, True])
+def test_torch_is_asked_for_the_kernel_of_a_training_step(mask_documents, monkeypatch):
+    """The same products but for the number of sequences: what is masked, and that gradients are wanted."""
+    model = build_model(get_preset("llama", **TINY, n_kv_head=1, sliding_window=4, window_pattern="SL", dropout=0.1,
+                                   attention_backend="sdpa", mask_documents=mask_documents))
+    asked, done = [], []
+
+    def noted(calls, function):
+        def call(q, k, v, attn_mask, **keywords):
+            calls.append(([t.requires_grad for t in (q, k, v)], q.dtype, [t.shape[1:] for t in (q, k, v)],
+                          None if attn_mask is None else (attn_mask.dtype, attn_mask.shape[1:]), keywords))
+            return function(q, k, v, attn_mask=attn_mask, **keywords)
+        return call
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", noted(asked, torch._fused_sdp_choice))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted(done, F.scaled_dot_product_attention))
+    assert set(model.attention_kernels(torch.float32)) == {"4", "full"}
+    idx = torch.zeros(2, TINY["block_size"], dtype=torch.long)
+    model(idx, idx, documents=torch.zeros_like(idx))
+    assert asked == done
 
 
 @pytest.mark.parametrize("name", PRESETS)
