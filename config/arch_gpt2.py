@@ -1,2 +1,2 @@
-"""This project's GPT-2: learned positions, bias-free LayerNorm, GELU, post-norm, tied head."""
+"""GPT-2 (Radford et al. 2019) as this project has it: learned positions, bias-free LayerNorm, GELU, post-norm, tied."""
 arch_preset = "gpt2"

@@ -1,2 +1,2 @@
-"""Llama 3: LLaMA with RoPE's base at 500,000."""
+"""Llama 3 (arXiv:2407.21783): LLaMA with RoPE's base at 500,000."""
 arch_preset = "llama3"

@@ -1,2 +1,2 @@
-"""GPT-NeoX and Pythia: attention and FFN side by side, RoPE on a quarter of each head."""
+"""GPT-NeoX (arXiv:2204.06745), Pythia (arXiv:2304.01373): attention beside FFN, RoPE on a quarter of each head."""
 arch_preset = "neox"

@@ -1,2 +1,2 @@
-"""Qwen3: LLaMA with each head's queries and keys normalised, tied head."""
+"""Qwen3 (arXiv:2505.09388): LLaMA with each head's queries and keys normalised, tied head."""
 arch_preset = "qwen3"
