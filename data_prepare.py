@@ -2,8 +2,8 @@
 
 The .bin files are raw little-endian token ids. A dataset exists if and only if its meta.json does: everything
 is written beside its place and renamed into it, so that a crash leaves the old dataset or none, never a half.
-To add a dataset: a `data/<name>/prepare.py` that hands its parts (data_sources.py) to `prepare`, or, where there is
-little of it, its documents to `write_dataset` (see data/pycode).
+To add a dataset: a `data/<name>/prepare.py` that names a dataset of the hub to `prepare_from_hub`, hands its own parts
+(data_sources.py) to `prepare`, or, where there is little of it, its documents to `write_dataset` (see data/pycode).
 """
 
 import collections
@@ -25,6 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_filters import parse_filters
+from data_sources import SHAKESPEARE, hub_parts, text_of
 from data_tokenizer import CharTokenizer, from_meta, load_tokenizer
 from data_writer import (
     DTYPES,
@@ -363,6 +364,41 @@ def prepare_with(args, parts, source, by_position=False, separate=True, **extras
     tokenizer = characters_of(parts) if args.tokenizer == "char" else load_tokenizer(args.tokenizer)
     return prepare(args.out_dir, tokenizer, parts, source=source, recipe=recipe, workers=args.workers,
                    shard_tokens=args.shard_tokens, command=shlex.join(["python", *sys.argv]), **extras)
+
+
+def prepare_from_hub(description, script, source, *, val_fraction, splits=(("train", None),), samples=None):
+    """What a prepare.py does whose text stands on the Hugging Face hub, there as `source`.
+
+    script: its __file__. splits: (the hub's, the one of ours that it fills) each; None: a document's hash decides.
+    samples: {value of --sample: the hub's name of it}, the default first.
+    """
+    how = ("Streamed through `datasets`, a file of it at a time by each process. Killed, or cut off from the network, "
+           "the same command goes on. --source: another name on the hub, or a local copy of the repository.")
+    parser = command_parser(f"{description} {how}", Path(script).resolve().parent, val_fraction=val_fraction)
+    parser.add_argument("--source", default=source, help="on the hub, or a local folder")
+    if samples:
+        parser.add_argument("--sample", choices=samples, default=next(iter(samples)), help="how much of it")
+    args = parse(parser)
+    name = samples[args.sample] if samples else None
+    parts = [part for split, into in splits for part in hub_parts(args.source, name, split, into=into)]
+    prepare_with(args, parts, f"{args.source} {name}" if name else args.source)
+
+
+def prepare_shakespeare(description, script, tokenizer):
+    """What a prepare.py of Tiny Shakespeare does: the first 90 % of the text train, the rest val, as nanoGPT has it.
+
+    script: its __file__. tokenizer: what --tokenizer is by default.
+    """
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--source", type=Path, help="a local input.txt; None: download")
+    parser.add_argument("--out_dir", type=Path, default=Path(script).resolve().parent, help="where the files go")
+    parser.add_argument("--tokenizer", default=tokenizer, help="byte, char, gpt2, … or a file, as data/files has it")
+    args = parser.parse_args()
+    tokenizer = None if args.tokenizer == "char" else load_tokenizer(args.tokenizer)  # a slip is told before a download
+    text = text_of(args.source, *SHAKESPEARE)
+    cut = int(len(text) * 0.9)
+    write_dataset(args.out_dir, tokenizer or CharTokenizer(text), [("train", text[:cut]), ("val", text[cut:])],
+                  source=str(args.source or SHAKESPEARE[0]), separate=False)
 
 
 def characters_of(parts):

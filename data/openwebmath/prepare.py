@@ -1,9 +1,6 @@
 """OpenWebMath (Paster et al. 2023): web pages with mathematics, 14.7 billion tokens, 56 GB of text.
 
 python data/openwebmath/prepare.py [--tokenizer gpt2] [--workers N] [--out_dir DIR]
-
-Streamed through `datasets`, a file of it at a time by each process. Killed, or cut off from the network, the same
-command goes on. --source: another name on the Hugging Face hub, or a local copy of the repository.
 """
 
 import sys
@@ -11,16 +8,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
 
-from data_prepare import command_parser, parse, prepare_with
-from data_sources import hub_parts
+from data_prepare import prepare_from_hub
 from errors import told_in_one_line
 
 
 def main():
-    parser = command_parser(__doc__, Path(__file__).resolve().parent, val_fraction=0.001)
-    parser.add_argument("--source", default="open-web-math/open-web-math", help="on the hub, or a local folder")
-    args = parse(parser)
-    prepare_with(args, hub_parts(args.source), args.source)
+    prepare_from_hub(__doc__, __file__, "open-web-math/open-web-math", val_fraction=0.001)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
 
-from data_prepare import write_dataset
-from data_sources import SHAKESPEARE, text_of
-from data_tokenizer import CharTokenizer
-from errors import ArgumentParser, told_in_one_line
+from data_prepare import prepare_shakespeare
+from errors import told_in_one_line
 
 
 def main():
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--source", type=Path, help="a local input.txt; None: download")
-    parser.add_argument("--out_dir", type=Path, default=Path(__file__).resolve().parent, help="where the files go")
-    args = parser.parse_args()
-    text = text_of(args.source, *SHAKESPEARE)
-    cut = int(len(text) * 0.9)
-    documents = [("train", text[:cut]), ("val", text[cut:])]
-    write_dataset(args.out_dir, CharTokenizer(text), documents, source=str(args.source or SHAKESPEARE[0]))
+    prepare_shakespeare(__doc__, __file__, "char")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
 """TinyStories (Eldan & Li 2023): short stories in a small child's words, 2 GB. Train and val are the authors' own.
 
 python data/tinystories/prepare.py [--tokenizer gpt2] [--workers N] [--out_dir DIR]
-
-Streamed through `datasets`, a file of it at a time by each process. Killed, or cut off from the network, the same
-command goes on. --source: another name on the Hugging Face hub, or a local copy of the repository.
 """
 
 import sys
@@ -11,17 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
 
-from data_prepare import command_parser, parse, prepare_with
-from data_sources import hub_parts
+from data_prepare import prepare_from_hub
 from errors import told_in_one_line
 
 
 def main():
-    parser = command_parser(__doc__, Path(__file__).resolve().parent, val_fraction=0.01)
-    parser.add_argument("--source", default="roneneldan/TinyStories", help="on the hub, or a local folder")
-    args = parse(parser)
-    parts = hub_parts(args.source, split="train", into="train") + hub_parts(args.source, split="validation", into="val")
-    prepare_with(args, parts, args.source)
+    prepare_from_hub(__doc__, __file__, "roneneldan/TinyStories", val_fraction=0.01,
+                     splits=(("train", "train"), ("validation", "val")))
 
 
 if __name__ == "__main__":
