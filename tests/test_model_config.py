@@ -1,8 +1,10 @@
 """model_config: what can be chosen, and what cannot be built."""
 
 import dataclasses
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -145,6 +147,16 @@ def test_labels_tell_options_apart():
     for table in AXES.values():
         labels = [o.label for o in table.values() if o.label]
         assert len(labels) == len(set(labels))
+
+
+def test_the_readmes_table_names_every_option():
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    table = readme.partition("## The options")[2].partition("## ")[0]
+    options = {f.name: set(f.metadata["choices"] or ()) for f in dataclasses.fields(ModelConfig)}
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^;|]*)", table, re.MULTILINE))
+    assert {axis: set(re.findall(r"`(\w+)`", row)) for axis, row in rows.items()} == {
+        axis: options[axis] for axis in ("arch_preset", *AXES)}
+    assert set(re.findall(r"`(\w+)`", table)) <= options.keys() | set().union(*options.values())
 
 
 def test_torch_is_not_imported():
