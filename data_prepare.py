@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -225,7 +226,14 @@ worker = {}  # what a worker process keeps from its start: tokenizer, recipe, co
 def start_worker(tokenizer, recipe, counters):
     """Runs first in each worker process. tokenizer: its entry in meta.json."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    threading.Thread(target=end_with_parent, daemon=True).start()
     worker.update(tokenizer=from_meta(tokenizer), recipe=recipe, counters=counters)
+
+
+def end_with_parent():
+    """Where the main process was killed: go too, or this one would wait for ever, or write where its successor does."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def encode_one(path, part):

@@ -231,8 +231,8 @@ def small_parts(corpus, out_dir, *flags, more=""):
     return ["-c", code, *map(str, files_command(corpus, out_dir, *flags))]
 
 
-def start(*command):
-    return subprocess.Popen([sys.executable, *command], env=environment(), stdout=subprocess.PIPE,
+def start(*command, cwd=None):
+    return subprocess.Popen([sys.executable, *command], cwd=cwd, env=environment(), stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True)
 
 
@@ -266,6 +266,15 @@ def test_what_was_done_before_a_kill_is_not_done_again(tmp_path, corpus, how):
     assert whole.returncode == 0
     a, b = tree(out), tree(tmp_path / "whole")
     assert sorted(a) == sorted(b) and a["train.bin"] == b["train.bin"] and a["val.bin"] == b["val.bin"]
+
+
+def test_workers_end_with_the_main_process(tmp_path, corpus):
+    (tmp_path / "fault.py").write_text("import threading\ndef keep(text):\n    print('at work', flush=True)\n"
+                                       "    threading.Event().wait()\n")
+    child = start(*small_parts(corpus, tmp_path / "x", "--workers=2", "--filter=callable=fault:keep"), cwd=tmp_path)
+    assert child.stdout.readline() == "at work\n"
+    child.kill()
+    child.communicate(timeout=60)  # to the end of the output, which the workers write to as well
 
 
 def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(tmp_path, corpus):
