@@ -194,7 +194,7 @@ def locked(work):
 def build(out_dir, work, paths, tokenizer, recipe, source, left_out, refused, extras, shard_tokens=SHARD_TOKENS):
     """Assemble the parts into shards and publish them with their meta.json, which is returned."""
     dtype = dtype_for(tokenizer.vocab_size)
-    splits = {name: Split(out_dir, name, DTYPES[dtype], shard_tokens) for name in SPLITS}
+    splits = {name: Split(work, name, DTYPES[dtype], shard_tokens) for name in SPLITS}
     try:
         drop = find_duplicates(work, paths) if recipe.deduplicate else ()
         if recipe.deduplicate:

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -171,10 +170,10 @@ def assemble(paths, splits, drop):
 
 
 class Split:
-    """One split on its way to the disk: temporaries beside their places, counted and digested as they grow."""
+    """One split on its way to the disk: shards in the work directory, counted and digested as they grow."""
 
-    def __init__(self, directory, name, dtype, shard_tokens=SHARD_TOKENS):
-        self.directory, self.name, self.dtype, self.shard_tokens = directory, name, dtype, shard_tokens
+    def __init__(self, work, name, dtype, shard_tokens=SHARD_TOKENS):
+        self.work, self.name, self.dtype, self.shard_tokens = work, name, dtype, shard_tokens
         self.tokens = self.bytes = self.documents = 0
         self.shards, self.file = [], None  # a shard: [temporary, digest, size]
 
@@ -191,9 +190,8 @@ class Split:
 
     def _next_shard(self):
         self.finish()
-        # Not the process id: two containers on one shared folder may have the same.
-        temporary = self.directory / f".{self.name}.bin.{secrets.token_hex(4)}.tmp"
-        self.file = open(temporary, "xb", buffering=2**20)  # noqa: SIM115 (lives until `finish`)
+        temporary = self.work / f"{self.name}.{len(self.shards)}.bin"  # over what a killed process left there
+        self.file = open(temporary, "wb", buffering=2**20)  # noqa: SIM115 (lives until `finish`)
         self.shards.append([temporary, hashlib.sha256(), 0])
 
     def finish(self):
@@ -262,7 +260,7 @@ def shards_of(meta):
 
 def remove_stale(out_dir, kept=None):
     """Remove the temporaries, but for `kept`, of processes killed long ago: they can be as large as the dataset."""
-    for pattern in (".train.bin.*.tmp", ".val.bin.*.tmp", ".meta.json.*.tmp", ".parts.*.tmp"):
+    for pattern in (".meta.json.*.tmp", ".parts.*.tmp"):
         for path in out_dir.glob(pattern):
             if path == kept:
                 continue

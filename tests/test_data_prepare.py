@@ -221,7 +221,7 @@ def test_preparing_the_same_again_never_takes_it_away(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_process_left_long_ago_is_removed(tmp_path):
-    old, new, foreign = (tmp_path / n for n in (".train.bin.1a2b.tmp", ".val.bin.3c4d.tmp", ".mine.tmp"))
+    old, new, foreign = (tmp_path / n for n in (".meta.json.1a2b.tmp", ".meta.json.3c4d.tmp", ".mine.tmp"))
     for path in (old, new, foreign):
         path.write_bytes(b"")
     for path in (old, foreign):

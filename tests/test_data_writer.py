@@ -268,6 +268,19 @@ def test_what_was_done_before_a_kill_is_not_done_again(tmp_path, corpus, how):
     assert sorted(a) == sorted(b) and a["train.bin"] == b["train.bin"] and a["val.bin"] == b["val.bin"]
 
 
+def test_a_kill_when_all_is_written_leaves_nothing_behind(tmp_path, corpus):
+    stuck = "import data_prepare, threading\ndef stuck(*a): print('written', flush=True); threading.Event().wait()\n" \
+            "data_prepare.publish = stuck"
+    out = tmp_path / "x"
+    child = start(*small_parts(corpus, out, "--workers=1", "--shard_tokens=5000", more=stuck))
+    assert child.stdout.readline() == "written\n"
+    child.kill()
+    child.communicate()
+    again = run_python(*small_parts(corpus, out, "--workers=1"))
+    assert again.returncode == 0 and re.search(r"going on: (\d+) of \1 parts were done", again.stdout), again.stderr
+    assert sorted(tree(out)) == ["meta.json", "train.bin", "val.bin"]
+
+
 def test_workers_end_with_the_main_process(tmp_path, corpus):
     (tmp_path / "fault.py").write_text("import threading\ndef keep(text):\n    print('at work', flush=True)\n"
                                        "    threading.Event().wait()\n")
