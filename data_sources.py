@@ -332,7 +332,8 @@ def hub_parts(path, name=None, split="train", text_key="text", into=None, **more
         raise
     except Exception as error:  # no network, no such dataset, another layout of its files: the library's many kinds
         problem = f"{type(error).__name__}: {first_line(error)}"
-        raise DataError(f"{name_of(arguments)}: cannot be opened: {problem}") from None
+        raise DataError(f"{name_of(arguments)}: cannot be opened: {problem} (--source takes a local copy too)") \
+            from None
     return [HubPart(arguments, text_key, i, count, into) for i in range(count)]
 
 

@@ -67,7 +67,7 @@ def plot(path, config, mixture):
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"--plot: {path}: cannot be written: {error}") from None
+        raise UserError(f"--plot: {path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def main(argv):

@@ -85,6 +85,8 @@ def main(argv):
             raise UserError(f"--{name}: {getattr(args, name)} is out of range, must be {range_}")
     if args.export_bpe and args.model != "bpe":
         raise UserError("--export_bpe: needs --model bpe: only its merges can be written in tiktoken's format")
+    if not os.access(args.output.parent, os.W_OK):  # told before the training, which may take long
+        raise DataError(f"--output: {args.output}.model: cannot be written: no folder that may be written to")
     held_out, parts = [], files_parts(args.input, args.text_key)
 
     def training():
