@@ -76,6 +76,29 @@ class Config:
     checkpoint_interval: int | None = key(None, "steps between checkpoints; None: eval_interval; 0: only at the end",
                                           group="evaluation", minimum=0)
 
+    use_zero1: bool = key(False, "ZeRO-1: the optimizer's state shared out over the processes", group="parallel")
+    use_fsdp: bool = key(False, "FSDP: weights, gradients and optimizer state shared out, block by block",
+                         group="parallel")
+    fsdp_reshard_after_forward: bool = key(True, "free a block's gathered weights between forward and backward pass",
+                                           group="parallel")
+    fsdp_cpu_offload: bool = key(False, "keep what is shared out in the memory of the host", group="parallel")
+    fsdp_replicas: int = key(1, "whole copies of the model, each shared out within its group of processes (hybrid "
+                             "sharding): the number of nodes, say", group="parallel", minimum=1)
+    tensor_parallel: int = key(1, "neighbouring processes that split each matrix, for models too wide for one",
+                               group="parallel", minimum=1)
+    activation_checkpointing: str = key("none", "what the backward pass computes again to save memory: full: each "
+                                        "block, selective: all of it but matrix products and attention",
+                                        group="parallel", choices=("none", "full", "selective"))
+    peer_timeout: float = key(300.0, "seconds without progress after which another process must be lost (the first "
+                              "step and evaluation, which may compile, have half an hour)", group="parallel", above=0.0)
+    save_timeout: float = key(1800.0, "the same in a save", group="parallel", above=0.0)
+    skip_spikes: bool = key(False, "leave out the update of a step whose loss is a spike", group="optimization")
+    spike_threshold: float = key(6.0, "standard deviations above its running mean from which a loss is a spike",
+                                 group="optimization", above=0.0)
+
+    keep_checkpoints: int = key(2, "newest checkpoints kept, beside the best", group="evaluation", minimum=2)
+    checkpoint_async: bool = key(False, "write checkpoints beside training", group="evaluation")
+
     device: str = key("auto", "auto: cuda, else mps, else cpu; or cpu, cuda, cuda:1, mps", group="system")
     dtype: str = key("auto", "of the matrix products; auto: bfloat16 on CUDA where it has it, else float32",
                      group="system", choices=("auto", "float32", "bfloat16", "float16"))
@@ -100,10 +123,7 @@ class Config:
 
     def __post_init__(self):
         check_fields(self)
-        processes = self.processes
-        if self.gradient_accumulation_steps % processes:
-            raise ConfigError("gradient_accumulation_steps", f"{self.gradient_accumulation_steps} cannot be shared by "
-                              f"{processes} processes (a multiple of {processes}: it counts over all of them)")
+        self.check_parallel()
         if self.dry_run and self.eval_only:
             raise ConfigError("dry_run", "tells of training, and eval_only trains nothing (drop one of them)")
         if self.lr_decay_iters is not None and self.lr_decay_iters < (self.warmup_iters or 0):
@@ -126,6 +146,42 @@ class Config:
     def processes(self):
         """How many train together, or would."""
         return self.dry_run_gpus if self.dry_run and "dry_run_gpus" in self.explicit else world_size()
+
+    @property
+    def data_processes(self):
+        """How many shares a step's micro-batches have: tensor-parallel neighbours read the same."""
+        return self.processes // self.tensor_parallel
+
+    def check_parallel(self):
+        """Raise `ConfigError` unless the processes can share the work as the keys ask."""
+        processes, tensor = self.processes, self.tensor_parallel
+        if self.use_zero1 and self.use_fsdp:
+            raise ConfigError("use_zero1", "True has no place beside use_fsdp=True, which shares out the optimizer's "
+                                           "state too (drop one of them)")
+        if processes % tensor:
+            raise ConfigError("tensor_parallel", f"{tensor} does not divide the {processes} processes of the run")
+        if tensor > 1:
+            for name in ("n_head", "n_kv_head", "d_ff"):
+                if getattr(self.model.resolve(), name) % tensor:
+                    raise ConfigError("tensor_parallel", f"{tensor} does not divide "
+                                                         f"{name}={getattr(self.model.resolve(), name)}")
+            if self.use_zero1:
+                raise ConfigError("tensor_parallel", f"{tensor} has no place beside use_zero1=True (use_fsdp=True has)")
+            if processes > tensor and not self.use_fsdp:
+                raise ConfigError("tensor_parallel", f"{tensor} of {processes} processes needs use_fsdp=True for the "
+                                                     "rest of the way")
+            if self.model.attention_backend == "flex":
+                raise ConfigError("attention_backend", "'flex' cannot be split by tensor_parallel (sdpa and manual can)")
+        shares = self.data_processes
+        if self.gradient_accumulation_steps % shares:
+            raise ConfigError("gradient_accumulation_steps", f"{self.gradient_accumulation_steps} cannot be shared by "
+                              f"{shares} processes (a multiple of {shares}: it counts over all of them)")
+        if shares % self.fsdp_replicas:
+            raise ConfigError("fsdp_replicas", f"{self.fsdp_replicas} does not divide the {shares} processes that "
+                                               "share the data")
+        if self.dtype == "float16" and (self.use_fsdp or tensor > 1):
+            raise ConfigError("dtype", "'float16' with its scaled gradients cannot be shared out (bfloat16 and float32 "
+                                       "can)")
 
     def check_sources(self):
         """Raise `ConfigError` unless dataset and dataset_schedule name folders with shares that can be."""
@@ -179,6 +235,13 @@ class Config:
             unused |= {k: "dry_run is off" for k in ("dry_run_gpus", "dry_run_gpu", "dry_run_mfu")}
         elif self.dry_run_gpu is not None:
             unused["device"] = "dry_run_gpu names the device"
+        if not self.use_fsdp:
+            fsdp = ("fsdp_reshard_after_forward", "fsdp_cpu_offload", "fsdp_replicas")
+            unused |= dict.fromkeys(fsdp, "use_fsdp is off")
+        elif self.device in ("cpu", "mps"):
+            unused["fsdp_cpu_offload"] = f"device is {self.device}"
+        if self.processes == 1:
+            unused |= dict.fromkeys(("peer_timeout", "save_timeout"), "one process has no peers")
         if not self.wandb_log:
             unused["wandb_project"] = "wandb_log is off"
         if self.lr_schedule == "constant":
@@ -209,7 +272,8 @@ def check_folder_name(key, value):
 def key_fields():
     """{key: dataclass field} of every configuration key, in the order of the help."""
     fields = {f.name: f for cls in (ModelConfig, Config) for f in dataclasses.fields(cls) if f.metadata}
-    order = ("architecture", "size", "run", "data", "optimization", "evaluation", "system", "dry run", "logging")
+    order = ("architecture", "size", "run", "data", "optimization", "evaluation", "parallel", "system", "dry run",
+             "logging")
     return {n: f for group in order for n, f in fields.items() if f.metadata["group"] == group}
 
 

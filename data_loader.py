@@ -240,6 +240,8 @@ class Windows:
 
     def __init__(self, dataset, split, block_size, spare=0):
         shards = [tokens for tokens in dataset.shards[split] if len(tokens) > block_size]
+        ends = np.cumsum([len(tokens) for tokens in dataset.shards[split]])
+        self.before = [end - len(t) for end, t in zip(ends, dataset.shards[split], strict=True) if len(t) > block_size]
         if not shards:
             longest = max(map(len, dataset.shards[split])) - 1
             smaller = f"--block_size={longest} or smaller, or " if longest > 0 else ""
@@ -255,13 +257,17 @@ class Windows:
         self.firsts = self.ends - counts
         self.count = int(self.ends[-1])
 
+    def locate(self, numbers, offset=0):
+        """(shard, first token in it) of each of the windows, (B,) int64 each; the arguments are `read`'s."""
+        shard = np.searchsorted(self.ends, numbers, side="right")
+        return shard, (numbers - self.firsts[shard]) * self.block_size + offset % self.room[shard]
+
     def read(self, numbers, offset=0):
         """Inputs and targets of the windows `numbers` ((B,) int64): x, y, int64 tensors (B, block_size).
 
         offset: one for all, or one for each ((B,) int64), taken modulo the room in the window's shard.
         """
-        shard = np.searchsorted(self.ends, numbers, side="right")
-        start = (numbers - self.firsts[shard]) * self.block_size + offset % self.room[shard]
+        shard, start = self.locate(numbers, offset)
         if len(self.views) == 1:
             ids = self.views[0][start]  # (B, block_size + 1)
         else:
@@ -276,7 +282,8 @@ class GlobalBatches:
     """The steps of a run out of its sequences, the same however many processes share them.
 
     A subclass has `sequences(k)`: the k-th sequences of the run, k (B,) int64, as x, y, int64 tensors (B, block_size);
-    and `n_targets(k)`: how many targets they hold. batch_size: sequences of a micro-batch;
+    `n_targets(k)`: how many targets they hold; and `offsets(k)`: [(dataset, token of its train split)] where each
+    begins. batch_size: sequences of a micro-batch;
     gradient_accumulation_steps: micro-batches of a step, over all processes.
     """
 
@@ -288,10 +295,14 @@ class GlobalBatches:
 
         The processes' shares make up the same global batch, micro-batch for micro-batch, however many they are.
         """
+        return self.sequences(self.numbers(step, micro_step, rank, world_size))
+
+    def numbers(self, step, micro_step=0, rank=0, world_size=1):
+        """The numbers of the sequences of `micro_batch`, which takes the same arguments: (batch_size,) int64."""
         assert self.gradient_accumulation_steps % world_size == 0 and 0 <= rank < world_size and step >= 0
         assert 0 <= micro_step < self.gradient_accumulation_steps // world_size
         micro = step * self.gradient_accumulation_steps + micro_step * world_size + rank
-        return self.sequences(np.arange(micro * self.batch_size, (micro + 1) * self.batch_size))
+        return np.arange(micro * self.batch_size, (micro + 1) * self.batch_size)
 
     def step_targets(self, step):
         """The targets of a step, over all processes."""
@@ -315,10 +326,19 @@ class TrainBatches(GlobalBatches):
         self.seed_key = scramble(np.array([seed], np.uint64))
 
     def sequences(self, k):
+        return self.windows.read(*self._windows(k))
+
+    def _windows(self, k):
+        """(window, offset) of each sequence, (B,) int64 each."""
         epoch, place = np.divmod(k, self.n_windows)
         key = scramble(self.seed_key + epoch.astype(np.uint64))
         offset = np.where(epoch == 0, 0, (scramble(~key) % self.windows.block_size).astype(np.int64))
-        return self.windows.read(permute(place, self.n_windows, key), offset)
+        return permute(place, self.n_windows, key), offset
+
+    def offsets(self, k):
+        shard, start = self.windows.locate(*self._windows(k))
+        name = self.windows.dataset.name
+        return [(name, int(self.windows.before[s] + first)) for s, first in zip(shard, start, strict=True)]
 
     def n_targets(self, k):
         return len(k) * self.windows.block_size
@@ -340,11 +360,16 @@ def val_windows(dataset, block_size, eval_tokens=0):
 def val_batches(dataset, block_size, eval_tokens, batch_size, rank=0, world_size=1):
     """Iterate over process `rank`'s share of `val_windows`: x, y, int64 tensors (up to batch_size, block_size).
 
-    Each window is read by exactly one process; shares differ by one window at most, and one may be empty.
+    Each window is read by exactly one process; shares differ by one window at most. All have as many batches, since a
+    model that is parted computes on all processes at once: where a share is a window short of one, it is a window
+    without targets (-1).
     """
     windows, numbers = val_windows(dataset, block_size, eval_tokens)
     mine = numbers[rank::world_size]
-    return (windows.read(mine[i:i + batch_size]) for i in range(0, len(mine), batch_size))
+    longest = -(-len(numbers) // world_size)
+    for i in range(0, longest, batch_size):
+        x, y = windows.read(mine[i:i + batch_size] if i < len(mine) else numbers[:1])
+        yield x, (y if i < len(mine) else torch.full_like(y, -1))
 
 
 class Prefetch:

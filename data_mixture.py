@@ -138,6 +138,10 @@ class MixedBatches(GlobalBatches):
             x[rows], y[rows] = part
         return x, y
 
+    def offsets(self, k):
+        source, index = self.mixture.assign(k)
+        return [self.sources[s].offsets(i[None])[0] for s, i in zip(source, index, strict=True)]
+
     def n_targets(self, k):
         source, index = self.mixture.assign(k)
         return sum(self.sources[number].n_targets(index[source == number]) for number in np.unique(source))

@@ -65,6 +65,10 @@ class PackedBatches(GlobalBatches):
         targets[np.arange(self.block_size) >= self.used[windows, None] - 1] = IGNORED
         return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets)
 
+    def offsets(self, k):
+        """[(dataset, token of its train split)] where the first document of each sequence begins."""
+        return [(self.dataset.name, int(self.starts[self.bounds[window]])) for window in self.windows_of(k)]
+
     def n_targets(self, k):
         return int(self.used[self.windows_of(k)].sum() - len(k))
 

@@ -12,9 +12,13 @@ import sys
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message says what, where and how; it is printed on one line."""
+    """Something the user can mend. The message says what, where and how; it is printed on one line.
+
+    alike: whether every process of a run raises it, so that one of them tells it.
+    """
 
     exit_code = 2
+    alike = True
 
 
 class ConfigError(UserError):
@@ -50,6 +54,13 @@ class NonFiniteError(UserError):
     exit_code = 5
 
 
+class PeerLostError(UserError):
+    """Another process of the run died or stands still."""
+
+    exit_code = 6
+    alike = False
+
+
 def did_you_mean(word, names):
     """' (did you mean X?)' for a near miss, else ' (one of …)'; the nearest of a long list."""
     names = {str(n).lower(): str(n) for n in names}
@@ -67,16 +78,17 @@ def shown(value):
 
 
 @contextlib.contextmanager
-def told_in_one_line():
+def told_in_one_line(leave=sys.exit):
     """Turn a `UserError` (or Ctrl-C) inside the block into one line on stderr and its exit code."""
     try:
         yield
     except UserError as error:
-        # A slip is the same in every process of a machine.
-        if error.exit_code != 2 or os.environ.get("LOCAL_RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
+        # A slip is the same in every process of a machine, what came of training in every process of the run.
+        rank = os.environ.get("LOCAL_RANK" if error.exit_code == 2 else "RANK", "0")
+        if not error.alike or rank == "0" or "WORLD_SIZE" not in os.environ:
             line = " ".join(str(error).split())
             print("error: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
-        sys.exit(error.exit_code)
+        leave(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

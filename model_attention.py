@@ -80,6 +80,9 @@ class ManualAttention(nn.Module):
     window: tokens that this layer sees (`ModelConfig.window`). Windows are masked here, not skipped.
     """
 
+    tensor_plan = {"q_proj": "columns", "k_proj": "columns", "v_proj": "columns", "o_proj": "rows",
+                   "qk_norm": "shards", "value_mix": "shards"}
+
     def __init__(self, config, layer):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
@@ -101,9 +104,9 @@ class ManualAttention(nn.Module):
         cache: a `KVCache` to extend, when generating; value_embedding (B, T, G D), where the layer has a table.
         """
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # -1: all heads, or tensor parallelism's share of them
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
         q, k = self.qk_norm(q, k)
         if value_embedding is not None:
             v = self.value_mix(v, value_embedding.view(v.shape))
@@ -112,7 +115,7 @@ class ManualAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v, self.block_size)  # (B, G, S, D)
         y = self.attend(q, k, v, mask).transpose(1, 2)  # (B, T, H, D)
-        return self.o_proj(self.gate(y, x).reshape(B, T, self.n_head * self.head_dim))
+        return self.o_proj(self.gate(y, x).flatten(2))
 
     @staticmethod
     def mask(sight):
@@ -284,6 +287,8 @@ class NoGate(nn.Module):
 
 class ElementwiseGate(NoGate):
     """y * sigmoid(W x), a gate for every channel of every head. Qiu et al. 2025."""
+
+    tensor_plan = {"gate_proj": "columns"}
 
     def __init__(self, config):
         super().__init__(config)

@@ -65,6 +65,8 @@ class ParallelBlockOneNorm(Block):
 class GPT(nn.Module):
     """A transformer. Built by `build_model`, which also gives it its weights."""
 
+    tensor_plan = {"token_embedding": "vocabulary", "value_embeddings.*": "columns", "lm_head": "logits"}
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -201,16 +203,19 @@ def sample_token(logits, temperature, top_k, top_p, vocab_size, generator):
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 
 
-def build_model(config, seed=1337, device=None):
+def build_model(config, seed=1337, device=None, distribute=None):
     """The model that `config` describes, with its initial weights on `device`.
 
     config: a `ModelConfig`. Under `torch.device('meta')` the model has shapes and no weights.
+    distribute: called with the model before it has storage, to part it among processes; none ever holds it whole.
     The weights are a function of (seed, parameter name) alone: see `init_weights`.
     """
     with torch.device("meta"):
         model = GPT(config.resolve())
     if torch.get_default_device().type == "meta":
         return model
+    if distribute:
+        distribute(model)
     model.to_empty(device=device or torch.get_default_device())
     if config.weight_tying:  # to_empty parts what was tied
         model.lm_head.weight = model.token_embedding.weight
@@ -231,9 +236,17 @@ def init_weights(model, seed):
         if constant is None and p.dim() >= 2:
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            p.copy_(torch.empty(p.shape).normal_(0.0, model.init.std(part_of(module)), generator=generator))
+            whole = torch.empty(p.shape).normal_(0.0, model.init.std(part_of(module)), generator=generator)
+            p.copy_(whole if type(p) is nn.Parameter else part_like(p, whole))
         else:
             p.fill_((0.0 if attribute == "bias" else 1.0) if constant is None else constant)
+
+
+def part_like(p, whole):
+    """Of `whole`, which every process has, what it keeps where p is a DTensor; no process hears of another."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def owned_parameters(model):

@@ -16,6 +16,8 @@ Shapes: B batch, T time, S keys, C channels = n_embd, H query heads, G key/value
 A part that multiplies matrices states its forward cost in `flops(seq_len)`: {account: FLOPs per token}, a
 multiply-add counting as two. Parameters start by `model_init.py`'s rules, unless a part's `start` gives them a
 constant. Linear layers whose output joins the residual stream are `ResidualProjection`s, whatever part holds them.
+Under tensor parallelism a part is split as its `tensor_plan` says (see training_parallel.py); one without a plan does
+the same work on every process.
 To add a part: write its class here, name it in the axis table, test it in tests/test_model_components.py.
 """
 
@@ -185,6 +187,8 @@ class ReLU2(nn.Module):
 class StandardFFN(nn.Module):
     """down(activation(up(x)))."""
 
+    tensor_plan = {"up_proj": "columns", "down_proj": "rows"}
+
     def __init__(self, config):
         super().__init__()
         self.up_proj = nn.Linear(config.n_embd, config.d_ff, bias=config.bias)
@@ -200,6 +204,8 @@ class StandardFFN(nn.Module):
 
 class SwiGLU(nn.Module):
     """down(activation(gate(x)) * up(x)), the activation being SiLU. Shazeer 2020."""
+
+    tensor_plan = {"gate_proj": "columns", "up_proj": "columns", "down_proj": "rows"}
 
     def __init__(self, config):
         super().__init__()

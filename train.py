@@ -1,8 +1,8 @@
 """Train one model: `python train.py [config/*.py ...] [--key=value ...]`; `--help` lists every key.
 
-Several processes: `torchrun --standalone --nproc_per_node=8 train.py ...`. Exit codes: 0 done or cleanly
-interrupted, 1 a --dry_run that does not fit, 2 a mistake in config or data, 3 no usable checkpoint, 4 the final save
-failed, 5 not finite.
+Several processes: `torchrun --standalone --nproc_per_node=8 train.py ...` (DDP; --use_zero1, --use_fsdp,
+--tensor_parallel=N). Exit codes: 0 done or cleanly interrupted, 1 a --dry_run that does not fit, 2 a mistake in config
+or data, 3 no usable checkpoint, 4 the final save failed, 5 not finite, 6 another process was lost.
 """
 
 import sys
@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import math
 import time
+from pathlib import Path
 
 import torch
 
@@ -25,32 +26,43 @@ import training_parallel as parallel
 from errors import CheckpointError, ConfigError, NonFiniteError, SaveError, UserError
 from model_builder import build_model
 from model_flops import flops_per_token, peak_flops
+from training_faults import Watch
 from training_logger import RunLog, environment, print_header, run_directory
 from training_objectives import LanguageModeling
-from training_optimizers import build_optimizer, gradient_statistics, learning_rate, set_learning_rate
+from training_optimizers import (
+    Spikes,
+    build_optimizer,
+    clip_gradients,
+    gradient_statistics,
+    learning_rate,
+    set_learning_rate,
+)
 from training_preflight import preflight
 
 
-def train(config, machine):
+def train(config, machine, watch):
     # ---------------------------------------------------------------- what is trained, on what
-    run_dir = run_directory(config)
+    run_dir = Path(machine.on_main(lambda: str(run_directory(config))))
     objective = LanguageModeling(config, machine)
     config = config.for_vocabulary(objective.vocab_size)
-    model = build_model(config.model, config.seed, machine.device)
+    model = build_model(config.model, config.seed, parallel.home(config, machine),
+                        lambda model: parallel.distribute(model, config, machine))
     optimizer = build_optimizer(model, config, machine.device)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
 
-    state = {"step": 0, "tokens": 0, "best": None, "scaler": None, "data": objective.fingerprint,
+    state = {"step": 0, "tokens": 0, "best": None, "spikes": None, "skipped": 0, "scaler": None,
+             "data": objective.fingerprint,
              "description": {"model": model.built().flat(), "tokenizer": objective.tokenizer}}
     resumed = config.init_from == "resume"
-    if resumed:
-        path = checkpoint.find_newest(run_dir)
-        state = checkpoint.load(path, model, optimizer, machine.device)
+    path = checkpoint.find_newest(run_dir, machine) if resumed else None
+    if path:
+        state = checkpoint.load(path, model, optimizer, machine)
         if state["data"] != objective.fingerprint:
             raise CheckpointError(f"{path}: was made on other data than its dataset holds now")
         if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-    wrapped = parallel.wrap(model, machine)
+    spikes = Spikes(config.spike_threshold, state["spikes"])
+    wrapped = parallel.wrap(model, config, machine)
 
     # ---------------------------------------------------------------- what the log says of it
     flops = flops_per_token(model, config.model.block_size)
@@ -60,14 +72,19 @@ def train(config, machine):
         "parameters": model.parameter_counts(), "flops_per_token": flops, "data": objective.description(),
         "attention_kernels": model.attention_kernels(machine.dtype),
         "hardware": {"device": str(machine.device), "name": machine.name(), "world_size": machine.world_size,
-                     "dtype": str(machine.dtype).removeprefix("torch."), "tf32": machine.tf32,
-                     "compile": machine.compile, "peak_flops": peak, "peak_source": peak_source},
+                     "mode": parallel.mode(config, machine), "dtype": str(machine.dtype).removeprefix("torch."),
+                     "tf32": machine.tf32, "compile": machine.compile, "peak_flops": peak, "peak_source": peak_source},
         **environment(),
     }
     log = RunLog(run_dir, header, config, resumed, quiet=not machine.is_main)
-    run_dir = log.dir  # another one, if a run that began in the same second took that name
+    run_dir = Path(machine.on_main(log.open))  # another one, if a run that began in the same second took that name
+    watch.lost = log.lost
+    saves = checkpoint.Checkpoints(run_dir, machine, config.keep_checkpoints, config.checkpoint_async,
+                                   config.save_timeout)
+
     def evaluate():
         """Validation metrics into the log; whether they are the best so far."""
+        watch.enter("evaluation")
         metrics = objective.evaluate(wrapped)
         log.evaluation(state["step"], state["tokens"], **metrics)
         best = math.isfinite(metrics["val_loss"]) and (
@@ -77,72 +94,78 @@ def train(config, machine):
             log.best(state["best"])
         return best
 
-    def save(last=False, export=False):
-        """Write a checkpoint of `state`; whether it stands. One that fails is a warning, the last one exit code 4."""
-        if not machine.is_main:
-            return True
+    def save(last=False):
+        """Write a checkpoint of `state`, at the end the weights alone too. One that fails is a line, the last exit 4."""
+        watch.enter("save")
+        state["scaler"], state["spikes"] = scaler.state_dict() or None, spikes.state
         try:
-            checkpoint.save(run_dir, model, optimizer, {**state, "scaler": scaler.state_dict() or None})
-            if export:
-                checkpoint.export(run_dir, model, {**state["description"], "step": state["step"]})
+            saves.save(model, optimizer, state, wait=last)
+            if last and state["step"] >= config.max_iters:
+                machine.on_main(lambda: checkpoint.export(saves.newest, run_dir, state))
         except OSError as error:
             problem = f"the checkpoint of step {state['step']} failed: {error}"
             if last:
                 raise SaveError(f"{run_dir}: {problem} (the last good one stands)") from None
             log.warn(f"{problem}; training goes on")
-            return False
-        return True
 
-    with log, parallel.Interruption() as interruption:
+    with log, watch.training():
         if machine.is_main:
             print_header(header, config, model, flops, run_dir)
         if resumed:
-            log.say(f"resumed from {path} at step {state['step']}")
+            log.say(f"resumed from {path} at step {state['step']}" if path else "no checkpoint yet: started anew")
         if config.eval_only:
             evaluate()
             return
 
         # ------------------------------------------------------------ the loop
-        first, saved = state["step"], state["step"] if resumed else None
+        first = state["step"]
         if first >= config.max_iters:
             log.say(f"nothing left to do at step {first} of max_iters={config.max_iters} (raise it to go on)")
-            save(last=True, export=True)  # the export may be what failed, or was deleted
+            save(last=True)  # the export may be what failed, or was deleted
         busy, since_log = 0.0, 0
         for step in range(first, config.max_iters):
             started = time.perf_counter()
+            watch.enter("step", step + 1)
             rate = learning_rate(step, config)
             set_learning_rate(optimizer, rate)
-            parallel.seed_step(config.seed, step, machine.rank)
 
             # Each micro-batch gives its share of the step's loss: the sum over its tokens / the step's tokens.
-            loss = torch.zeros((), device=machine.device)
+            shares = []
             for micro_step, batch in enumerate(objective.micro_batches(step)):
+                parallel.seed_micro_batch(config.seed, step, micro_step * machine.data_size + machine.data_rank)
                 last = micro_step == objective.micro_steps - 1
                 with parallel.synchronise_gradients(wrapped, now=last):
                     with machine.autocast():
                         share = objective.loss(wrapped, batch)
-                    scaler.scale(share * machine.world_size).backward()  # the processes' gradients are averaged
-                loss += share.detach()
-
+                    scaler.scale(share * machine.data_size).backward()  # the processes' gradients are averaged
+                shares.append(share.detach())
             scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
-            if not math.isfinite(grad_norm) and not (scaler.is_enabled() and scaler.get_scale() > 1):
-                raise NonFiniteError(
-                    f"step {step + 1}: loss {loss.item():g}, gradient norm {grad_norm:g} at learning rate {rate:.3g}: "
-                    f"stopped before the update (try a lower learning_rate, a longer warmup_iters, grad_clip=1, or "
-                    f"dtype=float32; the last good checkpoint: {'none' if saved is None else f'step {saved}'})")
+            grad_norm = clip_gradients(model, config.grad_clip)
             done = step + 1
+            ended = done == config.max_iters
+            logged = done % config.log_interval == 0 or ended or step == first
+
+            # What is decided now, all processes decide alike: they know the same.
+            all_know = watch.agree(torch.stack(shares).tolist(), time.perf_counter() - started,
+                                   (machine.memory() or {}).get("peak") or 0 if logged else 0, saves.ready())
+            if not math.isfinite(grad_norm + all_know.loss) and not (scaler.is_enabled() and scaler.get_scale() > 1):
+                raise NonFiniteError(
+                    f"step {done}: loss {all_know.loss:g}, gradient norm {grad_norm:g} at learning rate {rate:.3g}"
+                    f"{where_not_finite(all_know.bad, objective, machine, step)}: stopped before the update (try a "
+                    "lower learning_rate, a longer warmup_iters, grad_clip=1, or dtype=float32; the last good "
+                    f"checkpoint: {'none' if saves.newest is None else f'step {saves.newest_step}'})")
             if config.gradient_log_interval and done % config.gradient_log_interval == 0:
                 log.gradients(done, gradient_statistics(model))
-            scaler.step(optimizer)
+            excess = spikes(all_know.loss)
+            if excess is not None:
+                log.spike(done, all_know.loss, excess, skipped=config.skip_spikes)
+                state["skipped"] += config.skip_spikes
+            if excess is None or not config.skip_spikes:
+                scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
             state["step"], state["tokens"] = done, state["tokens"] + objective.tokens_per_step
-            ended = done == config.max_iters
-            logged = done % config.log_interval == 0 or ended or step == first
-            if logged:
-                whole_loss = machine.sum(loss.item())[0]  # waits for the device, so the time is the step's
             busy, since_log = busy + time.perf_counter() - started, since_log + 1
 
             # -------------------------------------------------------- report, evaluate, save
@@ -154,22 +177,30 @@ def train(config, machine):
                     log.warn(f"MFU of {achieved / peak / machine.world_size:.0%}: the peak, {peak / 1e12:.4g} TFLOP/s "
                              f"({peak_source}), cannot be right; no MFU from here on (set one with --mfu_peak=TFLOPS)")
                     peak = None
-                log.step(step=done, tokens=state["tokens"], loss=whole_loss, lr=rate, grad_norm=grad_norm,
+                log.step(step=done, tokens=state["tokens"], loss=all_know.loss, lr=rate, grad_norm=grad_norm,
                          step_time=step_time, tokens_per_sec=speed, tflops=achieved / 1e12,
                          mfu=achieved / (peak * machine.world_size) if peak else None, memory=machine.memory(),
                          tokens_per_source=objective.served(done))
                 busy, since_log = 0.0, 0
-            stop = interruption.asked(machine, now=logged)
+            if all_know.saved and (problem := saves.outcome()):
+                log.warn(f"{problem}; training goes on")
             is_best = evaluate() if done % config.eval_interval == 0 or ended else False
             interval = config.eval_interval if config.checkpoint_interval is None else config.checkpoint_interval
-            if ended or stop or (interval and (done % interval == 0 or is_best)):
-                saved = done if save(last=bool(ended or stop), export=ended) else saved
-            if stop and not ended:
-                log.interrupted(f"{stop} at step {done}")
-                log.say(f"interrupted by {stop} at step {done}, saved; go on with --init_from=resume "
+            if ended or all_know.stop or (interval and (done % interval == 0 or is_best)):
+                save(last=bool(ended or all_know.stop))
+            if all_know.stop and not ended:
+                log.interrupted(f"{all_know.stop} at step {done}")
+                log.say(f"interrupted by {all_know.stop} at step {done}, saved; go on with --init_from=resume "
                         f"--run_name={run_dir.name}")
                 return
         log.say(f"done: {run_dir}")
+
+
+def where_not_finite(bad, objective, machine, step):
+    """Of a step's data, those on which the loss is not finite; bad: by rank, the micro-batch or -1."""
+    places = [f"on rank {rank}: {objective.offsets(step, micro_step, rank // machine.tensor_parallel)}"
+              for rank, micro_step in enumerate(bad) if micro_step >= 0]
+    return " " + "; ".join(places[:4]) if places else ""
 
 
 def main(config):
@@ -178,7 +209,8 @@ def main(config):
         if config.dry_run:
             sys.exit(preflight(config))
         machine = parallel.init(config)
-        train(config, machine)
+        with Watch(machine, config) as watch:
+            train(config, machine, watch)
     except ConfigError as error:
         raise located(error, config.explicit) from None
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, a CPU's has no name
@@ -186,11 +218,9 @@ def main(config):
             raise UserError("out of memory: halve batch_size and double gradient_accumulation_steps, or take a smaller "
                             "block_size, n_embd or n_layer") from None
         raise
-    finally:
-        if machine:
-            parallel.shut_down(machine)
+    parallel.shut_down()
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with told_in_one_line(parallel.leave):
         main(config)

@@ -57,17 +57,20 @@ class RunLog:
     def __init__(self, run_dir, header, config, resumed, quiet=False):
         """header: what run.json says beside status and results. quiet: write nothing (not the main process)."""
         self.dir, self.config, self.quiet = Path(run_dir), config, quiet
+        self.header, self.resumed, self.record = header, resumed, None
         self.live, self.line_open = on_terminal(), False
         self.results, self.speeds, self.tracker = {}, {"tokens_per_sec": [], "mfu": [], "step_time": []}, None
         self.ended = {"status": "finished", "status_reason": None}
         self.first_step = None
-        if quiet:
-            return
+
+    def open(self):
+        """Make the directory, or take over that of a resumed run; its path. `UserError` where it cannot be written."""
+        header = self.header
         try:
-            if not resumed:
+            if not self.resumed:
                 self._make_directory()
             self.metrics = open(self.dir / "metrics.jsonl", "a+b")  # noqa: SIM115 (lives as long as self)
-            if resumed:
+            if self.resumed:
                 header = self._go_on(header)
             self.started = time.time() - (self.results.get("wall_time") or 0)  # a resumed run's time adds up
             self.record = {"schema_version": SCHEMA_VERSION, "run_name": self.dir.name, "status": None,
@@ -76,9 +79,10 @@ class RunLog:
             self._write_record()
         except OSError as error:
             raise UserError(f"{self.dir}: cannot be written: {error.strerror} (--out_dir=…)") from None
-        if config.wandb_log:
-            self.tracker = WandbTracker(config, self.dir, self.record, self.warn)
+        if self.config.wandb_log:
+            self.tracker = WandbTracker(self.config, self.dir, self.record, self.warn)
             self._update_record()  # with the tracker's id
+        return str(self.dir)
 
     def _make_directory(self):
         while True:
@@ -126,6 +130,22 @@ class RunLog:
         """Record that the run was stopped from outside, with its state saved."""
         if not self.quiet:
             self.record |= {"status": "interrupted", "status_reason": reason}
+
+    def lost(self, reason):
+        """Record the run as failed, from whatever thread, as the process is about to leave."""
+        if not self.quiet:
+            self.record |= {"status": "failed", "status_reason": reason}
+            self._update_record()
+
+    def spike(self, step, loss, excess, skipped):
+        """A loss `excess` standard deviations above its running mean; skipped: whether its update was left out."""
+        if self.quiet:
+            return
+        self._append("spike", {"step": step, "loss": loss, "excess": excess, "skipped": skipped})
+        self.results["spikes"] = self.results.get("spikes", 0) + 1
+        self.results["skipped_steps"] = self.results.get("skipped_steps", 0) + skipped
+        self.warn(f"step {step}: the loss of {loss:.4f} is a spike, {excess:.1f} standard deviations above its mean"
+                  + ("; its update is left out" if skipped else ""))
 
     def step(self, **values):
         """One line of training: step, tokens, loss, lr, grad_norm, step_time, tokens_per_sec, mfu, memory …"""

@@ -30,14 +30,9 @@ class LanguageModeling:
         block_size, self.sequences_per_step = (config.model.block_size,
                                                config.batch_size * config.gradient_accumulation_steps)
         self.tokens_per_step = self.sequences_per_step * block_size
-        self.micro_steps = config.gradient_accumulation_steps // machine.world_size
+        self.micro_steps = config.gradient_accumulation_steps // machine.data_size
         self.mixture = Mixture(self.phases, self.sequences_per_step)
-        try:
-            if machine.is_main:
-                for name in self.mixture.names:
-                    ensure(name, config.data_dir)
-        finally:  # where it fails, the others do not wait for it: they find no dataset themselves
-            machine.barrier()
+        machine.on_main(lambda: [ensure(name, config.data_dir) for name in self.mixture.names])
         vocab_size = config.model.vocab_size if "vocab_size" in config.explicit else None
         self.datasets = {name: open_dataset(name, config.data_dir, config.tokenizer, vocab_size)
                          for name in self.mixture.names}
@@ -109,15 +104,23 @@ class LanguageModeling:
         """This process's micro-batches of step `step`: (x, y), each (batch_size, block_size) int64 on the device."""
         self.step_targets = self.batches.step_targets(step)
         for micro_step in range(self.micro_steps):
+            self.machine.beat()
             yield to_device(self.prefetch.get((step, micro_step)), self.machine.device)
 
     def _read(self, key):
-        batch = self.batches.micro_batch(*key, self.machine.rank, self.machine.world_size)
+        batch = self.batches.micro_batch(*key, self.machine.data_rank, self.machine.data_size)
         return pinned(batch) if self.machine.device.type == "cuda" else batch
 
     def _successor(self, key):
         step, micro_step = key
         return (step, micro_step + 1) if micro_step + 1 < self.micro_steps else (step + 1, 0)
+
+    def offsets(self, step, micro_step, rank):
+        """Where the data of a micro-batch of step `step` on the process of data rank `rank` are, in words."""
+        numbers = self.batches.numbers(step, micro_step, rank, self.machine.data_size)
+        places = [f"{name} {token:,}" for name, token in self.batches.offsets(numbers[:4])]
+        return (f"sequences {numbers[0]:,} to {numbers[-1]:,} of the run, from token {', '.join(places)}"
+                + (" …" if len(numbers) > 4 else ""))
 
     def loss(self, model, batch):
         """This micro-batch's share of the step's loss: the sum over its targets / the targets of the step."""
@@ -157,11 +160,14 @@ class LanguageModeling:
     def _loss_on(self, model, dataset):
         total, count = 0.0, 0
         for batch in val_batches(dataset, self.config.model.block_size, self.config.eval_tokens,
-                                 self.config.batch_size, self.machine.rank, self.machine.world_size):
+                                 self.config.batch_size, self.machine.data_rank, self.machine.data_size):
+            self.machine.beat()
+            targets = int((batch[1] != IGNORED).sum())
             x, y = to_device(batch, self.machine.device)
             with self.machine.autocast():
-                total += model(x, y, documents=self.documents(x))[1].item() * y.numel()
-            count += y.numel()
+                loss = model(x, y, documents=self.documents(x))[1].item()
+            if targets:  # else a mean over nothing
+                total, count = total + loss * targets, count + targets
         total, count = self.machine.sum(total, count)
         return total / count
 

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from model_builder import lr_multipliers
 
@@ -13,17 +14,28 @@ def build_optimizer(model, config, device):
     """AdamW (Loshchilov & Hutter 2019): matrices decay, norms and biases do not.
 
     One group for each learning-rate multiplier that the model's initialisation asks for (muP). A smaller rate does
-    not mean less decay: their product is the same in all groups that decay.
+    not mean less decay: their product is the same in all groups that decay. use_zero1: each process holds the moments
+    of some of the parameters and updates these for all (ZeRO stage 1, Rajbhandari et al. 2020).
     """
     multipliers = lr_multipliers(model)
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups.setdefault((p.dim() < 2, multipliers[name]), []).append(p)
+            groups.setdefault((p.dim() < 2, multipliers[name], mesh_names(p)), []).append(p)
     groups = [{"params": parameters, "weight_decay": 0.0 if vectors else config.weight_decay / multiplier,
-               "lr_multiplier": multiplier} for (vectors, multiplier), parameters in sorted(groups.items())]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
-                             fused=device.type in FUSED_DEVICES)
+               "lr_multiplier": multiplier} for (vectors, multiplier, _), parameters in sorted(groups.items())]
+    settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2),
+                "fused": device.type in FUSED_DEVICES}
+    if config.use_zero1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
+    return torch.optim.AdamW(groups, **settings)
+
+
+def mesh_names(tensor):
+    """The dimensions of a DTensor's grid of processes, () of any other: those alike can be computed together."""
+    return tensor.device_mesh.mesh_dim_names if hasattr(tensor, "device_mesh") else ()
 
 
 def learning_rate(step, config):
@@ -47,6 +59,55 @@ def set_learning_rate(optimizer, rate):
         group["lr"] = rate * group["lr_multiplier"]
 
 
+def clip_gradients(model, largest):
+    """Scale all gradients so that their norm is at most `largest` (0: leave them); the norm before, a float.
+
+    The norm is the whole model's, however it is parted.
+    """
+    groups = {}
+    for p in model.parameters():
+        if p.grad is not None:
+            groups.setdefault(mesh_names(p), []).append(p)
+    norms = [whole(get_total_norm([p.grad for p in ps])) for ps in groups.values()]
+    total = norms[0] if len(norms) == 1 else get_total_norm(norms)
+    if largest:
+        for parameters in groups.values():
+            clip_grads_with_norm_(parameters, largest, total)
+    return total.item()
+
+
+def whole(tensor):
+    """A DTensor put together, on every process; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class Spikes:
+    """Losses that leave the running mean by more than `threshold` standard deviations, upwards.
+
+    Mean and variance are exponential averages over some 100 steps, to which a spike counts no more than the threshold:
+    a loss that stays high is soon no spike any more. The first 100 steps have none. state: as checkpoints keep it.
+    """
+
+    HORIZON = 100
+
+    def __init__(self, threshold, state=None):
+        self.threshold = threshold
+        self.state = state or {"count": 0, "mean": 0.0, "variance": 0.0}
+
+    def __call__(self, loss):
+        """How many standard deviations `loss` lies above the mean, if that is a spike; None if not. Notes the loss."""
+        count, mean, variance = self.state["count"], self.state["mean"], self.state["variance"]
+        deviation = max(math.sqrt(variance), 1e-3 * abs(mean))
+        excess = (loss - mean) / deviation if count >= self.HORIZON and deviation else 0.0
+        spike = excess > self.threshold
+        if spike:
+            loss = mean + self.threshold * deviation
+        weight = 1 / min(count + 1, self.HORIZON)
+        self.state = {"count": count + 1, "mean": mean + weight * (loss - mean),
+                      "variance": (1 - weight) * (variance + weight * (loss - mean) ** 2)}
+        return excess if spike else None
+
+
 def gradient_statistics(model):
     """{layer: {grad_norm, grad_max, weight_norm}} of the gradients at hand; layers are blocks and the parts around."""
     layers = {}
@@ -54,7 +115,9 @@ def gradient_statistics(model):
         if p.grad is not None:
             parts = name.split(".")
             layers.setdefault(".".join(parts[: 2 if parts[0] == "blocks" else 1]), []).append(p)
-    norm = torch.nn.utils.get_total_norm
-    return {layer: {"grad_norm": norm([p.grad for p in ps]).item(),
-                    "grad_max": max(p.grad.abs().max().item() for p in ps),
-                    "weight_norm": norm([p.detach() for p in ps]).item()} for layer, ps in layers.items()}
+    def norm(tensors):  # each by itself: those of a layer may lie on different grids of processes
+        return get_total_norm([whole(get_total_norm([t])) for t in tensors]).item()
+
+    return {layer: {"grad_norm": norm([p.grad for p in ps]),
+                    "grad_max": max(whole(p.grad.abs().max()).item() for p in ps),
+                    "weight_norm": norm([p.detach() for p in ps])} for layer, ps in layers.items()}

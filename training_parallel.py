@@ -1,20 +1,25 @@
 """The machine under a run: processes, device, precision, compilation. Under torchrun: DDP."""
 
 import contextlib
+import datetime
 import gc
 import json
 import os
 import random
 import shutil
-import signal
-import time
+import sys
+import typing
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from errors import ConfigError, UserError
 from model_config import ATTENTION_BACKEND
+from training_recompute import recompute
+
+START_LIMIT = 1800.0  # seconds for what is done for the first time, compilation included, and for joining
 
 
 @dataclass
@@ -29,6 +34,7 @@ class Machine:
     tf32: bool
     compile: bool
     tensor_parallel: int = 1  # neighbouring ranks that share each matrix, and read the same data
+    beat: typing.Callable = bool  # called wherever work goes on, for `Watch` to see
 
     @property
     def is_main(self):
@@ -77,6 +83,36 @@ class Machine:
         dist.all_gather(texts, torch.nn.functional.pad(own, (0, longest - len(own))), group=group)
         return [json.loads(text[:size].numpy().tobytes()) for text, size in zip(texts, sizes, strict=True)]
 
+    def gather(self, row):
+        """[`row` (numbers) of rank 0, of rank 1, …] on every process, in float64."""
+        if self.world_size == 1:
+            return [list(map(float, row))]
+        rows = [torch.zeros(len(row), dtype=torch.float64) for _ in range(self.world_size)]
+        dist.all_gather(rows, torch.tensor(row, dtype=torch.float64))
+        return [r.tolist() for r in rows]
+
+    def on_main(self, function):
+        """What `function()` returns on the main process (what JSON can say), or the error that it raises, on all.
+
+        Errors: `UserError` and OSError; any other is the main process's alone.
+        """
+        outcome = {}
+        if self.is_main:
+            try:
+                outcome = {"result": function()}
+            except (UserError, OSError) as error:
+                if self.world_size == 1:
+                    raise
+                outcome = {"error": str(error), "exit_code": getattr(error, "exit_code", None)}
+        outcome = self.exchange(outcome)[0]
+        if "error" in outcome:
+            if outcome["exit_code"] is None:
+                raise OSError(outcome["error"])
+            error = UserError(outcome["error"])
+            error.exit_code = outcome["exit_code"]
+            raise error
+        return outcome["result"]
+
     def barrier(self):
         """Wait for the other processes."""
         if self.world_size > 1:
@@ -114,21 +150,37 @@ def init(config):
     compile = device.type == "cuda" if config.compile is None else config.compile
     if compile and not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++", "gcc", "cl") if c):
         raise ConfigError("compile", "torch.compile needs a C++ compiler and none is on the PATH (--compile=False)")
-    if world_size > 1:
-        if missing := [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]:
+    if world_size > 1 or config.use_fsdp or config.use_zero1:
+        missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+        if missing and world_size > 1:
             raise UserError(f"WORLD_SIZE={world_size} without {', '.join(missing)}: several processes are started by "
                             "torchrun --nproc_per_node=N train.py …")
-        # gloo beside nccl: what processes tell each other about the run never waits for a GPU
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if missing else {}
+        # gloo beside nccl: what processes tell each other about the run never waits for a GPU.
+        # The limit is there for what Watch cannot see; Watch's own are shorter.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                device_id=device if device.type == "cuda" else None)
-    return Machine(rank, local_rank, world_size, device, dtype, config.tf32 and device.type == "cuda", compile)
+                                device_id=device if device.type == "cuda" else None,
+                                timeout=datetime.timedelta(seconds=2 * max(START_LIMIT, config.save_timeout)), **alone)
+    return Machine(rank, local_rank, world_size, device, dtype, config.tf32 and device.type == "cuda", compile,
+                   config.tensor_parallel)
 
 
-def shut_down(machine):
-    """Leave the group; a model that outlived it could abort the interpreter at its end."""
-    if machine.world_size > 1 and dist.is_initialized():
+def shut_down():
+    """Leave the group together. A model or optimizer that outlives it can abort the interpreter at its end."""
+    if dist.is_initialized():
         gc.collect()
+        dist.barrier()
         dist.destroy_process_group()
+
+
+def leave(code):
+    """End this process. With peers at once: destructors would wait for those that are lost."""
+    if not dist.is_initialized():
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def choose_device(name, local_rank):
@@ -178,60 +230,63 @@ def choose_dtype(name, device):
     return getattr(torch, name)
 
 
-def wrap(model, machine):
-    """The module to call, compiled and data-parallel as the machine has it; weights are read from the plain one."""
+def home(config, machine):
+    """The device on which the weights lie."""
+    return torch.device("cpu") if config.use_fsdp and config.fsdp_cpu_offload else machine.device
+
+
+def distribute(model, config, machine):
+    """Prepare a model on the meta device for `machine`, before it gets storage: each process then holds its part alone.
+
+    Activation checkpointing, tensor parallelism, FSDP; what is left (compilation, DDP) is `wrap`'s.
+    """
+    recompute(model, config.activation_checkpointing)
+    if config.use_fsdp or machine.tensor_parallel > 1:
+        from training_sharding import part  # a second to import, which no other run pays for
+
+        part(model, config, machine)
+
+
+def wrap(model, config, machine):
+    """The module to call: compiled, and under several processes DDP, unless `distribute` has done it all.
+
+    Weights are read from the plain one.
+    """
+    if config.use_fsdp or machine.tensor_parallel > 1:
+        return model
     wrapped = torch.compile(model) if machine.compile else model
     if machine.world_size > 1:
         ids = [machine.device.index] if machine.device.type == "cuda" else None
-        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False,
-                                                            gradient_as_bucket_view=True)  # else held twice
+        wrapped = DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False,
+                                          gradient_as_bucket_view=True)  # else held twice
     return wrapped
 
 
+@contextlib.contextmanager
 def synchronise_gradients(wrapped, now):
     """A context in which the backward pass averages gradients over the processes only if `now`."""
-    if now or not hasattr(wrapped, "no_sync"):
-        return contextlib.nullcontext()
-    return wrapped.no_sync()
+    if hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP
+        wrapped.set_requires_gradient_sync(now)
+    with contextlib.nullcontext() if now or not hasattr(wrapped, "no_sync") else wrapped.no_sync():
+        yield
 
 
-class Interruption:
-    """Ctrl-C and SIGTERM as a wish to stop, honoured between two steps; another one ends the process at once.
+def mode(config, machine):
+    """How the processes share the work, in words."""
+    if not dist.is_initialized():
+        return "single"
+    parts = ["FSDP" if config.use_fsdp else "ZeRO-1" if config.use_zero1 else "DDP" if machine.data_size > 1 else ""]
+    if machine.tensor_parallel > 1:
+        parts.append(f"TP{machine.tensor_parallel}")
+    return " × ".join(p for p in parts if p) or "single"
 
-    Within a second it is the same wish: a scheduler signals torchrun and its workers, and torchrun passes it on.
+
+def seed_micro_batch(seed, step, number):
+    """Seed dropout as a function of (seed, step, the micro-batch's number in the step): no generator to save.
+
+    The number counts over all processes, so that another number of them draws the same.
     """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self):
-        self.name = None
-
-    def __enter__(self):
-        self.previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_):
-        for s, handler in self.previous.items():
-            signal.signal(s, handler)
-
-    def _note(self, number, frame):
-        now = time.monotonic()
-        if self.name is None:
-            self.name, self.noted = signal.Signals(number).name, now
-        elif now - self.noted > 1:
-            self.__exit__()
-            signal.raise_signal(number)
-
-    def asked(self, machine, now):
-        """The name of the signal, on all processes alike, or None. Several processes ask each other only if `now`."""
-        if machine.world_size == 1:
-            return self.name
-        return (self.name or "a signal to another rank") if now and machine.any(self.name) else None
-
-
-def seed_step(seed, step, rank):
-    """Seed dropout as a function of (seed, step, rank), so that a resumed run needs no generator's state."""
-    torch.manual_seed(random.Random(f"{seed} {step} {rank}").getrandbits(63))
+    torch.manual_seed(random.Random(f"{seed} {step} {number}").getrandbits(63))
 
 
 def cpu_name():
