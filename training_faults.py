@@ -53,7 +53,7 @@ class Watch:
 
     def __init__(self, machine, config):
         self.machine, self.config = machine, config
-        self.lost = print  # called with the line that says which peer was lost, before the process leaves
+        self.lost = bool  # called with the line that says which peer was lost, before the process leaves
         self.name = None  # of the signal
         self.step, self.phase, self.known = 0, "start", set()
         self.alone = machine.world_size == 1

@@ -257,8 +257,7 @@ def wrap(model, config, machine):
     wrapped = torch.compile(model) if machine.compile else model
     if machine.world_size > 1:
         ids = [machine.device.index] if machine.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False,
-                                          gradient_as_bucket_view=True)  # else held twice
+        wrapped = DistributedDataParallel(wrapped, device_ids=ids, gradient_as_bucket_view=True)  # else held twice
     return wrapped
 
 
