@@ -25,10 +25,11 @@ import training_parallel as parallel
 from errors import CheckpointError, ConfigError, NonFiniteError, SaveError, UserError
 from model_builder import build_model
 from model_flops import flops_per_token, peak_flops
-from training_logger import RunLog, environment, print_header, run_directory
+from training_logger import RunLog, by_name, environment, print_header, run_directory
 from training_objectives import LanguageModeling
 from training_optimizers import build_optimizer, gradient_statistics, learning_rate, set_learning_rate
 from training_preflight import preflight
+from training_profile import Profile, memory_history
 
 
 def train(config, machine):
@@ -93,7 +94,8 @@ def train(config, machine):
             return False
         return True
 
-    with log, parallel.Interruption() as interruption:
+    with (log, memory_history(config, machine, log), Profile(config, machine, log) as profile,
+          parallel.Interruption() as interruption):
         if machine.is_main:
             print_header(header, config, model, flops, run_dir)
         if resumed:
@@ -109,6 +111,7 @@ def train(config, machine):
             save(last=True, export=True)  # the export may be what failed, or was deleted
         busy, since_log = 0.0, 0
         for step in range(first, config.max_iters):
+            profile.begin(step + 1)
             started = time.perf_counter()
             rate = learning_rate(step, config)
             set_learning_rate(optimizer, rate)
@@ -143,21 +146,26 @@ def train(config, machine):
             logged = done % config.log_interval == 0 or ended or step == first
             if logged:
                 whole_loss = machine.sum(loss.item())[0]  # waits for the device, so the time is the step's
-            busy, since_log = busy + time.perf_counter() - started, since_log + 1
+            took = time.perf_counter() - started
+            if not profile.end(done):
+                busy, since_log = busy + took, since_log + 1
 
             # -------------------------------------------------------- report, evaluate, save
             if logged:
-                step_time = busy / since_log
+                step_time = busy / since_log if since_log else took
                 speed = objective.tokens_per_step / step_time
                 achieved = flops["train"] * speed
                 if peak and achieved > peak * machine.world_size:
                     log.warn(f"MFU of {achieved / peak / machine.world_size:.0%}: the peak, {peak / 1e12:.4g} TFLOP/s "
                              f"({peak_source}), cannot be right; no MFU from here on (set one with --mfu_peak=TFLOPS)")
                     peak = None
+                memory = machine.memory()
+                ranks = machine.exchange({"step_time": step_time, "memory_peak": memory["peak"],
+                                          "communication": profile.communication()})
                 log.step(step=done, tokens=state["tokens"], loss=whole_loss, lr=rate, grad_norm=grad_norm,
                          step_time=step_time, tokens_per_sec=speed, tflops=achieved / 1e12,
-                         mfu=achieved / (peak * machine.world_size) if peak else None, memory=machine.memory(),
-                         tokens_per_source=objective.served(done))
+                         mfu=achieved / (peak * machine.world_size) if peak else None, memory=memory,
+                         tokens_per_source=objective.served(done), ranks=by_name(ranks))
                 busy, since_log = 0.0, 0
             stop = interruption.asked(machine, now=logged)
             is_best = evaluate() if done % config.eval_interval == 0 or ended else False
