@@ -25,7 +25,7 @@ import training_parallel as parallel
 from errors import CheckpointError, ConfigError, NonFiniteError, SaveError, UserError
 from model_builder import build_model
 from model_flops import flops_per_token, peak_flops
-from training_logger import RunLog, by_name, environment, print_header, run_directory
+from training_logger import RunLog, environment, print_header, run_directory
 from training_objectives import LanguageModeling
 from training_optimizers import build_optimizer, gradient_statistics, learning_rate, set_learning_rate
 from training_preflight import preflight
@@ -160,12 +160,13 @@ def train(config, machine):
                              f"({peak_source}), cannot be right; no MFU from here on (set one with --mfu_peak=TFLOPS)")
                     peak = None
                 memory = machine.memory()
-                ranks = machine.exchange({"step_time": step_time, "memory_peak": memory["peak"],
-                                          "communication": profile.communication()})
+                times, peaks = zip(*machine.exchange([step_time, memory["peak"]]), strict=True)
                 log.step(step=done, tokens=state["tokens"], loss=whole_loss, lr=rate, grad_norm=grad_norm,
                          step_time=step_time, tokens_per_sec=speed, tflops=achieved / 1e12,
                          mfu=achieved / (peak * machine.world_size) if peak else None, memory=memory,
-                         tokens_per_source=objective.served(done), ranks=by_name(ranks))
+                         tokens_per_source=objective.served(done),
+                         ranks={"step_time": list(times), "memory_peak": list(peaks),
+                                "communication": profile.communication()})
                 busy, since_log = 0.0, 0
             stop = interruption.asked(machine, now=logged)
             is_best = evaluate() if done % config.eval_interval == 0 or ended else False

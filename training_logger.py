@@ -139,7 +139,7 @@ class RunLog:
         """One line of training: step, tokens, loss, lr, grad_norm, step_time, tokens_per_sec, mfu, memory …
 
         ranks: {name: [value of rank 0, of rank 1, …]}, of several processes: `step_time` (s), `memory_peak` (bytes),
-        and `communication` (`training_profile.Profile.communication`) where it was measured.
+        and `communication`, what `training_profile.Profile.communication` gives.
         """
         if self.quiet:
             return
@@ -260,7 +260,7 @@ def over_ranks(ranks):
     step all take the same time, and only this tells which one the others wait for.
     """
     ranks = dict(ranks)
-    measured = ranks.pop("communication", [])
+    measured = ranks.pop("communication", None) or []
     times = ranks["step_time"]
     values = {"slowest_rank": times.index(max(times))}
     if any(measured):
@@ -282,11 +282,6 @@ def spread(series):
         return None
     return {"min": min(known), "median": statistics.median(known), "max": max(known),
             "max_rank": series.index(max(known))}
-
-
-def by_name(rows):
-    """[{name: value} of rank 0, of rank 1, …] -> {name: [value of rank 0, of rank 1, …]}."""
-    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def tell(text, stream=None, end="\n"):

@@ -36,10 +36,9 @@ class Profile:
 
     def __init__(self, config, machine, log):
         """config: `profile` says which steps are traced. log: the `RunLog`, whose directory gets the trace."""
-        self.machine, self.log, self.wanted = machine, log, config.profiled_steps()
-        self.samples = machine.world_size > 1
+        self.machine, self.log, self.asked = machine, log, config.profiled_steps()
         self.trace = self.sample = self.measured = None
-        self.begun = 0
+        self.begun, self.due, self.working = 0, False, True
 
     def __enter__(self):
         return self
@@ -52,13 +51,15 @@ class Profile:
     def begin(self, step):
         """Before step number `step`, counted from 1, begins."""
         self.begun += 1
-        if step in self.wanted:
-            if self.trace is None:
+        if step in self.asked:
+            if self.trace is None and self.working:
                 with self._failure_told():
                     self.trace = self._start(full=True)
-        elif self.samples and step % SAMPLE_EVERY == SAMPLE_FIRST and self.begun > WARM:
-            with self._failure_told():
-                self.sample = self._start(full=False)
+        elif self.machine.world_size > 1 and step % SAMPLE_EVERY == SAMPLE_FIRST and self.begun > WARM:
+            self.due = True  # on every rank, though the profiler of one may fail
+            if self.working:
+                with self._failure_told():
+                    self.sample = self._start(full=False)
 
     def end(self, step):
         """After it: whether it was watched, which slows it down, so that its time is not the run's speed."""
@@ -67,18 +68,21 @@ class Profile:
             with self._failure_told():
                 self.measured = self._communication()
             self.sample = None
-        elif self.trace and step == self.wanted[-1]:
+        elif self.trace and step == self.asked[-1]:
             self._finish()
         return watched is not None
 
     def communication(self):
-        """{share, exposed} of the last step measured, or None; once. Every rank has one after the same steps.
+        """[{share, exposed} of rank 0, of rank 1, …] of a step measured since the last call; None if there was none.
 
-        share: of the step's time, how much had a collective under way. exposed: how much of it while this process
-        computed nothing: communication that is not hidden behind computation.
+        share: of the step's time, how much had a collective under way. exposed: how much of it while that process
+        computed nothing: communication that is not hidden behind computation. A rank that failed to measure: None.
+        Where there was such a step, the ranks ask each other: all call this after the same steps.
         """
-        measured, self.measured = self.measured, None
-        return measured
+        if not self.due:
+            return None
+        measured, self.due, self.measured = self.measured, False, None
+        return self.machine.exchange(measured)
 
     def _start(self, full):
         """A profiler that runs."""
@@ -112,7 +116,7 @@ class Profile:
 
     def _finish(self):
         """Stop the trace and write it: each rank its own, the table by the main process."""
-        trace, self.trace, self.wanted = self.trace, None, range(0)
+        trace, self.trace = self.trace, None
         with self._failure_told():
             self._wait_for_device()
             trace.stop()
@@ -131,7 +135,7 @@ class Profile:
         try:
             yield
         except Exception as error:  # of the profiler, the driver, the disk
-            self.trace, self.sample, self.samples, self.wanted = None, None, False, range(0)
+            self.trace, self.sample, self.working = None, None, False
             warn(self.machine, self.log, f"profile: {reason(error)}: the run goes on without")
 
 

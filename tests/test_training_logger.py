@@ -22,7 +22,7 @@ import training_logger
 from errors import NonFiniteError, UserError
 from model_builder import build_model
 from model_config import ModelConfig
-from training_logger import RunLog, by_name, human_time, run_directory, spread
+from training_logger import RunLog, human_time, run_directory, spread
 
 HEADER = {"arch_name": "x", "config": {"init_from": "scratch", "eval_only": False}}
 STEP = {"step": 1, "tokens": 8, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "step_time": 0.1, "tokens_per_sec": 80.0,
@@ -475,10 +475,12 @@ def test_the_communication_of_each_rank_and_whom_they_wait_for(new_log, capsys):
     with new_log() as log:
         log.step(**STEP, ranks=several([1.0] * 3, communication=both))
         log.step(**{**STEP, "step": 2}, ranks=several([1.0] * 3, communication=[None] * 3))
-    one, two = lines(log)
+        log.step(**{**STEP, "step": 3}, ranks={**several([1.0] * 3), "communication": None})
+    one, two, three = lines(log)
     assert one["communication"] == {"share": 0.3, "exposed": 0.2, "waited_for": 2}
     assert one["ranks"]["communication_exposed"] == [0.4, None, 0.0]
-    assert "communication" not in two and list(two["ranks"]) == ["step_time", "memory_peak"]
+    for record in (two, three):
+        assert "communication" not in record and list(record["ranks"]) == ["step_time", "memory_peak"]
     assert run_json(log)["results"]["communication"] == one["communication"]
     assert "communication 30.0%, 20.0% exposed" in capsys.readouterr().out
 
@@ -494,7 +496,3 @@ def test_beyond_64_ranks_the_log_says_how_they_spread():
     assert spread([1.0] * 64) == [1.0] * 64
     assert spread([3.0, None, 1.0, 2.0] * 25) == {"min": 1.0, "median": 2.0, "max": 3.0, "max_rank": 0}
     assert spread([None] * 65) is None
-
-
-def test_rows_of_ranks_are_turned_into_columns():
-    assert by_name([{"a": 1, "b": 2}, {"a": 3, "b": None}]) == {"a": [1, 3], "b": [2, None]}

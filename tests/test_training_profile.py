@@ -20,7 +20,8 @@ EQUAL = ("loss", "grad_norm", "lr", "tokens")
 
 
 def machine(rank=0, world_size=1, device="cpu"):
-    return SimpleNamespace(rank=rank, world_size=world_size, is_main=rank == 0, device=torch.device(device))
+    return SimpleNamespace(rank=rank, world_size=world_size, is_main=rank == 0, device=torch.device(device),
+                           exchange=lambda value: [value] * world_size)
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_communication_is_measured_at_the_same_steps_wherever_a_run_was_resumed(
         profile.begin(step)
         assert profile.end(step) is False
     profile.begin(1010)
-    assert profile.end(1010) is True and profile.communication() == {"share": 0.0, "exposed": 0.0}
+    assert profile.end(1010) is True and profile.communication() == [{"share": 0.0, "exposed": 0.0}] * 2
     assert profile.communication() is None
 
 
@@ -121,8 +122,26 @@ def test_a_profiler_that_fails_is_one_warning(log, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("CUPTI\nis busy")
     monkeypatch.setattr(torch.autograd.profiler, "profile", fail)
-    assert steps_of(watching(log, world_size=2), 1100) == []
+    profile = watching(log, world_size=2)
+    assert steps_of(profile, 1100) == []
     assert log.warnings == ["profile: CUPTI is busy: the run goes on without"]
+    assert profile.communication() == [None, None]  # it was due: the other ranks ask
+
+
+def test_ranks_ask_each_other_after_the_same_steps_whatever_fails_on_one(log, monkeypatch):
+    def asked_after(profile):
+        steps = []
+        with profile:
+            for step in range(1, 1100):
+                profile.begin(step)
+                profile.end(step)
+                if profile.communication() is not None:
+                    steps.append(step)
+        return steps
+
+    assert asked_after(watching(log, range(500, 600), world_size=2)) == [10, 1010]
+    monkeypatch.setattr(Profile, "_start", lambda *_, **__: 1 / 0)
+    assert asked_after(watching(log, range(500, 600), world_size=2)) == [10, 1010]
 
 
 # ---- the share of communication
@@ -207,7 +226,13 @@ from training_profile import Profile
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-machine = SimpleNamespace(rank=rank, world_size=2, is_main=rank == 0, device=torch.device("cpu"))
+
+def exchange(value):
+    told = [None] * 2
+    dist.all_gather_object(told, value)
+    return told
+
+machine = SimpleNamespace(rank=rank, world_size=2, is_main=rank == 0, device=torch.device("cpu"), exchange=exchange)
 profile = Profile(SimpleNamespace(profiled_steps=lambda: range(0)), machine, None)
 x = torch.ones(256, 256)
 for step in range(1, 11):
@@ -217,8 +242,7 @@ for step in range(1, 11):
         x @ x
     dist.all_reduce(x.clone())
     profile.end(step)
-told = [None] * 2
-dist.all_gather_object(told, profile.communication())
+told = profile.communication()
 if rank == 0:
     print(told[0]["share"], told[0]["exposed"], told[1]["share"], told[1]["exposed"])
 dist.destroy_process_group()
