@@ -118,6 +118,10 @@ class Config:
     log_interval: int = key(10, "steps between lines of the log", group="logging", minimum=1)
     gradient_log_interval: int = key(0, "steps between per-layer gradient statistics; 0: never", group="logging",
                                      minimum=0)
+    profile: str | None = key(None, "START:STOP: trace the steps from START to before STOP (torch.profiler) into "
+                              "the run directory", group="logging")
+    memory_snapshot: bool = key(False, "record CUDA's allocator and leave memory_snapshot.pickle at the end or when "
+                                "out of memory, for pytorch.org/memory_viz", group="logging")
     wandb_log: bool = key(False, "send the log to Weights & Biases too", group="logging")
     wandb_project: str = key("blockgpt", "project there", group="logging")
 
@@ -135,6 +139,7 @@ class Config:
             raise ConfigError("init_from", "resume needs --run_name=NAME, the run to go on with")
         check_folder_name("run_name", self.run_name or "x")
         self.check_sources()
+        self.profiled_steps()
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
             raise ConfigError("device", f"{shown(self.device)} is unknown (one of auto, cpu, cuda, cuda:1, mps)")
         if isinstance(self.mfu_peak, str) and self.mfu_peak not in ("dense", "sparse"):
@@ -166,12 +171,12 @@ class Config:
                     raise ConfigError("tensor_parallel", f"{tensor} does not divide "
                                                          f"{name}={getattr(self.model.resolve(), name)}")
             if self.use_zero1:
-                raise ConfigError("tensor_parallel", f"{tensor} has no place beside use_zero1=True (use_fsdp=True has)")
+                raise ConfigError("tensor_parallel", f"{tensor} has no place beside use_zero1=True (use_fsdp has)")
             if processes > tensor and not self.use_fsdp:
-                raise ConfigError("tensor_parallel", f"{tensor} of {processes} processes needs use_fsdp=True for the "
-                                                     "rest of the way")
+                raise ConfigError("tensor_parallel", f"{tensor} of {processes} processes leaves {processes // tensor} "
+                                                     "such groups, which only use_fsdp=True can join")
             if self.model.attention_backend == "flex":
-                raise ConfigError("attention_backend", "'flex' cannot be split by tensor_parallel (sdpa and manual can)")
+                raise ConfigError("attention_backend", "'flex' is not split by tensor_parallel (sdpa and manual are)")
         shares = self.data_processes
         if self.gradient_accumulation_steps % shares:
             raise ConfigError("gradient_accumulation_steps", f"{self.gradient_accumulation_steps} cannot be shared by "
@@ -182,6 +187,20 @@ class Config:
         if self.dtype == "float16" and (self.use_fsdp or tensor > 1):
             raise ConfigError("dtype", "'float16' with its scaled gradients cannot be shared out (bfloat16 and float32 "
                                        "can)")
+
+    def profiled_steps(self):
+        """The steps that `profile` asks for, counted from 1 like the log's: a range, empty without it."""
+        if self.profile is None:
+            return range(0)
+        if not re.fullmatch("[0-9]{1,12}:[0-9]{1,12}", self.profile):
+            raise ConfigError("profile", f"{shown(self.profile)} is not START:STOP (10:13 is the steps 10, 11, 12)")
+        start, stop = map(int, self.profile.split(":"))
+        if not 1 <= start < stop:
+            raise ConfigError("profile", f"{self.profile} holds no step (START from 1 on, STOP above it)")
+        if stop - 1 > self.max_iters:
+            raise ConfigError("profile", f"{self.profile} goes up to step {stop - 1}, beyond "
+                                         f"max_iters={self.max_iters}")
+        return range(start, stop)
 
     def check_sources(self):
         """Raise `ConfigError` unless dataset and dataset_schedule name folders with shares that can be."""
@@ -251,12 +270,13 @@ class Config:
         if self.eval_only:
             training = [f.name for f in dataclasses.fields(self) if f.metadata.get("group") == "optimization"]
             training += ["max_epochs", "packing", "gradient_accumulation_steps", "eval_interval", "checkpoint_interval",
-                         "log_interval", "gradient_log_interval", "mfu_peak"]
+                         "log_interval", "gradient_log_interval", "mfu_peak", "profile", "memory_snapshot"]
             unused |= dict.fromkeys((*training, "dropout"), "eval_only trains nothing")
         if self.dtype in ("bfloat16", "float16"):
             unused["tf32"] = f"dtype is {self.dtype}"
         if self.device in ("cpu", "mps") and "device" not in unused:
             unused["tf32"] = f"device is {self.device}"
+            unused["memory_snapshot"] = f"device is {self.device}, and only CUDA's allocator keeps a history"
             if isinstance(self.mfu_peak, str):
                 unused["mfu_peak"] = f"device is {self.device}, whose peak is neither dense nor sparse"
         return {k: reason for k, reason in unused.items() if k in self.explicit}
@@ -478,7 +498,7 @@ def recorded_keys(path, where):
         raise UserError(f"{where}: run_name: {path} cannot be read ({type(error).__name__}): the run cannot be resumed "
                         "(start another)") from None
     return {k: typed(k, v, path) for k, v in items
-            if k in KEYS and k not in ("run_name", "out_dir", "init_from", "eval_only")
+            if k in KEYS and k not in ("run_name", "out_dir", "init_from", "eval_only", "profile")
             and KEYS[k].metadata["group"] != "dry run"}
 
 

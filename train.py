@@ -38,6 +38,7 @@ from training_optimizers import (
     set_learning_rate,
 )
 from training_preflight import preflight
+from training_profile import Profile, memory_advice, memory_history
 
 
 def train(config, machine, watch):
@@ -95,7 +96,7 @@ def train(config, machine, watch):
         return best
 
     def save(last=False):
-        """Write a checkpoint of `state`, at the end the weights alone too. One that fails is a line, the last exit 4."""
+        """Write a checkpoint of `state`, at the end the weights alone too. A failure warns; the last is exit 4."""
         watch.enter("save")
         state["scaler"], state["spikes"] = scaler.state_dict() or None, spikes.state
         try:
@@ -108,7 +109,7 @@ def train(config, machine, watch):
                 raise SaveError(f"{run_dir}: {problem} (the last good one stands)") from None
             log.warn(f"{problem}; training goes on")
 
-    with log, watch.training():
+    with log, memory_history(config, machine, log), Profile(config, machine, log) as profile, watch.training():
         if machine.is_main:
             print_header(header, config, model, flops, run_dir)
         if resumed:
@@ -124,6 +125,7 @@ def train(config, machine, watch):
             save(last=True)  # the export may be what failed, or was deleted
         busy, since_log = 0.0, 0
         for step in range(first, config.max_iters):
+            profile.begin(step + 1)
             started = time.perf_counter()
             watch.enter("step", step + 1)
             rate = learning_rate(step, config)
@@ -166,11 +168,13 @@ def train(config, machine, watch):
             optimizer.zero_grad(set_to_none=True)
 
             state["step"], state["tokens"] = done, state["tokens"] + objective.tokens_per_step
-            busy, since_log = busy + time.perf_counter() - started, since_log + 1
+            took = time.perf_counter() - started
+            if not profile.end(done) or not since_log:  # one that was watched is slower
+                busy, since_log = busy + took, since_log + 1
 
             # -------------------------------------------------------- report, evaluate, save
             if logged:
-                step_time = busy / since_log
+                step_time = busy / since_log if since_log else took
                 speed = objective.tokens_per_step / step_time
                 achieved = flops["train"] * speed
                 if peak and achieved > peak * machine.world_size:
@@ -180,7 +184,9 @@ def train(config, machine, watch):
                 log.step(step=done, tokens=state["tokens"], loss=all_know.loss, lr=rate, grad_norm=grad_norm,
                          step_time=step_time, tokens_per_sec=speed, tflops=achieved / 1e12,
                          mfu=achieved / (peak * machine.world_size) if peak else None, memory=machine.memory(),
-                         tokens_per_source=objective.served(done))
+                         tokens_per_source=objective.served(done),
+                         ranks={"step_time": all_know.step_times, "memory_peak": all_know.memory,
+                                "communication": profile.communication()})
                 busy, since_log = 0.0, 0
             if all_know.saved and (problem := saves.outcome()):
                 log.warn(f"{problem}; training goes on")
@@ -215,8 +221,8 @@ def main(config):
         raise located(error, config.explicit) from None
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, a CPU's has no name
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-            raise UserError("out of memory: halve batch_size and double gradient_accumulation_steps, or take a smaller "
-                            "block_size, n_embd or n_layer") from None
+            raise UserError(memory_advice(config.batch_size, config.gradient_accumulation_steps, config.data_processes,
+                                          config.activation_checkpointing, config.use_zero1, config.use_fsdp)) from None
         raise
     parallel.shut_down()
 

@@ -127,6 +127,7 @@ class Watch:
             raise
         finally:
             self._restore()
+            self.enter("end")
 
     def _explain(self, error):
         """Raise `PeerLostError` if that is what an exception of the main thread comes from."""

@@ -12,12 +12,15 @@ import json
 import math
 import os
 import platform
+import queue
 import shutil
 import statistics
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import uuid
 from pathlib import Path
 
 import numpy
@@ -30,6 +33,10 @@ SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parent
 WANDB_SETTINGS = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off",  # the console is ours
                   "WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "60"}  # a dead network must not hold the run
+TRACKER_QUEUE = 1000  # records that may wait for the tracker; what finds no room is lost, and counted
+TRACKER_PATIENCE = 1.25  # × WANDB_FINISH_TIMEOUT seconds, and the run ends without its tracker
+RANKS_LISTED = 64  # with more processes, the log says how their values spread
+SLOWER = 1.05  # × the median step time: a rank that the console points at
 
 
 def run_directory(config):
@@ -80,8 +87,9 @@ class RunLog:
         except OSError as error:
             raise UserError(f"{self.dir}: cannot be written: {error.strerror} (--out_dir=…)") from None
         if self.config.wandb_log:
-            self.tracker = WandbTracker(self.config, self.dir, self.record, self.warn)
-            self._update_record()  # with the tracker's id
+            self.record.setdefault("wandb_id", uuid.uuid4().hex[:8])  # ours, so that nobody waits to be told of it
+            self._update_record()
+            self.tracker = WandbTracker(self.config, self.dir, finite(self.record), self.warn)
         return str(self.dir)
 
     def _make_directory(self):
@@ -124,7 +132,7 @@ class RunLog:
         with contextlib.suppress(OSError):  # the disk may be what ended the run
             self.metrics.close()
         if self.tracker:
-            self.tracker.finish(self.record)
+            self.tracker.finish(finite(self.record))
 
     def interrupted(self, reason):
         """Record that the run was stopped from outside, with its state saved."""
@@ -147,10 +155,18 @@ class RunLog:
         self.warn(f"step {step}: the loss of {loss:.4f} is a spike, {excess:.1f} standard deviations above its mean"
                   + ("; its update is left out" if skipped else ""))
 
-    def step(self, **values):
-        """One line of training: step, tokens, loss, lr, grad_norm, step_time, tokens_per_sec, mfu, memory …"""
+    def step(self, ranks=None, **values):
+        """One line of training: step, tokens, loss, lr, grad_norm, step_time, tokens_per_sec, mfu, memory …
+
+        ranks: {name: [value of rank 0, of rank 1, …]}, of several processes: `step_time` (s), `memory_peak` (bytes),
+        and `communication`, what `training_profile.Profile.communication` gives.
+        """
         if self.quiet:
             return
+        if ranks and len(ranks["step_time"]) > 1:
+            values |= over_ranks(ranks)
+            peaks = [peak for peak in ranks["memory_peak"] if peak is not None]
+            values["memory"] = {**values["memory"], "peak": max(peaks, default=None)}
         self._append("step", values)
         for name, series in self.speeds.items():
             series.append(values[name])
@@ -158,6 +174,8 @@ class RunLog:
         self.results |= {"step": values["step"], "tokens": values["tokens"], "peak_memory": peak,
                          "tokens_per_source": values.get("tokens_per_source"),
                          "wall_time": round(time.time() - self.started, 3)}
+        if values.get("communication"):
+            self.results["communication"] = values["communication"]
         if self.first_step is None:
             self.first_step = (values["step"], time.time())
         self._show(values)
@@ -205,6 +223,14 @@ class RunLog:
         left = (time.time() - since) / done * (self.config.max_iters - v["step"]) if done else None
         mfu = (f"MFU {v['mfu']:.1%}   " if v["mfu"] is not None else "") + f"{v['tflops']:.3g} TFLOP/s"
         memory = v["memory"]["allocated"]
+        if communication := v.get("communication"):
+            mfu += f"   communication {communication['share']:.1%}, {communication['exposed']:.1%} exposed"
+        if "ranks" in v:
+            times = v["ranks"]["step_time"]
+            most, middle = ((times["max"], times["median"]) if isinstance(times, dict)
+                            else (max(times), statistics.median_low(times)))
+            if most > SLOWER * middle:
+                mfu += f"   rank {v['slowest_rank']} takes {most / middle:.2f} × as long"
         line = (f"step {v['step']:>6}/{self.config.max_iters}   loss {v['loss']:.4f}   "
                 f"{v['tokens_per_sec']:>9,.0f} tok/s   {mfu}   left {human_time(left):<7}   "
                 f"{v['step_time'] * 1e3:.1f} ms   lr {v['lr']:.2e}   |g| {v['grad_norm']:.2f}   {human_bytes(memory)}")
@@ -246,6 +272,38 @@ class RunLog:
             self.warn(f"run.json: {error.strerror}: it keeps what it said before")
 
 
+def over_ranks(ranks):
+    """What a step's record says of several processes; ranks: see `RunLog.step`.
+
+    ranks: each value of each rank (beyond RANKS_LISTED of them: how they spread), slowest_rank, and communication:
+    the means of share and exposed, and waited_for, the rank that waited least for the others: processes that work in
+    step all take the same time, and only this tells which one the others wait for.
+    """
+    ranks = dict(ranks)
+    measured = ranks.pop("communication", None) or []
+    times = ranks["step_time"]
+    values = {"slowest_rank": times.index(max(times))}
+    if any(measured):
+        for part in ("share", "exposed"):
+            ranks[f"communication_{part}"] = [one and one[part] for one in measured]
+        known = {rank: one for rank, one in enumerate(measured) if one}
+        values["communication"] = {
+            **{part: statistics.mean(one[part] for one in known.values()) for part in ("share", "exposed")},
+            "waited_for": min(known, key=lambda rank: known[rank]["exposed"])}
+    return {"ranks": {name: spread(series) for name, series in ranks.items()}, **values}
+
+
+def spread(series):
+    """A value of every rank as it is logged: the list, or of a long one {min, median, max, max_rank}."""
+    known = [value for value in series if value is not None]
+    if len(series) <= RANKS_LISTED:
+        return series
+    if not known:
+        return None
+    return {"min": min(known), "median": statistics.median(known), "max": max(known),
+            "max_rank": series.index(max(known))}
+
+
 def tell(text, stream=None, end="\n"):
     """Print at once. A console that cannot be written, such as a full disk's file, is given up: the run goes on."""
     stream = stream or sys.stdout
@@ -264,48 +322,100 @@ def on_terminal():
 
 
 class WandbTracker:
-    """The same numbers to Weights & Biases. Whatever it does, the run goes on: one warning, then silence."""
+    """The same numbers to Weights & Biases, from a thread of its own: whatever it does, the run goes on.
+
+    Nobody waits for the tracker but `finish`, for TRACKER_PATIENCE * WANDB_FINISH_TIMEOUT seconds. Its thread tells
+    nothing: what it has to say is said by the run's, at the next record.
+    """
 
     def __init__(self, config, run_dir, record, warn):
-        """record: of the run; it gets the `wandb_id` under which a resumed run goes on. warn: called with a line."""
-        self.run, self.warn = None, warn
+        """record: of the run, with its `wandb_id`; not changed from here on. warn: called with a line."""
+        self.warn, self.said, self.lost = warn, queue.SimpleQueue(), 0
+        self.records, self.broken, self.ending = queue.Queue(TRACKER_QUEUE), False, None
         for name, value in WANDB_SETTINGS.items():
             os.environ.setdefault(name, value)
+        # A daemon: one that hangs is left behind.
+        self.thread = threading.Thread(target=self._work, args=(config, run_dir, record), name="wandb", daemon=True)
+        self.thread.start()
+
+    def log(self, kind, values):
+        """Hand over a record; never waits."""
+        if self.broken:
+            return self._tell()
+        try:
+            self.records.put_nowait((kind, values))
+        except queue.Full:
+            self.lost += 1
+        self._tell()
+
+    def finish(self, record):
+        """Let the tracker end, within its time; record: what run.json says at last."""
+        self.ending = record
+        with contextlib.suppress(queue.Full):
+            self.records.put_nowait(None)  # wakes a thread that waits; one that works looks at `ending`
+        patience = self._patience()
+        self.thread.join(patience)
+        self._tell()
+        if self.thread.is_alive():
+            self.broken, self.lost = True, self.lost + sum(item is not None for item in [*self.records.queue])
+            self.warn(f"wandb: not done after {patience:.3g} s, the run ends without it"
+                      + (f" ({self.lost} records at least did not get there)" if self.lost else ""))
+            threading.Thread(target=teardown, name="wandb teardown", daemon=True).start()
+        elif self.lost:
+            self.warn(f"wandb: too slow: {self.lost} records were not sent (metrics.jsonl has them all)")
+
+    @staticmethod
+    def _patience():
+        try:
+            seconds = float(os.environ["WANDB_FINISH_TIMEOUT"])
+        except ValueError:  # wandb itself will say so
+            seconds = math.nan
+        return TRACKER_PATIENCE * (seconds if 0 < seconds < threading.TIMEOUT_MAX / 2
+                                   else float(WANDB_SETTINGS["WANDB_FINISH_TIMEOUT"]))
+
+    def _tell(self):
+        while not self.said.empty():
+            self.warn(self.said.get())
+
+    def _work(self, config, run_dir, record):
+        """The thread: everything that wandb does."""
         try:
             import wandb
 
             mode = os.environ.get("WANDB_MODE")
             if mode is None and not wandb.login(prompt=False, verify=False):  # do not stop to ask for a key
                 mode = "offline"
-                warn("wandb: not logged in, logging offline (wandb login; wandb sync)")
-            self.run = wandb.init(project=config.wandb_project, name=run_dir.name, dir=str(run_dir), mode=mode,
-                                  id=record.get("wandb_id"), resume="allow" if "wandb_id" in record else None,
-                                  config=record, allow_val_change=True)
-            record["wandb_id"] = self.run.id
-        except ImportError as error:
-            warn(f"wandb cannot be imported ({first_line(error)}), logging without it (pip install wandb)")
-        except Exception as error:  # a tracker's fault, of whatever kind, is never the run's
-            self._give_up(error)
-
-    def log(self, kind, values):
-        if self.run:
-            try:
+                self.said.put("wandb: not logged in, logging offline (wandb login; wandb sync)")
+            run = wandb.init(project=config.wandb_project, name=run_dir.name, dir=str(run_dir), mode=mode,
+                             id=record["wandb_id"], resume="allow", config=record, allow_val_change=True)
+            while item := self._next():
+                kind, values = item
                 numbers = {f"{kind}/{k}": v for k, v in flatten(values).items() if k != "step"}
-                self.run.log(numbers, step=values["step"])
-            except Exception as error:
-                self._give_up(error)
+                run.log(numbers, step=values["step"])
+            run.summary.update({"status": self.ending["status"], **self.ending["results"]})
+            run.finish(exit_code=0 if self.ending["status"] in ("finished", "interrupted") else 1)
+            teardown()  # here, where it may take its time; else wandb does it when the interpreter ends
+        except ImportError as error:
+            self._give_up(f"wandb cannot be imported ({first_line(error)}), logging without it (pip install wandb)")
+        except BaseException as error:  # a tracker's fault, of whatever kind, is never the run's
+            self._give_up(f"wandb: {type(error).__name__}: {first_line(error)}; logging goes on without it")
 
-    def finish(self, record):
-        if self.run:
-            try:
-                self.run.summary.update({"status": record["status"], **record["results"]})
-                self.run.finish(exit_code=0 if record["status"] in ("finished", "interrupted") else 1)
-            except Exception as error:
-                self._give_up(error)
+    def _next(self):
+        """The next record, or None when the run has ended and all are sent."""
+        if self.ending is not None and self.records.empty():
+            return None
+        return self.records.get()
 
-    def _give_up(self, error):
-        self.run = None
-        self.warn(f"wandb: {type(error).__name__}: {first_line(error)}; logging goes on without it")
+    def _give_up(self, line):
+        if not self.broken:  # nobody listens any more
+            self.broken = True
+            self.said.put(line)
+
+
+def teardown():
+    """End wandb's own process, and with it what wandb would do at the interpreter's end, however long it took."""
+    with contextlib.suppress(Exception):
+        getattr(sys.modules["wandb"], "teardown", lambda: None)()
 
 
 def first_line(error):
@@ -313,9 +423,10 @@ def first_line(error):
 
 
 def flatten(values, prefix=""):
-    """{'a': {'b': 1}} -> {'a/b': 1}."""
+    """{'a': {'b': 1}, 'c': [2, 3]} -> {'a/b': 1, 'c/0': 2, 'c/1': 3}."""
     flat = {}
     for k, v in values.items():
+        v = dict(enumerate(v)) if isinstance(v, list) else v
         flat |= flatten(v, f"{prefix}{k}/") if isinstance(v, dict) else {f"{prefix}{k}": v}
     return flat
 

@@ -201,6 +201,21 @@ def test_a_slip_is_told_once_on_each_machine_and_a_failure_by_everyone(monkeypat
     assert capsys.readouterr().err == "error: one two ?[31m\n" * lines
 
 
+@pytest.mark.parametrize("text, message", [
+    ("3", "is not START:STOP"), ("a:b", "is not START:STOP"), ("1:2:3", "is not START:STOP"), ("-1:3", "is not START"),
+    ("٣:٤", "is not START:STOP"), ("0:3", "holds no step"), ("3:3", "holds no step"),
+    ("5:2", "holds no step"), ("9:12", "goes up to step 11, beyond max_iters=10"),
+])
+def test_profile_names_steps_of_the_run(text, message):
+    assert refusal(f"--profile={text}", "--max_iters=10").startswith("--profile: profile: ")
+    assert message in refusal(f"--profile={text}", "--max_iters=10")
+
+
+def test_profiled_steps_count_like_the_log_and_end_before_stop():
+    assert list(load_config([]).profiled_steps()) == []
+    assert load_config(["--profile=9:11", "--max_iters=10"]).profiled_steps() == range(9, 11)
+
+
 # Resume
 
 
@@ -222,9 +237,10 @@ RESUME = ("--init_from=resume", "--run_name=mine")
 
 
 def test_a_resumed_run_takes_over_its_keys(recorded):
-    made = recorded("config/arch_llama.py", "config/size_tiny.py", "--learning_rate=1", "--eval_only", "--data_dir=x")
+    made = recorded("config/arch_llama.py", "config/size_tiny.py", "--learning_rate=1", "--eval_only", "--data_dir=x",
+                    "--profile=1:3")
     again = load_config(RESUME)
-    assert again.flat() == {**made, "init_from": "resume", "run_name": "mine", "eval_only": False}
+    assert again.flat() == {**made, "init_from": "resume", "run_name": "mine", "eval_only": False, "profile": None}
     assert again.for_vocabulary(300).model.vocab_size == 320  # what the run has, not what the data would get
     assert again.without_effect() == {}
     free = ("--max_iters=9", "--learning_rate=2", "--attention_backend=manual", "--dtype=bfloat16", "--out_dir=runs")
@@ -262,6 +278,8 @@ def test_a_run_of_before_a_key_existed_gets_its_default(recorded):
     (["--tf32", "--dtype=bfloat16"], "tf32"), (["--tf32", "--device=cpu"], "tf32"), (["--tf32"], ""),
     (["--dry_run_gpus=2", "--dry_run_mfu=1"], "dry_run_gpus dry_run_mfu"), (["--dry_run", "--dry_run_gpus=1"], ""),
     (["--dry_run", "--dry_run_gpu=T4", "--device=cpu", "--tf32", "--mfu_peak=sparse"], "device"),
+    (["--memory_snapshot", "--device=cpu"], "memory_snapshot"), (["--memory_snapshot"], ""),
+    (["--eval_only", "--memory_snapshot", "--profile=1:2"], "memory_snapshot profile"),
     (["--mfu_peak=sparse", "--device=cpu"], "mfu_peak"), (["--mfu_peak=9", "--device=cpu"], ""),
     (["config/arch_custom.py", "--arch_preset=llama", "--ffn_type=standard"], ""),
 ])

@@ -9,6 +9,8 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +22,7 @@ import training_logger
 from errors import NonFiniteError, UserError
 from model_builder import build_model
 from model_config import ModelConfig
-from training_logger import RunLog, human_time, run_directory
+from training_logger import RunLog, human_time, run_directory, spread
 
 HEADER = {"arch_name": "x", "config": {"init_from": "scratch", "eval_only": False}}
 STEP = {"step": 1, "tokens": 8, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "step_time": 0.1, "tokens_per_sec": 80.0,
@@ -368,13 +370,129 @@ def test_a_resumed_run_goes_on_under_its_wandb_id_and_a_fresh_one_gets_another(n
 
     def init(**arguments):
         calls.append(arguments)
-        return SimpleNamespace(id=arguments["id"] or f"new{len(calls)}", summary={}, finish=lambda **_: None)
+        return SimpleNamespace(summary={}, finish=lambda **_: None)
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, login=lambda **_: True))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for resumed in (False, True):
         with new_log(resumed=resumed, wandb_log=True) as log:
             pass
-        assert run_json(log)["wandb_id"] == "new1"
-    assert [(c["id"], c["resume"], c["mode"]) for c in calls] == [(None, None, None), ("new1", "allow", None)]
-    assert all(c["dir"] == str(log.dir) for c in calls)
+    name = run_json(log)["wandb_id"]
+    assert re.fullmatch("[0-9a-f]{8}", name)
+    assert [(c["id"], c["resume"], c["mode"]) for c in calls] == [(name, "allow", None)] * 2
+    assert all(c["dir"] == str(log.dir) and c["config"]["wandb_id"] == name for c in calls)
+
+
+STUCK = """
+import os, time
+class Run:
+    def __init__(self):
+        self.summary = {}
+    def log(self, *_, **__):
+        act("log")
+    def finish(self, **_):
+        act("finish")
+def act(where):
+    if where == os.environ["WHERE"]:
+        while os.environ["HOW"] == "hangs":
+            time.sleep(1)
+        if os.environ["HOW"] == "leaves":
+            raise SystemExit(7)
+        raise RuntimeError("no")
+def login(**_):
+    return True
+def init(**_):
+    act("init")
+    return Run()
+act("import")
+"""
+
+
+@pytest.mark.parametrize("where, how", [("init", "hangs"), ("log", "hangs"), ("finish", "hangs"), ("init", "leaves")])
+def test_a_tracker_that_hangs_or_leaves_changes_neither_losses_nor_the_exit_code(tmp_path, data_dir, plain, where, how):
+    (tmp_path / "stuck").mkdir()
+    (tmp_path / "stuck/wandb.py").write_text(STUCK)
+    started = time.monotonic()
+    done = train_with_wandb(tmp_path, data_dir, PYTHONPATH=f"{tmp_path / 'stuck'}{os.pathsep}{ROOT}", WHERE=where,
+                            HOW=how, WANDB_FINISH_TIMEOUT="1")
+    assert done.returncode == 0 and time.monotonic() - started < 60
+    assert done.stderr.startswith("warning: wandb: ") and done.stderr.count("\n") == 1
+    assert ("not done after 1.25 s, the run ends without it" in done.stderr) == (how == "hangs")
+    assert ("records at least did not get there" in done.stderr) == (where in ("init", "log") and how == "hangs")
+    assert losses(tmp_path / "runs/run") == losses(plain.dir)
+
+
+def test_a_tracker_that_is_too_slow_loses_records_and_says_how_many(new_log, capsys, monkeypatch):
+    got, go_on = [], threading.Event()
+
+    def init(**_):
+        go_on.wait(60)
+        return SimpleNamespace(summary={}, finish=lambda **_: None, log=lambda numbers, step: got.append(step))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, login=lambda **_: True))
+    monkeypatch.setattr(training_logger, "TRACKER_QUEUE", 3)
+    with new_log(wandb_log=True) as log:
+        for step in range(1, 8):
+            log.step(**{**STEP, "step": step})
+        go_on.set()
+    assert got == [1, 2, 3] and [r["step"] for r in lines(log)] == list(range(1, 8))
+    assert capsys.readouterr().err == "warning: wandb: too slow: 4 records were not sent (metrics.jsonl has them all)\n"
+
+
+def test_a_tracker_that_hangs_is_left_without_its_word_at_the_interpreters_end(tmp_path):
+    (tmp_path / "wandb.py").write_text(STUCK + "import atexit\nhook = atexit.register(time.sleep, 60)\n"
+                                       "def teardown():\n    atexit.unregister(hook)\n    time.sleep(60)\n")
+    code = ("import types, pathlib, training_logger as t; "
+            "tracker = t.WandbTracker(types.SimpleNamespace(wandb_project='p'), pathlib.Path('.'), {'wandb_id': '1'}, "
+            "print); tracker.finish({'status': 'finished', 'results': {}})")
+    started = time.monotonic()
+    done = run_python("-c", code, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "WHERE": "init",
+                                                     "HOW": "hangs", "WANDB_FINISH_TIMEOUT": "3"})
+    assert done.returncode == 0 and "not done after 3.75 s" in done.stdout and time.monotonic() - started < 40
+
+
+# ---- several processes
+
+def several(times, peaks=None, communication=None):
+    ranks = {"step_time": times, "memory_peak": peaks or [rank for rank in range(len(times))]}
+    return {**ranks, "communication": communication} if communication else ranks
+
+
+def test_what_each_rank_took_is_logged_and_the_slowest_is_named(new_log, capsys):
+    with new_log() as log:
+        log.step(**STEP, ranks=several([0.1, 0.2, 0.1], peaks=[7, 9, None]))
+        log.step(**{**STEP, "step": 2}, ranks=several([0.1, 0.101, 0.1]))
+    one, two = lines(log)
+    assert one["ranks"] == {"step_time": [0.1, 0.2, 0.1], "memory_peak": [7, 9, None]} and one["slowest_rank"] == 1
+    assert one["memory"] == {"allocated": 1, "peak": 9, "reserved": None}
+    assert run_json(log)["results"]["peak_memory"] == two["memory"]["peak"] == 2
+    said = capsys.readouterr().out.splitlines()
+    assert "rank 1 takes 2.00 × as long" in said[0] and "rank" not in said[1]
+
+
+def test_the_communication_of_each_rank_and_whom_they_wait_for(new_log, capsys):
+    both = [{"share": 0.5, "exposed": 0.4}, None, {"share": 0.1, "exposed": 0.0}]
+    with new_log() as log:
+        log.step(**STEP, ranks=several([1.0] * 3, communication=both))
+        log.step(**{**STEP, "step": 2}, ranks=several([1.0] * 3, communication=[None] * 3))
+        log.step(**{**STEP, "step": 3}, ranks={**several([1.0] * 3), "communication": None})
+    one, two, three = lines(log)
+    assert one["communication"] == {"share": 0.3, "exposed": 0.2, "waited_for": 2}
+    assert one["ranks"]["communication_exposed"] == [0.4, None, 0.0]
+    for record in (two, three):
+        assert "communication" not in record and list(record["ranks"]) == ["step_time", "memory_peak"]
+    assert run_json(log)["results"]["communication"] == one["communication"]
+    assert "communication 30.0%, 20.0% exposed" in capsys.readouterr().out
+
+
+def test_one_process_says_nothing_of_ranks(new_log):
+    with new_log() as log:
+        log.step(**STEP, ranks=several([0.1]))
+        log.step(**STEP)
+    assert lines(log)[0] == lines(log)[1] == {"kind": "step", **STEP}
+
+
+def test_beyond_64_ranks_the_log_says_how_they_spread():
+    assert spread([1.0] * 64) == [1.0] * 64
+    assert spread([3.0, None, 1.0, 2.0] * 25) == {"min": 1.0, "median": 2.0, "max": 3.0, "max_rank": 0}
+    assert spread([None] * 65) is None

@@ -1,14 +1,11 @@
 """The machine under a run: what it chooses, what it refuses, what its processes agree on."""
 
-import signal
-
 import pytest
 import torch
 from conftest import ROOT, run_python
 
-import training_parallel as parallel
 from errors import ConfigError
-from training_parallel import Interruption, Machine, choose_device, choose_dtype, process_memory, seed_step
+from training_parallel import Machine, choose_device, choose_dtype, process_memory, seed_micro_batch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -83,12 +80,12 @@ def test_autocast_is_for_reduced_precision_alone():
 
 # ---- one process
 
-def test_random_numbers_are_a_function_of_seed_step_and_rank():
+def test_random_numbers_are_a_function_of_seed_step_and_micro_batch():
     def draw(*key):
-        seed_step(*key)
+        seed_micro_batch(*key)
         return torch.rand(4).tolist()
 
-    keys = [(seed, step, rank) for seed in (0, 1, 11) for step in (0, 1, 11) for rank in (0, 1, 11)]
+    keys = [(seed, step, n) for seed in (0, 1, 11) for step in (0, 1, 11) for n in (0, 1, 11)]
     first = {key: draw(*key) for key in keys}
     torch.rand(1000)  # whatever was drawn in between
     assert first == {key: draw(*key) for key in reversed(keys)}
@@ -103,45 +100,6 @@ def test_memory_is_what_this_process_holds():
     assert after["peak"] >= after["allocated"]
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """The time that Interruption sees. Where SIGTERM would end the tests, it is a KeyboardInterrupt too."""
-    time = [0.0]
-    monkeypatch.setattr(parallel.time, "monotonic", lambda: time[0])
-    # Both, as a job in the background starts with Ctrl-C ignored.
-    before = {s: signal.signal(s, signal.default_int_handler) for s in Interruption.SIGNALS}
-    yield time
-    found = [signal.getsignal(s) for s in Interruption.SIGNALS]
-    for s, handler in before.items():
-        signal.signal(s, handler)
-    assert found == [signal.default_int_handler] * 2
-
-
-def one_process():
-    return Machine(0, 0, 1, CPU, torch.float32, False, False)
-
-
-@pytest.mark.parametrize("first", Interruption.SIGNALS)
-@pytest.mark.parametrize("last", Interruption.SIGNALS)
-def test_the_first_signal_is_noted_and_one_after_it_ends_the_process(clock, first, last):
-    with Interruption() as interruption:
-        assert interruption.asked(one_process(), now=True) is None
-        signal.raise_signal(first)
-        assert interruption.asked(one_process(), now=False) == first.name
-        clock[0] = 0.9
-        signal.raise_signal(signal.SIGTERM)  # the same wish, passed on by torchrun
-        signal.raise_signal(signal.SIGINT)
-        assert interruption.asked(one_process(), now=True) == first.name
-        clock[0] = 2.0
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(last)
-
-
-def test_without_a_signal_nothing_remains(clock):
-    with Interruption():
-        assert signal.getsignal(signal.SIGTERM) != signal.default_int_handler
-
-
 # ---- two processes
 
 TWO = """
@@ -149,31 +107,47 @@ import signal
 import torch
 import training_parallel as parallel
 from configurator import load_config
+from errors import CheckpointError, UserError
+from training_faults import Watch
 
-machine = parallel.init(load_config(["--device=cpu", "--gradient_accumulation_steps=2"]))
+config = load_config(["--device=cpu", "--gradient_accumulation_steps=2"])
+machine = parallel.init(config)
 rank = machine.rank
 assert machine.world_size == 2 and machine.device.type == "cpu" and machine.is_main == (rank == 0)
 assert machine.sum(rank + 1, 0.25) == [3.0, 0.5]
 assert machine.sum(2**53 if rank else 1 - 2**53) == [1.0]  # exactly, in float64
 assert machine.exchange({"rank": rank, "text": "ä" * rank}) == [{"rank": 0, "text": ""}, {"rank": 1, "text": "ä"}]
 assert machine.any(False) is False and machine.any(rank == 1) is True and machine.any(True) is True
-with parallel.Interruption() as interruption:
+assert machine.gather([rank, 0.5]) == [[0.0, 0.5], [1.0, 0.5]]
+assert machine.on_main(lambda: {"rank": rank}) == {"rank": 0}
+
+def fail(error):
+    raise error
+
+for error, kind, code in ((CheckpointError("none"), UserError, 3), (OSError(28, "full"), OSError, None)):
+    try:
+        machine.on_main(lambda: fail(error))
+    except kind as raised:
+        assert getattr(raised, "exit_code", None) == code and str(error) in str(raised), raised
+    else:
+        raise AssertionError(kind)
+with Watch(machine, config) as watch, watch.training():
     if rank == 1:
         signal.raise_signal(signal.SIGTERM)
-    assert interruption.asked(machine, now=False) is None  # nobody may act alone
-    assert interruption.asked(machine, now=True) == ("SIGTERM" if rank else "a signal to another rank")
+    known = watch.agree([1.0, float("nan")] if rank else [0.25, 0.5], rank, 10 * rank, saved=rank == 1)
+    assert known.stop == "SIGTERM" and known.bad == [-1, 1] and known.losses[0] == 0.75 and known.loss != known.loss
+    assert known.step_times == [0.0, 1.0] and known.memory == [0.0, 10.0] and not known.saved
 
 class Scale(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.register_buffer("table", torch.full((1,), 1.0 + rank))
     def forward(self, x):
-        return self.weight * x * self.table
+        return self.weight * x * (1.0 + rank)
 
 def train():
     model = Scale()
-    wrapped = parallel.wrap(model, machine)
+    wrapped = parallel.wrap(model, config, machine)
     with torch.no_grad():
         for _ in range(rank):  # one process may have more to evaluate than the other
             wrapped.eval()(torch.ones(1))
@@ -186,7 +160,7 @@ def train():
 
 train()
 machine.barrier()
-parallel.shut_down(machine)
+parallel.shut_down()
 print("agreed")
 """
 

@@ -129,8 +129,8 @@ def held(argv):
     optimizer.step()
 
     def size(tensors):
-        locals_ = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in locals_ if t.numel()}.values())
+        own = [(t.to_local() if hasattr(t, "to_local") else t).untyped_storage() for t in tensors]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in own}.values())
 
     moments = getattr(optimizer, "optim", optimizer).state
     mine = [size(model.parameters()), size(p.grad for p in model.parameters()),
