@@ -366,10 +366,14 @@ def val_batches(dataset, block_size, eval_tokens, batch_size, rank=0, world_size
     """
     windows, numbers = val_windows(dataset, block_size, eval_tokens)
     mine = numbers[rank::world_size]
-    longest = -(-len(numbers) // world_size)
-    for i in range(0, longest, batch_size):
-        x, y = windows.read(mine[i:i + batch_size] if i < len(mine) else numbers[:1])
-        yield x, (y if i < len(mine) else torch.full_like(y, -1))
+
+    def batch(first):
+        if first < len(mine):
+            return windows.read(mine[first:first + batch_size])
+        x, y = windows.read(numbers[:1])
+        return x, torch.full_like(y, -1)
+
+    return map(batch, range(0, -(-len(numbers) // world_size), batch_size))
 
 
 class Prefetch:

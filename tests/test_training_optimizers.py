@@ -19,7 +19,8 @@ CPU = torch.device("cpu")
 
 
 def settings_of(**keys):
-    return SimpleNamespace(**{"learning_rate": 1e-2, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, **keys})
+    return SimpleNamespace(**{"learning_rate": 1e-2, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99,
+                              "use_zero1": False, **keys})
 
 
 def schedule(**keys):
