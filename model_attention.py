@@ -242,7 +242,9 @@ def compiled(function):
 
 
 class NoQKNorm(nn.Module):
-    """Queries (B, T, H, D) and keys (B, T, G, D) as they are."""
+    """Queries (B, T, H, D) and keys (B, T, G, D) as they are. across_heads: whether one head's depend on another's."""
+
+    across_heads = False
 
     def __init__(self, config):
         super().__init__()
@@ -265,6 +267,8 @@ class QKNormPerHead(NoQKNorm):
 
 class QKNormProjection(NoQKNorm):
     """All heads normalised as one vector of H D channels. OLMo 2."""
+
+    across_heads = True
 
     def __init__(self, config):
         super().__init__(config)

@@ -77,17 +77,21 @@ def split_matrices(model, mesh):
 class OnShards(ParallelStyle):
     """A part that works on heads, (B, T, heads, …): on this process's, its parameters whole on each.
 
-    It computes on DTensors: a norm over all heads is one, and its gradients are summed over the processes.
+    It computes on DTensors, so that its gradients are summed over the processes. Where it works across heads, each
+    process computes it on all of them, put together.
     """
 
     def _apply(self, module, device_mesh):
+        across = getattr(module, "across_heads", False)
+
         def whole(name, part, mesh):
             for key, p in list(part.named_parameters(recurse=False)):
                 part.register_parameter(key, torch.nn.Parameter(
                     DTensor.from_local(p, mesh, [Replicate()], run_check=False)))
 
         def spread(module, inputs, mesh):
-            return tuple(DTensor.from_local(x, mesh, [Shard(2)], run_check=False) for x in inputs)
+            inputs = (DTensor.from_local(x, mesh, [Shard(2)], run_check=False) for x in inputs)
+            return tuple(x.redistribute(placements=[Replicate()]) if across else x for x in inputs)
 
         def gather(module, outputs, mesh):
             if isinstance(outputs, tuple):

@@ -1,5 +1,6 @@
 """The optimizer's arithmetic and the learning rate's shape."""
 
+import json
 import math
 from itertools import pairwise
 from types import SimpleNamespace
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 
 from model_builder import build_model
 from model_config import get_preset
-from training_optimizers import build_optimizer, gradient_statistics, learning_rate, set_learning_rate
+from training_optimizers import (
+    Spikes,
+    build_optimizer,
+    clip_gradients,
+    gradient_statistics,
+    learning_rate,
+    set_learning_rate,
+)
 
 SIZES = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=32)
 CPU = torch.device("cpu")
@@ -142,3 +150,55 @@ def test_rates_are_positive_and_rise_to_the_peak_and_fall_from_it(peak, shape, m
     assert all(b <= a + ulp for a, b in pairwise(found[top:]))
     if shape == "cosine" and end >= (warmup or 0):
         assert all(rate == lowest for rate in found[max(end, warmup or 0):])
+
+
+# ---- spikes
+
+def noise(n, seed=0):
+    return (3.0 + 0.1 * torch.randn(n, generator=torch.Generator().manual_seed(seed))).tolist()
+
+
+def test_a_spike_is_a_loss_far_above_its_running_mean():
+    spikes = Spikes(6.0)
+    assert [spikes(loss) for loss in noise(500)] == [None] * 500  # six standard deviations of normal noise
+    assert spikes.state["mean"] == pytest.approx(3.0, abs=0.05) and spikes.state["variance"] ** 0.5 == pytest.approx(
+        0.1, rel=0.3)
+    assert spikes(2.0) is None  # downwards is progress
+    assert spikes(4.5) > 6.0
+    assert spikes(3.0) is None
+
+
+def test_early_losses_are_no_spikes_and_a_new_level_is_soon_none():
+    spikes = Spikes(6.0)
+    assert [spikes(loss) for loss in (10.0, 3.0, 30.0, 5.0)] == [None] * 4
+    spikes = Spikes(6.0)
+    for loss in noise(300):
+        spikes(loss)
+    told = [spikes(loss + 2.0) is not None for loss in noise(300, seed=1)]
+    assert told[0] and not any(told[100:])
+    constant = Spikes(6.0)
+    assert [constant(1.0) for _ in range(200)] == [None] * 200 and constant(1.001) is None  # no noise, no verdict on it
+
+
+def test_spikes_go_on_from_their_state():
+    losses = noise(250)
+    whole, first = Spikes(2.0), Spikes(2.0)
+    told = [whole(loss) for loss in losses]
+    for loss in losses[:170]:
+        first(loss)
+    rest = Spikes(2.0, json.loads(json.dumps(first.state)))
+    assert [rest(loss) for loss in losses[170:]] == told[170:] and any(told[170:])
+
+
+def test_clipping_is_torchs():
+    def model():
+        torch.manual_seed(0)
+        m = torch.nn.Linear(4, 3)
+        m(torch.ones(2, 4)).square().sum().backward()
+        return m
+
+    for largest in (0, 0.5, 1e9):
+        ours, theirs = model(), model()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), largest or math.inf)
+        assert clip_gradients(ours, largest) == norm.item()
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))

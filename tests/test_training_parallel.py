@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import ROOT, records, run_python
 
 from errors import ConfigError
+from model_config import PRESETS
+from tools import bench_parallel
 from training_parallel import Machine, choose_device, choose_dtype, process_memory, seed_micro_batch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -171,3 +173,48 @@ def test_two_processes_agree(tmp_path):
                       cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["agreed"] * 2
+
+
+# ---- the modes
+
+EVERYTHING = [  # what tensor parallelism must part or leave whole, in as few models as can hold it
+    ["--position_encoding=alibi", "--qk_norm=projection", "--attn_gate=headwise", "--value_embeddings=1", "--bias=True",
+     "--n_kv_head=2", "--attention_backend=manual", "--norm_position=sandwich", "--ffn_type=standard"],
+    ["--arch_preset=gemma3", "--qk_norm=head", "--attn_gate=elementwise", "--value_embeddings=1", "--x0_mix=True",
+     "--weight_tying=True", "--init=mup", "--qkv_bias=True", "--gradient_accumulation_steps=4"],
+]
+
+
+def curves(tmp_path, mode, flags):
+    """[the (loss, gradient norm) of each step] of a run of each of `flags` in `mode`."""
+    work = [["config/arch_llama.py", *bench_parallel.SIZE, *bench_parallel.MODES[mode][1],
+             "--gradient_accumulation_steps=2", "--max_iters=4", "--eval_interval=2", f"--out_dir={tmp_path / mode}",
+             f"--run_name={i}", *more] for i, more in enumerate(flags)]
+    bench_parallel.launch(mode, work, tmp_path / mode)
+    return [bench_parallel.curve(tmp_path / mode / str(i)) for i in range(len(flags))]
+
+
+def test_every_mode_computes_what_one_process_does(tmp_path):
+    flags = [*EVERYTHING, ["--gradient_log_interval=1", "--packing=documents", "--grad_clip=0.1"]]
+    single = curves(tmp_path, "single", flags)
+    found = {mode: curves(tmp_path, mode, flags) for mode in ("DDP", "ZeRO-1", "FSDP", "TP")}
+    for mode, each in found.items():
+        for i, (a, b) in enumerate(zip(each, single, strict=True)):
+            assert a == [pytest.approx(step, rel=1e-4) for step in b], (mode, flags[i])
+    assert found["DDP"] == found["ZeRO-1"]  # to the last bit
+    layers = [records(tmp_path / mode / "2", "gradients")[3]["layers"] for mode in ("single", *found)]
+    for other in layers[1:]:
+        assert other == {name: pytest.approx(values, rel=1e-3) for name, values in layers[0].items()}
+
+
+def test_dropout_is_the_same_however_many_processes_share_the_step(tmp_path):
+    flags = [["--dropout=0.3", "--gradient_accumulation_steps=4"]]
+    (one,), (two,), (parted,) = (curves(tmp_path, mode, flags) for mode in ("single", "DDP", "FSDP"))
+    (without,) = curves(tmp_path / "without", "single", [["--gradient_accumulation_steps=4"]])
+    assert two == [pytest.approx(step, rel=1e-5) for step in one] == parted
+    assert abs(one[0][0] / without[0][0] - 1) > 1e-4
+
+
+@pytest.mark.long
+def test_every_mode_trains_every_preset_alike():
+    assert bench_parallel.agreement(list(bench_parallel.MODES), sorted(set(PRESETS) - {"custom"}), 50) < 1e-4
