@@ -103,7 +103,7 @@ class Config:
     dtype: str = key("auto", "of the matrix products; auto: bfloat16 on CUDA where it has it, else float32",
                      group="system", choices=("auto", "float32", "bfloat16", "float16"))
     tf32: bool = key(True, "TensorFloat-32 products on CUDA where dtype is float32", group="system")
-    compile: bool | None = key(None, "torch.compile; None: on CUDA", group="system")
+    compile: bool | None = key(None, "torch.compile; None: on CUDA, but not under tensor_parallel", group="system")
     mfu_peak: str | float = key("dense", "what MFU divides by: dense, sparse (2:4), or TFLOP/s as a number",
                                 group="system")
 
@@ -175,6 +175,9 @@ class Config:
             if processes > tensor and not self.use_fsdp:
                 raise ConfigError("tensor_parallel", f"{tensor} of {processes} processes leaves {processes // tensor} "
                                                      "such groups, which only use_fsdp=True can join")
+            if self.compile:
+                raise ConfigError("compile", "True does not go with tensor_parallel: a compiled backward pass does not "
+                                             "hand on gradients that are parted (drop it)")
             if self.model.attention_backend == "flex":
                 raise ConfigError("attention_backend", "'flex' is not split by tensor_parallel (sdpa and manual are)")
         shares = self.data_processes

@@ -147,7 +147,7 @@ def init(config):
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     if not config.eval_only:
         check_trainable(config.model, device.type)
-    compile = device.type == "cuda" if config.compile is None else config.compile
+    compile = device.type == "cuda" and config.tensor_parallel == 1 if config.compile is None else config.compile
     if compile and not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++", "gcc", "cl") if c):
         raise ConfigError("compile", "torch.compile needs a C++ compiler and none is on the PATH (--compile=False)")
     if world_size > 1 or config.use_fsdp or config.use_zero1:
