@@ -86,9 +86,9 @@ def sync(path):
         os.close(descriptor)
 
 
-def write_json(path, value):
+def write_json(path, value, indent=1):
     """Replace `path` by `value` as JSON, as `write_bytes` does."""
-    write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    write_bytes(path, (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
 
 
 def write_bytes(path, content):

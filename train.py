@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import math
 import time
+from pathlib import Path
 
 import torch
 
@@ -44,8 +45,8 @@ def train(config, machine):
              "description": {"model": model.built().flat(), "tokenizer": objective.tokenizer}}
     resumed = config.init_from == "resume"
     if resumed:
-        path = checkpoint.find_newest(run_dir)
-        state = checkpoint.load(path, model, optimizer, machine.device)
+        path = checkpoint.find_newest(run_dir, machine)
+        state = checkpoint.load(path, model, optimizer, machine)
         if state["data"] != objective.fingerprint:
             raise CheckpointError(f"{path}: was made on other data than its dataset holds now")
         if state["scaler"]:
@@ -65,7 +66,9 @@ def train(config, machine):
         **environment(),
     }
     log = RunLog(run_dir, header, config, resumed, quiet=not machine.is_main)
-    run_dir = log.dir  # another one, if a run that began in the same second took that name
+    run_dir = Path(machine.exchange(str(log.dir))[0])  # the first rank's: another may have begun in another second
+    checkpoints = checkpoint.Checkpoints(run_dir, machine)
+
     def evaluate():
         """Validation metrics into the log; whether they are the best so far."""
         metrics = objective.evaluate(wrapped)
@@ -79,12 +82,12 @@ def train(config, machine):
 
     def save(last=False, export=False):
         """Write a checkpoint of `state`; whether it stands. One that fails is a warning, the last one exit code 4."""
-        if not machine.is_main:
-            return True
         try:
-            checkpoint.save(run_dir, model, optimizer, {**state, "scaler": scaler.state_dict() or None})
+            path = checkpoints.save(model, optimizer, {
+                **state, "scaler": scaler.state_dict() or None, "config": config.flat(), "seed": config.seed,
+                "sequences": state["step"] * objective.sequences_per_step}, wait=last)
             if export:
-                checkpoint.export(run_dir, model, {**state["description"], "step": state["step"]})
+                checkpoint.export(run_dir, path, {**state["description"], "step": state["step"]}, machine)
         except OSError as error:
             problem = f"the checkpoint of step {state['step']} failed: {error}"
             if last:

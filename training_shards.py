@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Shard
 
@@ -79,6 +80,51 @@ def share_out(sizes, n):
     return taker
 
 
+def local_optimizer(optimizer):
+    """The AdamW that holds this rank's state: inside a ZeroRedundancyOptimizer its own."""
+    return getattr(optimizer, "optim", optimizer)
+
+
+def settle(model):
+    """Let FSDP put away what it gathered for a forward pass, so that parameters are the sharded ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def own_pieces(model, optimizer, machine):
+    """{key: (dtype, whole shape, offset, local tensor)} of the pieces of parameters and moments that are this rank's.
+
+    Together the ranks write every box of every tensor once. What all hold alike is shared out by size.
+    """
+    settle(model)
+    own = local_optimizer(optimizer)
+    parameters = dict(model.named_parameters())
+    taker = share_out({name: p.nbytes for name, p in parameters.items() if not isinstance(p, DTensor)},
+                      machine.world_size)
+    pieces = {}
+
+    def add(key, tensor):
+        offset, local = placed(tensor)
+        if local.numel():
+            pieces[key] = (local.dtype, list(tensor.shape), offset, local)
+
+    for name, p in parameters.items():
+        mine = writes(p) if isinstance(p, DTensor) else taker[name] == machine.rank
+        if mine:
+            add(name, p)
+        for moment, value in own.state.get(p, {}).items():
+            if isinstance(value, DTensor):
+                mine_too = writes(value)
+            elif isinstance(p, DTensor):  # a step count: the same wherever a part is
+                mine_too = machine.rank == 0
+            else:
+                mine_too = mine or own is not optimizer  # under ZeRO-1 only its owner has it
+            if mine_too:
+                add(f"{moment}/{name}", value)
+    return pieces
+
+
 # ---- writing
 
 class TensorFile(ReservedFile):
@@ -104,6 +150,26 @@ class TensorFile(ReservedFile):
             assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape), key
             self.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return self.finish()
+
+
+def write_pieces(directory, rank, pieces):
+    """Write this rank's files: {"files": {name: size and sha256}, "pieces": {key: [file, dtype, shape, offset, …]}}."""
+    kinds, files, said = {"model": {}, "optimizer": {}}, {}, {}
+    for key, (dtype, shape, offset, local) in pieces.items():
+        name = "optimizer" if "/" in key else "model"
+        kinds[name][key] = (dtype, tuple(local.shape))
+        said[key] = [f"{name}-{rank:05d}.safetensors", DTYPES[dtype], shape, offset, list(local.shape)]
+    opened = {}
+    try:
+        for kind, layout in kinds.items():  # the room for all before the first byte
+            if layout:
+                opened[kind] = TensorFile(directory / f"{kind}-{rank:05d}.safetensors", layout)
+        for kind, file in opened.items():
+            files[f"{kind}-{rank:05d}.safetensors"] = file.fill(lambda key: pieces[key][3])
+    finally:
+        for file in opened.values():
+            file.file.close()
+    return {"files": files, "pieces": said}
 
 
 # ---- the index
