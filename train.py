@@ -43,12 +43,17 @@ def train(config, machine):
 
     state = {"step": 0, "tokens": 0, "best": None, "scaler": None, "data": objective.fingerprint,
              "description": {"model": model.built().flat(), "tokenizer": objective.tokenizer}}
-    resumed = config.init_from == "resume"
-    if resumed:
-        path = checkpoint.find_newest(run_dir, machine)
+    resumed, path, changed = config.init_from == "resume", None, dict(config.changed)
+    if resumed:  # path None: it ended before its first save
+        path = checkpoint.find_newest(run_dir, machine, or_none=config.resume == "auto")
+    if path:
         state = checkpoint.load(path, model, optimizer, machine)
         if state["data"] != objective.fingerprint:
-            raise CheckpointError(f"{path}: was made on other data than its dataset holds now")
+            if not config.resume_force:
+                raise CheckpointError(f"{path}: was made on other data than its dataset holds now")
+            changed["data"] = [state["data"], objective.fingerprint]
+        if state["world_size"] != machine.world_size:
+            changed["world_size"] = [state["world_size"], machine.world_size]
         if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
     wrapped = parallel.wrap(model, machine)
@@ -67,7 +72,9 @@ def train(config, machine):
     }
     log = RunLog(run_dir, header, config, resumed, quiet=not machine.is_main)
     run_dir = Path(machine.exchange(str(log.dir))[0])  # the first rank's: another may have begun in another second
-    checkpoints = checkpoint.Checkpoints(run_dir, machine)
+    checkpoints = checkpoint.Checkpoints(run_dir, machine, config.keep_checkpoints, config.checkpoint_async)
+    if machine.is_main:
+        checkpoint.clean(run_dir)
 
     def evaluate():
         """Validation metrics into the log; whether they are the best so far."""
@@ -83,30 +90,33 @@ def train(config, machine):
     def save(last=False, export=False):
         """Write a checkpoint of `state`; whether it stands. One that fails is a warning, the last one exit code 4."""
         try:
-            path = checkpoints.save(model, optimizer, {
+            stands = checkpoints.save(model, optimizer, {
                 **state, "scaler": scaler.state_dict() or None, "config": config.flat(), "seed": config.seed,
                 "sequences": state["step"] * objective.sequences_per_step}, wait=last)
             if export:
-                checkpoint.export(run_dir, path, {**state["description"], "step": state["step"]}, machine)
+                checkpoint.export(run_dir, stands, {**state["description"], "step": state["step"]}, machine)
         except OSError as error:
             problem = f"the checkpoint of step {state['step']} failed: {error}"
             if last:
                 raise SaveError(f"{run_dir}: {problem} (the last good one stands)") from None
             log.warn(f"{problem}; training goes on")
             return False
-        return True
+        return stands is not None
 
     with log, parallel.Interruption() as interruption:
         if machine.is_main:
             print_header(header, config, model, flops, run_dir)
         if resumed:
-            log.say(f"resumed from {path} at step {state['step']}")
+            log.say(f"resumed from {path} at step {state['step']}" if path else f"{run_dir} has no checkpoint: from step 0")
+            if not config.eval_only:
+                log.resumed_at(state["step"], changed, (*config.forced, *({"data"} & changed.keys())),
+                               machine.world_size)
         if config.eval_only:
             evaluate()
             return
 
         # ------------------------------------------------------------ the loop
-        first, saved = state["step"], state["step"] if resumed else None
+        first, saved = state["step"], state["step"] if path else None
         if first >= config.max_iters:
             log.say(f"nothing left to do at step {first} of max_iters={config.max_iters} (raise it to go on)")
             save(last=True, export=True)  # the export may be what failed, or was deleted
@@ -167,6 +177,11 @@ def train(config, machine):
             interval = config.eval_interval if config.checkpoint_interval is None else config.checkpoint_interval
             if ended or stop or (interval and (done % interval == 0 or is_best)):
                 saved = done if save(last=bool(ended or stop), export=ended) else saved
+            if outcome := checkpoints.poll():  # of a save in the background, which every rank learns by itself
+                if outcome[1] is None:
+                    saved = outcome[0]
+                else:
+                    log.warn(f"the checkpoint of step {outcome[0]} failed: {outcome[1]}; training goes on")
             if stop and not ended:
                 log.interrupted(f"{stop} at step {done}")
                 log.say(f"interrupted by {stop} at step {done}, saved; go on with --init_from=resume "

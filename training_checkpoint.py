@@ -44,8 +44,8 @@ ALONE = SimpleNamespace(rank=0, world_size=1, exchange=lambda value, group=None:
 class Checkpoints:
     """The checkpoints of one run: written by all ranks of `machine` together, pruned to the newest `keep` and the best.
 
-    asynchronous: `save` copies the tensors to memory of the CPU and returns; a thread does the rest, and `poll` tells how
-    it ended. group: the gloo group over which the ranks then agree, used by nobody else; without one, it is made.
+    asynchronous: `save` copies the tensors to memory of the CPU and returns; a thread does the rest, and `poll` tells
+    how it ended. group: the gloo group over which the ranks then agree, used by nobody else; without one, it is made.
     """
 
     def __init__(self, run_dir, machine=ALONE, keep=2, asynchronous=False, group=None):
@@ -85,7 +85,7 @@ class Checkpoints:
         return None
 
     def poll(self):
-        """What is new: None, or (step, None) of a save that stands, or (step, why it failed). Asynchronous saves only."""
+        """What is new of saves in the background: None, or (step, None) of one that stands, or (step, why it failed)."""
         if not self.outcomes:
             return None
         step, problem = self.outcomes.pop(0)
@@ -151,7 +151,7 @@ class Checkpoints:
         return os.path.lexists(final)
 
     def _prune(self, state):
-        """Remove what is neither among the newest up to this step nor the best. Later ones are for this run to replace."""
+        """Remove what is neither among the newest up to this step nor the best; later ones this run will replace."""
         steps = [(step, path) for step, path in list_checkpoints(self.folder.parent) if step <= state["step"]]
         for step, path in steps[self.keep:]:
             if not state.get("best") or step != state["best"]["step"]:
@@ -161,8 +161,8 @@ class Checkpoints:
 def together(machine, work, group=None):
     """Run `work()` on every rank at once: [what each returned]; if it failed on any, an error on all alike.
 
-    An OSError, `CheckpointError` or `UserError` is told by the first rank that met one; any other error stays what it is
-    where it happened. `work` returns what JSON can say.
+    An OSError, `CheckpointError` or `UserError` is that of the first rank that met one; any other error stays what it
+    is where it happened. `work` returns what JSON can say.
     """
     own = told = result = None
     try:
@@ -323,8 +323,8 @@ def read_manifest(path):
         raise CheckpointError(f"{path}: is {'a link' if path.is_symlink() else 'not there'}")
     manifest = read_json(path / "manifest.json")
     if "model.safetensors" in manifest:
-        raise CheckpointError(f"{path}: was written in format 1, this program reads {SCHEMA_VERSION} (resume it with the "
-                              "version of the program that wrote it)")
+        raise CheckpointError(f"{path}: was written in format 1, this program reads {SCHEMA_VERSION} (resume it with "
+                              "the version of the program that wrote it)")
     for name, entry in manifest.items():
         if name not in JSON_FILES and not SHARD.fullmatch(name):
             raise CheckpointError(f"{path}/manifest.json: {shown(name)} is no file of a checkpoint")
@@ -364,8 +364,8 @@ def read_state(path):
     state = read_json(path / "state.json")
     version = state.pop("schema_version", None)
     if version != SCHEMA_VERSION:
-        raise CheckpointError(f"{path}: was written in format {shown(version)} by another version of this program, which "
-                              f"reads {SCHEMA_VERSION}")
+        raise CheckpointError(f"{path}: was written in format {shown(version)} by another version of this program, "
+                              f"which reads {SCHEMA_VERSION}")
     best, named = state.get("best"), STEP_DIR.fullmatch(path.name)
     for step in (state.get("step"), 0 if best is None else best.get("step") if isinstance(best, dict) else None):
         if type(step) is not int or not 0 <= step < 10**18:
@@ -437,7 +437,8 @@ def check_weights(index, shapes):
     there = set(index.keys("model"))
     missing, extra = sorted(shapes.keys() - there), sorted(there - shapes.keys())
     if missing or extra:
-        raise UserError(f"{index.directory}: is not of this architecture (missing {missing[:3]}, unexpected {extra[:3]})")
+        raise UserError(f"{index.directory}: is not of this architecture (missing {missing[:3]}, unexpected "
+                        f"{extra[:3]})")
     for name, shape in shapes.items():
         if tuple(shape) != index.entries[name].shape:
             raise UserError(f"{index.directory}: {name} is {index.entries[name].shape}, this model has {tuple(shape)}")

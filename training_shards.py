@@ -1,7 +1,7 @@
 """Tensors in safetensors files, whole or in pieces: who holds which part, writing, the checked index, reading.
 
-A piece is a box of a tensor: `offset` where it begins, `shape` how far it goes, in elements of each dimension. The index
-says in which file each piece stands:
+A piece is a box of a tensor: `offset` where it begins, `shape` how far it goes, in elements of each dimension. The
+index says in which file each piece stands:
 
     {"blocks.0.attn.q_proj.weight": {"dtype": "F32", "shape": [64, 64], "pieces": [
         {"file": "model-00000.safetensors", "offset": [0, 0], "shape": [32, 64]}, …]}, …}
@@ -192,7 +192,7 @@ class Index:
             try:
                 self.entries[key] = checked_entry(said)
             except (KeyError, TypeError, ValueError) as error:
-                raise CheckpointError(f"{directory}/index.json: {shown(key)}: is no entry of an index ({error})") from None
+                raise CheckpointError(f"{directory}/index.json: {shown(key)} is no entry of an index ({error})") from None
 
     def keys(self, kind):
         """The keys of parameters (kind "model") or of their moments ("optimizer")."""

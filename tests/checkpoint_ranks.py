@@ -44,7 +44,8 @@ def make(mode, seed=1, preset="llama", world=1, **more):
         tensor = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("shard", "tensor"))
         for block in model.blocks:
             parallelize_module(block, tensor["tensor"], {
-                "ffn.up_proj": ColwiseParallel(), "ffn.gate_proj": ColwiseParallel(), "ffn.down_proj": RowwiseParallel()})
+                "ffn.up_proj": ColwiseParallel(), "ffn.gate_proj": ColwiseParallel(),
+                "ffn.down_proj": RowwiseParallel()})
         if mode == "fsdp+tp":
             for module in (*model.blocks, model):
                 fully_shard(module, mesh=tensor["shard"])
@@ -239,7 +240,7 @@ def main(folder):
         damaged.write_bytes(damaged.read_bytes()[:-1])
     machine.barrier()
     assert checkpoint.find_newest(two, machine).name == "step_00000004"
-    del model, optimizer
+    model = optimizer = None  # what outlives the group could abort the interpreter
     parallel.shut_down(machine)
     print("agreed", flush=True)
 
