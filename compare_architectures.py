@@ -39,7 +39,8 @@ FIELDS = {"step": ("tokens", "tokens_per_sec", "mfu", "step_time"), "eval": ("to
 # Called out where runs differ in them, beside every key of the model that was built.
 TRAINING_KEYS = ("learning_rate", "max_iters", "batch_size", "gradient_accumulation_steps", "seed", "weight_decay")
 # Runs whose config differs only here are repeats of one another: another seed, or kept and watched otherwise.
-NOT_THE_EXPERIMENT = ("seed", "run_name", "out_dir", "init_from", "data_dir", "checkpoint_interval", "log_interval",
+NOT_THE_EXPERIMENT = ("seed", "run_name", "out_dir", "init_from", "resume", "resume_force", "data_dir",
+                      "checkpoint_interval", "keep_checkpoints", "checkpoint_async", "log_interval",
                       "gradient_log_interval", "wandb_log", "wandb_project")
 SEEN = {  # runs that agree in all of these saw the same tokens in the same order
     "data fingerprint": lambda run: run["data"].get("fingerprint"),

@@ -107,7 +107,7 @@ def train(config, machine):
         if machine.is_main:
             print_header(header, config, model, flops, run_dir)
         if resumed:
-            log.say(f"resumed from {path} at step {state['step']}" if path else f"{run_dir} has no checkpoint: from step 0")
+            log.say(f"resumed from {path} at step {state['step']}" if path else f"{run_dir}: no checkpoint, from 0")
             if not config.eval_only:
                 log.resumed_at(state["step"], changed, (*config.forced, *({"data"} & changed.keys())),
                                machine.world_size)

@@ -85,7 +85,7 @@ class Checkpoints:
         return None
 
     def poll(self):
-        """What is new of saves in the background: None, or (step, None) of one that stands, or (step, why it failed)."""
+        """What is new of saves in the background: None; (step, None) of one that stands, or (step, why it failed)."""
         if not self.outcomes:
             return None
         step, problem = self.outcomes.pop(0)

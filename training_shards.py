@@ -192,7 +192,7 @@ class Index:
             try:
                 self.entries[key] = checked_entry(said)
             except (KeyError, TypeError, ValueError) as error:
-                raise CheckpointError(f"{directory}/index.json: {shown(key)} is no entry of an index ({error})") from None
+                raise CheckpointError(f"{directory}/index.json: {shown(key)} cannot be read ({error})") from None
 
     def keys(self, kind):
         """The keys of parameters (kind "model") or of their moments ("optimizer")."""
