@@ -27,12 +27,31 @@ from types import SimpleNamespace
 
 import numpy
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from errors import CheckpointError, UserError, shown
 from files import forget_cached, sha256_of, sync, write_json
-from training_shards import SHARD, Index, TensorFile, local_optimizer, own_pieces, placed, settle, write_pieces
+from training_shards import (
+    SHARD,
+    Index,
+    TensorFile,
+    local_optimizer,
+    own_pieces,
+    placed,
+    readable,
+    settle,
+    write_pieces,
+)
+    SHARD,
+    Index,
+    TensorFile,
+    local_optimizer,
+    own_pieces,
+    placed,
+    readable,
+    settle,
+    write_pieces,
+)
 
 SCHEMA_VERSION = 2
 STEP_DIR = re.compile(r"step_(\d{8,18})")
@@ -480,16 +499,20 @@ def write_export(run_dir, index, description):
         remove(temporary)
 
 
-def read_export(run_dir):
-    """({name: CPU tensor}, description) that `export` wrote; `CheckpointError` if they are not there or damaged."""
+def verify_export(run_dir):
+    """The description of a run's export; `CheckpointError` if it is not there or damaged."""
     file, config = Path(run_dir) / "model.safetensors", Path(run_dir) / "config.json"
     description = read_json(config)
     try:
-        damaged = description.get("sha256") != sha256_of(file)
-        if not damaged:
-            return load_file(file), description
+        if description.get("sha256") != sha256_of(file):
+            raise CheckpointError(f"{file}: is damaged (its sha256 is not that of {config.name})")
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from None
-    raise CheckpointError(f"{file}: is damaged (its sha256 is not that of {config.name})")
+    return description
+
+
+def read_export(run_dir):
+    """({name: CPU tensor}, description) that `export` wrote; `CheckpointError` if they are not there or damaged."""
+    description = verify_export(run_dir)
+    with readable(Path(run_dir) / "model.safetensors") as file:
+        return load_file(file.path), description

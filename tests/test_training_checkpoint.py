@@ -18,10 +18,11 @@ from conftest import ROOT, TINY, environment, run_python
 from safetensors.torch import load_file
 
 import training_checkpoint as checkpoint
-from errors import CheckpointError, UserError
+from errors import CheckpointError, UserError, told_in_one_line
 from files import sha256_of
 from model_builder import build_model
 from model_config import get_preset
+from tools.verify_checkpoint import main as verify_checkpoint
 from training_optimizers import build_optimizer
 
 MODEL, OPTIMIZER = "model-00000.safetensors", "optimizer-00000.safetensors"
@@ -547,6 +548,38 @@ def test_on_a_disk_that_is_really_full(tmp_path, data_dir):
     assert len(lines) == 2 and all("No space left on device" in line for line in lines)
     assert lines[0].startswith("warning: the checkpoint of step 40 failed: ")
     assert lines[1].startswith("error: small/run: the checkpoint of step 60 failed: ")
+
+
+# ---- tools/verify_checkpoint.py
+
+def told(capsys, *argv):
+    """(exit code, lines on stdout, lines on stderr) of the command."""
+    with pytest.raises(SystemExit) as left, told_in_one_line():
+        verify_checkpoint(list(map(str, argv)))
+        raise SystemExit(0)
+    out, err = capsys.readouterr()
+    return left.value.code, out.splitlines(), err.splitlines()
+
+
+def test_the_command_tells_each_checkpoint_and_the_export(run, capsys):
+    checkpoint.export(run.dir, run.newest, {})
+    code, lines, _ = told(capsys, run.dir)
+    assert code == 0 and [line.split(":")[0] for line in lines] == [
+        f"ok      {path}" for path in (run.older, run.newest, run.dir / "model.safetensors")]
+    assert all(line.endswith(" GB/s") for line in lines) and " 5 files, 0.000 GB, " in lines[0]
+    flip(run.older / MODEL, -1)
+    flip(run.dir / "model.safetensors", -1)
+    code, lines, _ = told(capsys, run.dir)
+    assert code == 3 and [line.split()[0] for line in lines] == ["not", "ok", "not"]
+    assert lines[0] == f"not ok  {run.older / MODEL}: is damaged (its sha256 is not the manifest's)"
+    assert told(capsys, run.newest)[0] == 0 and told(capsys, run.older)[0] == 3
+    assert told(capsys, run.folder / "step_00000009")[:2] == (
+        3, [f"not ok  {run.folder / 'step_00000009'}: is not there"])
+
+
+def test_the_command_finds_nothing(tmp_path, capsys):
+    assert told(capsys, tmp_path) == (3, [], [f"error: {tmp_path}: has no checkpoint"])
+    assert told(capsys, tmp_path / "nowhere") == (2, [], [f"error: {tmp_path / 'nowhere'}: is not a directory"])
 
 
 # ---- asynchronous
