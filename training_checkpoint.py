@@ -42,16 +42,6 @@ from training_shards import (
     settle,
     write_pieces,
 )
-    SHARD,
-    Index,
-    TensorFile,
-    local_optimizer,
-    own_pieces,
-    placed,
-    readable,
-    settle,
-    write_pieces,
-)
 
 SCHEMA_VERSION = 2
 STEP_DIR = re.compile(r"step_(\d{8,18})")

@@ -158,7 +158,8 @@ COMMANDS = [
     ("RANK=1 train.py", 2, "RANK: '1' is not .* of WORLD_SIZE=1 processes .*unset RANK"),
     ("LOCAL_RANK=x train.py", 2, "LOCAL_RANK: 'x' is not .* of WORLD_SIZE=1 processes"),
     # runs
-    ("$ train.py tiny.py --run_name=good", 2, r"--run_name: .*runs/good exists \(--resume=auto to go on with it, or another name\)"),
+    ("$ train.py tiny.py --run_name=good", 2,
+     r"--run_name: .*runs/good exists \(--resume=auto to go on with it, or another name\)"),
     ("train.py --resume=auto", 2, "--resume: resume: auto needs --run_name=NAME"),
     ("train.py --resume=latest --run_name=good", 2, r"--resume: resume: 'latest' is unknown \(one of auto\)"),
     ("train.py --resume=auto --run_name=good --seed=2", 2, "--seed: seed: .* made with 1337 .*or --resume_force"),
