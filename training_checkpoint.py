@@ -138,9 +138,9 @@ class Checkpoints:
         try:
             agree(temporary.mkdir, everywhere=False)
             answers = agree(lambda: write_pieces(temporary, self.machine.rank, pieces))
-            agree(lambda: written.update(finish(temporary, final, answers, state)), everywhere=False)
-            written.update(answers[self.machine.rank]["files"])
             try:
+                agree(lambda: written.update(finish(temporary, final, answers, state)), everywhere=False)
+                written.update(answers[self.machine.rank]["files"])
                 agree(lambda: reread(final, written))
             except OSError:
                 if main:

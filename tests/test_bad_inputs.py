@@ -393,7 +393,7 @@ def place(tmp_path_factory):
     shutil.rmtree(runs / "hollow/checkpoints")
     (runs / "hollow/config.json").unlink()
     (runs / "hollow/model.safetensors").unlink()
-    for weights in (runs / "damaged").rglob("model.safetensors"):
+    for weights in (runs / "damaged").rglob("model*.safetensors"):
         content = weights.read_bytes()
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     write(runs / "file", "")

@@ -130,12 +130,12 @@ def test_a_forced_resume_says_what_changed_and_the_log_records_it(tmp_path, trai
 
 
 def test_auto_starts_then_goes_on_and_is_the_run_nobody_stopped(tmp_path, train):
-    flags = ["--eval_interval=5", "--resume=auto", "--checkpoint_async"]
+    schedule = ["--lr_decay_iters=20", "--warmup_iters=2", "--eval_interval=5"]
     for steps in (10, 20):
-        done = train("auto", f"--max_iters={steps}", "--lr_decay_iters=20", *flags)
+        done = train("auto", f"--max_iters={steps}", "--resume=auto", "--checkpoint_async", *schedule)
         assert done.returncode == 0, done.stderr
         assert ("resumed from" in done.stdout) == (steps == 20)
-    train("whole", "--max_iters=20", "--lr_decay_iters=20", "--eval_interval=5")
+    train("whole", "--max_iters=20", *schedule)
     assert curve(tmp_path / "runs/auto") == curve(tmp_path / "runs/whole")
     runs = tmp_path / "runs"
     assert (runs / "auto/model.safetensors").read_bytes() == (runs / "whole/model.safetensors").read_bytes()

@@ -1,6 +1,7 @@
 """Checkpoints: bit for bit, or refused; a kill or a full disk costs at most the one being written."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import checkpoint_ranks
@@ -19,7 +21,7 @@ from safetensors.torch import load_file
 
 import training_checkpoint as checkpoint
 from errors import CheckpointError, UserError, told_in_one_line
-from files import sha256_of
+from files import ReservedFile, sha256_of
 from model_builder import build_model
 from model_config import get_preset
 from tools.verify_checkpoint import main as verify_checkpoint
@@ -482,6 +484,45 @@ def test_a_full_disk_is_an_oserror_that_costs_only_the_new_checkpoint(run, room)
         save(run.dir, run.model, run.optimizer, state(6))
     assert contents(run.folder) == before and names(run.folder) == [run.older.name, run.newest.name]
     save(run.dir, run.model, run.optimizer, state(6))
+
+
+ASKED_OF_THE_DISK = ((os, "mkdir"), (os, "fsync"), (os, "rename"), (os, "replace"), (os, "posix_fallocate"),
+                     (Path, "write_bytes"), (ReservedFile, "write"))
+
+
+def test_whatever_a_disk_refuses_the_last_good_checkpoint_stays_and_nothing_else(run, tmp_path, monkeypatch):
+    model, optimizer = run.model, run.optimizer
+    learn(model, optimizer, range(4, 6))
+    left = [0]
+
+    def counted(working):
+        def call(*arguments, **options):
+            left[0] -= 1
+            if left[0] == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return working(*arguments, **options)
+        return call
+
+    for place, name in ASKED_OF_THE_DISK:
+        monkeypatch.setattr(place, name, counted(getattr(place, name)))
+    refusals = 0
+    for i in range(1, 200):
+        folder = tmp_path / f"copy{i}"
+        shutil.copytree(run.dir / "checkpoints", folder / "checkpoints")
+        before, left[0] = contents(folder), i
+        try:
+            path = checkpoint.Checkpoints(folder).save(model, optimizer, state(6))
+        except OSError as error:
+            assert "No space left on device" in str(error)
+            assert contents(folder) == before and len(names(folder / "checkpoints")) == 2, i
+            refusals += 1
+        else:  # what cannot be pruned is for the next save
+            checkpoint.verify(path)
+        through, left[0] = left[0] > 0, 0
+        shutil.rmtree(folder)
+        if through:
+            break
+    assert through and refusals >= 20
 
 
 def test_an_export_without_room_leaves_the_former_one(run):
