@@ -14,7 +14,7 @@ import sys
 import textwrap
 import traceback
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import model_config
@@ -33,11 +33,17 @@ class Config:
 
     model: ModelConfig
     explicit: dict  # key -> the file or flag that set it
+    changed: dict = field(default_factory=dict)  # key -> [what the resumed run had, what it has now]
+    forced: tuple = ()  # those of `changed` that resume_force let through
 
     run_name: str | None = key(None, "names runs/<run_name>; None: date, time and preset", group="run")
     out_dir: str = key("runs", "where run directories are made", group="run")
     init_from: str = key("scratch", "scratch, or resume: go on with run_name, whose keys are taken over",
                          group="run", choices=("scratch", "resume"))
+    resume: str | None = key(None, "auto: go on with the newest usable checkpoint of run_name, or start if there is "
+                             "none yet; torchrun's restarts do so by themselves", group="run", choices=("auto",))
+    resume_force: bool = key(False, "resume though a change makes the run another experiment; the log records it",
+                             group="run")
     eval_only: bool = key(False, "evaluate once and stop", group="run")
     seed: int = key(1337, "of weights, batches and dropout", group="run", minimum=0, maximum=2**63 - 1)
 
@@ -96,8 +102,9 @@ class Config:
     spike_threshold: float = key(6.0, "standard deviations above its running mean from which a loss is a spike",
                                  group="optimization", above=0.0)
 
-    keep_checkpoints: int = key(2, "newest checkpoints kept, beside the best", group="evaluation", minimum=2)
-    checkpoint_async: bool = key(False, "write checkpoints beside training", group="evaluation")
+    keep_checkpoints: int = key(2, "newest checkpoints that stay, beside the best", group="evaluation", minimum=2)
+    checkpoint_async: bool = key(False, "write checkpoints while training goes on, from a copy in memory",
+                                 group="evaluation")
 
     device: str = key("auto", "auto: cuda, else mps, else cpu; or cpu, cuda, cuda:1, mps", group="system")
     dtype: str = key("auto", "of the matrix products; auto: bfloat16 on CUDA where it has it, else float32",
@@ -137,6 +144,8 @@ class Config:
             raise ConfigError("min_lr", f"{self.min_lr:g} is above learning_rate={self.learning_rate:g}")
         if self.init_from == "resume" and not self.run_name:
             raise ConfigError("init_from", "resume needs --run_name=NAME, the run to go on with")
+        if self.resume and not self.run_name:
+            raise ConfigError("resume", "auto needs --run_name=NAME, the run to go on with")
         check_folder_name("run_name", self.run_name or "x")
         self.check_sources()
         self.profiled_steps()
@@ -264,6 +273,8 @@ class Config:
             unused["fsdp_cpu_offload"] = f"device is {self.device}"
         if self.processes == 1:
             unused |= dict.fromkeys(("peer_timeout", "save_timeout"), "one process has no peers")
+        if self.init_from != "resume" and not self.resume:
+            unused["resume_force"] = "nothing is resumed"
         if not self.wandb_log:
             unused["wandb_project"] = "wandb_log is off"
         if self.lr_schedule == "constant":
@@ -273,7 +284,8 @@ class Config:
         if self.eval_only:
             training = [f.name for f in dataclasses.fields(self) if f.metadata.get("group") == "optimization"]
             training += ["max_epochs", "packing", "gradient_accumulation_steps", "eval_interval", "checkpoint_interval",
-                         "log_interval", "gradient_log_interval", "mfu_peak", "profile", "memory_snapshot"]
+                         "keep_checkpoints", "checkpoint_async", "log_interval", "gradient_log_interval", "mfu_peak",
+                         "profile", "memory_snapshot"]
             unused |= dict.fromkeys((*training, "dropout"), "eval_only trains nothing")
         if self.dtype in ("bfloat16", "float16"):
             unused["tf32"] = f"dtype is {self.dtype}"
@@ -331,17 +343,41 @@ def load_config(argv):
         where = f"--{name}"
         given[name], explicit[name] = typed(name, parse_value(name, text, where), where), where
     recorded, elsewhere = {}, "defaults"
-    if given.get("init_from") == "resume" and given.get("run_name"):
-        elsewhere = Path(given.get("out_dir", Config.out_dir), given["run_name"], "run.json")
-        recorded = recorded_keys(elsewhere, explicit["run_name"])
-        # The vocabulary it was built with then is not for the dataset to decide again.
-        explicit.setdefault("vocab_size", explicit["run_name"])
+    if given.get("run_name"):
+        run = Path(given.get("out_dir", Config.out_dir), given["run_name"])
+        if restarted(run):
+            given["resume"] = "auto"
+        if given.get("resume") == "auto" and begun(run):
+            given["init_from"] = "resume"
+        if given.get("init_from") == "resume":
+            elsewhere = run / "run.json"
+            recorded = recorded_keys(elsewhere, explicit["run_name"])
+            # The vocabulary it was built with then is not for the dataset to decide again.
+            explicit.setdefault("vocab_size", explicit["run_name"])
     try:
         config = make_config({**recorded, **given}, explicit)
     except ConfigError as error:
         raise located(error, explicit, elsewhere) from None
-    check_resumable(config, given, recorded)
-    return config
+    forced = check_resumable(config, given, recorded)
+    now = config.flat()
+    changed = {k: [recorded[k], now[k]] for k in now if k in recorded and recorded[k] != now[k]}
+    return dataclasses.replace(config, changed=changed, forced=forced)
+
+
+def restarted(run):
+    """Whether torchrun started these processes in place of others that failed, and no other launch made the run."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if not count.isdecimal() or int(count) == 0:
+        return False
+    try:  # what was refused as a directory of another run is no more this one's the second time
+        return json.loads((run / "run.json").read_bytes())["launch"] == os.environ.get("TORCHELASTIC_RUN_ID")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return not begun(run)
+
+
+def begun(run):
+    """Whether the directory of a run holds something to go on with: a checkpoint, or the record of how it began."""
+    return (run / "run.json").exists() or any((run / "checkpoints").glob("step_*"))
 
 
 def make_config(given, explicit):
@@ -501,25 +537,37 @@ def recorded_keys(path, where):
         raise UserError(f"{where}: run_name: {path} cannot be read ({type(error).__name__}): the run cannot be resumed "
                         "(start another)") from None
     return {k: typed(k, v, path) for k, v in items
-            if k in KEYS and k not in ("run_name", "out_dir", "init_from", "eval_only", "profile")
+            if k in KEYS and k not in ("run_name", "out_dir", "init_from", "resume", "resume_force", "eval_only",
+                                       "profile")
             and KEYS[k].metadata["group"] != "dry run"}
 
 
 def check_resumable(config, given, recorded):
-    """Refuse by name what would make the rest of a resumed run another experiment than its beginning."""
+    """Refuse by name what would make the rest of a resumed run another experiment than its beginning.
+
+    Under resume_force: a tuple of the names that would have been refused.
+    """
+    forced = []
+
+    def refuse(name, message):
+        if not config.resume_force:
+            raise UserError(f"{config.explicit.get(name, 'defaults')}: {name}: {message}, or --resume_force)")
+        forced.append(name)
+
     fixed = [k for k, f in KEYS.items() if f.metadata["group"] in ("architecture", "size") and k != "attention_backend"]
     for name in (*fixed, "seed", "dataset", "dataset_schedule", "packing", "tokenizer"):
         if name in given and name in recorded and given[name] != recorded[name]:
-            raise UserError(f"{config.explicit[name]}: {name}: the run was made with {recorded[name]!r} and keeps it "
-                            "when resumed (drop the key, or start a new run)")
+            refuse(name, f"the run was made with {recorded[name]!r} and keeps it when resumed (drop the key, start a "
+                         "new run")
     if recorded:
         now = config.batch_size * config.gradient_accumulation_steps
         was = (recorded.get("batch_size", Config.batch_size)
                * recorded.get("gradient_accumulation_steps", Config.gradient_accumulation_steps))
-        name = "batch_size" if "batch_size" in given else "gradient_accumulation_steps"
         if now != was:
-            raise UserError(f"{config.explicit[name]}: {name}: the run takes {was} sequences a step and keeps that "
-                            f"when resumed, not {now} (batch_size * gradient_accumulation_steps)")
+            refuse("batch_size" if "batch_size" in given else "gradient_accumulation_steps",
+                   f"the run takes {was} sequences a step and keeps that when resumed, not {now} (batch_size * "
+                   "gradient_accumulation_steps")
+    return tuple(forced)
 
 
 def help_text():

@@ -46,7 +46,7 @@ def load_run(run_dir, which, device):
         raise UserError(f"--run: {run_dir} is not a run directory (python compare_architectures.py lists them)")
     try:
         source = checkpoint.find_best(run_dir) if which == "best" else checkpoint.find_newest(run_dir)
-        tensors = checkpoint.read_tensors(source / "model.safetensors")
+        tensors = checkpoint.read_weights(source)
         description = checkpoint.read_state(source)["description"]
     except CheckpointError:
         source = run_dir / "model.safetensors"

@@ -54,12 +54,17 @@ def train(config, machine, watch):
     state = {"step": 0, "tokens": 0, "best": None, "spikes": None, "skipped": 0, "scaler": None,
              "data": objective.fingerprint,
              "description": {"model": model.built().flat(), "tokenizer": objective.tokenizer}}
-    resumed = config.init_from == "resume"
-    path = checkpoint.find_newest(run_dir, machine) if resumed else None
+    resumed, path, changed = config.init_from == "resume", None, dict(config.changed)
+    if resumed:  # path None: it ended before its first save
+        path = checkpoint.find_newest(run_dir, machine, or_none=config.resume == "auto")
     if path:
         state = checkpoint.load(path, model, optimizer, machine)
         if state["data"] != objective.fingerprint:
-            raise CheckpointError(f"{path}: was made on other data than its dataset holds now")
+            if not config.resume_force:
+                raise CheckpointError(f"{path}: was made on other data than its dataset holds now")
+            changed["data"] = [state["data"], objective.fingerprint]
+        if state["world_size"] != machine.world_size:
+            changed["world_size"] = [state["world_size"], machine.world_size]
         if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
     spikes = Spikes(config.spike_threshold, state["spikes"])
@@ -78,10 +83,11 @@ def train(config, machine, watch):
         **environment(),
     }
     log = RunLog(run_dir, header, config, resumed, quiet=not machine.is_main)
+    machine.on_main(lambda: checkpoint.check_room(run_dir, header["parameters"]["total"], config))
     run_dir = Path(machine.on_main(log.open))  # another one, if a run that began in the same second took that name
-    watch.lost = log.lost
-    saves = checkpoint.Checkpoints(run_dir, machine, config.keep_checkpoints, config.checkpoint_async,
-                                   config.save_timeout)
+    machine.on_main(lambda: checkpoint.clean(run_dir))
+    watch.lost, saved = log.lost, state["step"] if path else None
+    saves = checkpoint.Checkpoints(run_dir, machine, config.keep_checkpoints, config.checkpoint_async)
 
     def evaluate():
         """Validation metrics into the log; whether they are the best so far."""
@@ -98,22 +104,38 @@ def train(config, machine, watch):
     def save(last=False):
         """Write a checkpoint of `state`, at the end the weights alone too. A failure warns; the last is exit 4."""
         watch.enter("save")
-        state["scaler"], state["spikes"] = scaler.state_dict() or None, spikes.state
+        now = {**state, "scaler": scaler.state_dict() or None, "spikes": spikes.state, "config": config.flat(),
+               "seed": config.seed, "sequences": state["step"] * objective.sequences_per_step}
+        started = time.perf_counter()
         try:
-            saves.save(model, optimizer, state, wait=last)
+            stands = saves.save(model, optimizer, now, wait=last)
+            if stands:
+                note_save(state["step"], None, time.perf_counter() - started)
             if last and state["step"] >= config.max_iters:
-                machine.on_main(lambda: checkpoint.export(saves.newest, run_dir, state))
+                checkpoint.export(run_dir, stands, {**state["description"], "step": state["step"]}, machine)
         except OSError as error:
-            problem = f"the checkpoint of step {state['step']} failed: {error}"
             if last:
-                raise SaveError(f"{run_dir}: {problem} (the last good one stands)") from None
-            log.warn(f"{problem}; training goes on")
+                raise SaveError(f"{run_dir}: the checkpoint of step {state['step']} failed: {error} (the last good one "
+                                f"stands: {'none' if saved is None else f'step {saved}'})") from None
+            note_save(state["step"], error)
+
+    def note_save(step, problem, seconds=None):
+        """Say how a save ended, whose last good one is the step to go back to."""
+        nonlocal saved
+        if problem:
+            log.warn(f"the checkpoint of step {step} failed: {problem}; training goes on")
+        else:
+            saved = step
+            log.saved(step, seconds)
 
     with log, memory_history(config, machine, log), Profile(config, machine, log) as profile, watch.training():
         if machine.is_main:
             print_header(header, config, model, flops, run_dir)
         if resumed:
-            log.say(f"resumed from {path} at step {state['step']}" if path else "no checkpoint yet: started anew")
+            log.say(f"resumed from {path} at step {state['step']}" if path else f"{run_dir}: no checkpoint, from 0")
+            if not config.eval_only:
+                log.resumed_at(state["step"], changed, (*config.forced, *({"data"} & changed.keys())),
+                               machine.world_size)
         if config.eval_only:
             evaluate()
             return
@@ -149,13 +171,13 @@ def train(config, machine, watch):
 
             # What is decided now, all processes decide alike: they know the same.
             all_know = watch.agree(torch.stack(shares).tolist(), time.perf_counter() - started,
-                                   (machine.memory() or {}).get("peak") or 0 if logged else 0, saves.ready())
+                                   (machine.memory() or {}).get("peak") or 0 if logged else 0, saves.ended)
             if not math.isfinite(grad_norm + all_know.loss) and not (scaler.is_enabled() and scaler.get_scale() > 1):
                 raise NonFiniteError(
                     f"step {done}: loss {all_know.loss:g}, gradient norm {grad_norm:g} at learning rate {rate:.3g}"
                     f"{where_not_finite(all_know.bad, objective, machine, step)}: stopped before the update (try a "
                     "lower learning_rate, a longer warmup_iters, grad_clip=1, or dtype=float32; the last good "
-                    f"checkpoint: {'none' if saves.newest is None else f'step {saves.newest_step}'})")
+                    f"checkpoint: {'none' if saved is None else f'step {saved}'})")
             if config.gradient_log_interval and done % config.gradient_log_interval == 0:
                 log.gradients(done, gradient_statistics(model))
             excess = spikes(all_know.loss)
@@ -188,8 +210,8 @@ def train(config, machine, watch):
                          ranks={"step_time": all_know.step_times, "memory_peak": all_know.memory,
                                 "communication": profile.communication()})
                 busy, since_log = 0.0, 0
-            if all_know.saved and (problem := saves.outcome()):
-                log.warn(f"{problem}; training goes on")
+            if all_know.saved:  # a save in the background has ended, everywhere
+                note_save(*saves.poll())
             is_best = evaluate() if done % config.eval_interval == 0 or ended else False
             interval = config.eval_interval if config.checkpoint_interval is None else config.checkpoint_interval
             if ended or all_know.stop or (interval and (done % interval == 0 or is_best)):

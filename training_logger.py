@@ -50,8 +50,8 @@ def run_directory(config):
         names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
         return next(p for p in (Path(config.out_dir) / n for n in names) if not os.path.lexists(p))
     path = Path(config.out_dir) / config.run_name
-    if config.init_from == "scratch" and os.path.lexists(path):
-        raise UserError(f"--run_name: run_name: {path} exists (another name, --init_from=resume, or delete it)")
+    if config.init_from == "scratch" and os.path.lexists(path) and not (config.resume and path.is_dir()):
+        raise UserError(f"--run_name: run_name: {path} exists (--resume=auto to go on with it, or another name)")
     return path
 
 
@@ -81,7 +81,8 @@ class RunLog:
                 header = self._go_on(header)
             self.started = time.time() - (self.results.get("wall_time") or 0)  # a resumed run's time adds up
             self.record = {"schema_version": SCHEMA_VERSION, "run_name": self.dir.name, "status": None,
-                           "status_reason": None, "created_at": utc_now(), **header}
+                           "status_reason": None, "created_at": utc_now(),
+                           "launch": os.environ.get("TORCHELASTIC_RUN_ID"), **header}  # whose restarts go on with it
             self.record |= {"status": "running", "status_reason": None}
             self._write_record()
         except OSError as error:
@@ -95,7 +96,7 @@ class RunLog:
     def _make_directory(self):
         while True:
             try:
-                return self.dir.mkdir(parents=True)
+                return self.dir.mkdir(parents=True, exist_ok=bool(self.config.resume))
             except FileExistsError:  # another run, started in the same second, was faster
                 self.dir = run_directory(self.config)
 
@@ -109,8 +110,9 @@ class RunLog:
         if self.config.eval_only:  # an evaluation changes nothing of what the run is, nor how it ended
             self.ended = {k: before.get(k) for k in self.ended}
             return before
-        kept = {k: before[k] for k in ("created_at", "wandb_id") if k in before}
-        origin = {k: v for k, v in before["config"].items() if k in ("init_from", "eval_only")}  # where it came from
+        kept = {k: before[k] for k in ("created_at", "wandb_id", "resumes") if k in before}
+        origin = {k: v for k, v in before["config"].items()  # where it came from
+                  if k in ("init_from", "resume", "resume_force", "eval_only")}
         return {**header, **kept, "config": {**header["config"], **origin}}
 
     def __enter__(self):
@@ -134,6 +136,16 @@ class RunLog:
         if self.tracker:
             self.tracker.finish(finite(self.record))
 
+    def resumed_at(self, step, changed, forced, world_size):
+        """Record, and say, where a resumed run goes on and what of its config changed, {key: [before, now]}."""
+        if self.quiet:
+            return
+        entry = {"step": step, "changed": changed, "forced": list(forced), "world_size": world_size}
+        self.record["resumes"] = [*self.record.get("resumes", []), entry]
+        for name, (before, now) in changed.items():
+            self.say(f"  {name}: {before} -> {now}{' (forced)' if name in forced else ''}")
+        self._update_record()
+
     def interrupted(self, reason):
         """Record that the run was stopped from outside, with its state saved."""
         if not self.quiet:
@@ -144,6 +156,14 @@ class RunLog:
         if not self.quiet:
             self.record |= {"status": "failed", "status_reason": reason}
             self._update_record()
+
+    def saved(self, step, seconds):
+        """A checkpoint that stands; seconds: how long the run waited for it, None if it did not."""
+        if self.quiet:
+            return
+        self._append("save", {"step": step, "seconds": seconds})
+        self.results["saved_step"] = step
+        self.say(f"step {step:>6}   saved" + ("" if seconds is None else f" in {seconds:.2f} s"))
 
     def spike(self, step, loss, excess, skipped):
         """A loss `excess` standard deviations above its running mean; skipped: whether its update was left out."""

@@ -158,7 +158,13 @@ COMMANDS = [
     ("RANK=1 train.py", 2, "RANK: '1' is not .* of WORLD_SIZE=1 processes .*unset RANK"),
     ("LOCAL_RANK=x train.py", 2, "LOCAL_RANK: 'x' is not .* of WORLD_SIZE=1 processes"),
     # runs
-    ("$ train.py tiny.py --run_name=good", 2, r"--run_name: .*runs/good exists \(another name, --init_from=resume"),
+    ("$ train.py tiny.py --run_name=good", 2,
+     r"--run_name: .*runs/good exists \(--resume=auto to go on with it, or another name\)"),
+    ("train.py --resume=auto", 2, "--resume: resume: auto needs --run_name=NAME"),
+    ("train.py --resume=latest --run_name=good", 2, r"--resume: resume: 'latest' is unknown \(one of auto\)"),
+    ("train.py --resume=auto --run_name=good --seed=2", 2, "--seed: seed: .* made with 1337 .*or --resume_force"),
+    ("train.py --resume=auto --run_name=damaged", 3, "runs/damaged has no usable checkpoint"),
+    ("train.py tiny.py --keep_checkpoints=1", 2, "--keep_checkpoints: .* 1 is out of range, must be at least 2"),
     ("train.py tiny.py --out_dir=tiny.py", 2, "tiny.py/.*: cannot be written: Not a directory .*--out_dir"),
     ("train.py --init_from=resume", 2, "--init_from: init_from: resume needs --run_name=NAME"),
     ("train.py --init_from=resume --run_name=god", 2, r"--run_name: .*no run runs/god .*did you mean good\?"),
@@ -387,7 +393,7 @@ def place(tmp_path_factory):
     shutil.rmtree(runs / "hollow/checkpoints")
     (runs / "hollow/config.json").unlink()
     (runs / "hollow/model.safetensors").unlink()
-    for weights in (runs / "damaged").rglob("model.safetensors"):
+    for weights in (runs / "damaged").rglob("model*.safetensors"):
         content = weights.read_bytes()
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     write(runs / "file", "")

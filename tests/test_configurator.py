@@ -258,6 +258,62 @@ def test_a_resumed_run_refuses_to_become_another_by_name(recorded, config_file):
     assert load_config([*RESUME, "--batch_size=2", "--gradient_accumulation_steps=4"]).batch_size == 2  # the same step
 
 
+FORCED = ("--n_layer=9", "--normalization=layernorm", "--dropout=0.5", "--seed=1", "--dataset=other",
+          "--packing=documents", "--batch_size=8", "--gradient_accumulation_steps=3")
+
+
+@pytest.mark.parametrize("flag", FORCED)
+def test_what_is_refused_can_be_forced_and_is_named(recorded, flag):
+    made = recorded("config/arch_llama.py", "--batch_size=4", "--gradient_accumulation_steps=2")
+    name = flag[2:].partition("=")[0]
+    assert refusal(*RESUME, flag).endswith(", or --resume_force)")
+    config = load_config([*RESUME, flag, "--resume_force"])
+    assert config.forced == (name,) and config.changed[name] == [made[name], config.flat()[name]]
+    assert set(config.changed) == {name} and config.for_vocabulary(257).changed == config.changed
+
+
+def test_what_changed_freely_is_told_and_nothing_is_forced(recorded):
+    recorded("--learning_rate=1", "--wandb_log")
+    config = load_config([*RESUME, "--learning_rate=2", "--wandb_log", "--max_iters=2000", "--keep_checkpoints=3"])
+    assert config.changed == {"learning_rate": [1.0, 2.0], "keep_checkpoints": [2, 3]} and config.forced == ()
+    assert load_config(["--learning_rate=3"]).changed == {}
+
+
+AUTO = ("--resume=auto", "--run_name=mine")
+
+
+def test_auto_resumes_what_is_there_and_starts_where_nothing_is(recorded, tmp_path):
+    assert load_config([*AUTO, "--seed=3"]).init_from == "scratch"
+    recorded("--seed=3")
+    assert load_config(AUTO).init_from == "resume" and load_config(AUTO).seed == 3
+    assert refusal(*AUTO, "--seed=4").startswith("--seed: seed: the run was made with 3")
+    (tmp_path / "runs/mine/run.json").unlink()  # killed before it could say what it is
+    assert load_config([*AUTO, "--seed=4"]).init_from == "scratch"
+    (tmp_path / "runs/mine/checkpoints/step_00000001").mkdir(parents=True)
+    assert "there is no run" in refusal(*AUTO) or "cannot be read" in refusal(*AUTO)
+    assert refusal("--resume=auto").startswith("--resume: resume: auto needs --run_name=NAME")
+    assert load_config(["--resume_force"]).without_effect() == {"resume_force": "nothing is resumed"}
+
+
+def test_a_restart_by_torchrun_goes_on_with_its_own_run_alone(recorded, tmp_path, monkeypatch):
+    def restart(count, launch="a"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
+        config = load_config(["--run_name=mine"])
+        return config.init_from, config.resume
+
+    assert restart(0) == ("scratch", None) and restart(1) == ("scratch", "auto")
+    recorded()
+    record = tmp_path / "runs/mine/run.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "launch": "a"}))
+    assert restart(0) == ("scratch", None)
+    assert restart(1) == restart(2) == ("resume", "auto")
+    assert restart(1, "b") == ("scratch", None)  # its first attempt was refused: the directory is another run's
+    assert restart("x") == ("scratch", None)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert load_config([]).resume is None  # a run without a name has no directory to find again
+
+
 def test_a_run_of_before_a_key_existed_gets_its_default(recorded):
     made = recorded("config/size_tiny.py", "--batch_size=16")
     old = {k: v for k, v in made.items() if k not in ("batch_size", "bias")} | {"once": 1}

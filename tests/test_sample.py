@@ -26,9 +26,10 @@ def make_run(tmp_path):
         for step, model in models.items():
             config = SimpleNamespace(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99)
             description = {"model": model.built().flat(), "tokenizer": tokenizer.to_meta()}
-            checkpoint.save(tmp_path / "run", model, build_optimizer(model, config, torch.device("cpu")), {
-                "step": step, "best": best and {"step": best, "val_loss": 1.0}, "description": description})
-            checkpoint.export(tmp_path / "run", model, {**description, "step": step})
+            path = checkpoint.Checkpoints(tmp_path / "run").save(
+                model, build_optimizer(model, config, torch.device("cpu")),
+                {"step": step, "best": best and {"step": best, "val_loss": 1.0}, "description": description})
+            checkpoint.export(tmp_path / "run", path, {**description, "step": step})
             for name in ("model.safetensors", "config.json"):  # as if interrupted: nothing exported
                 shutil.move(tmp_path / "run" / name, tmp_path / name)
         return tmp_path / "run"

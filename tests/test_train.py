@@ -1,6 +1,7 @@
 """train.py as a user runs it: repeatable, resumable, interruptible, and honest about its end."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,10 +113,64 @@ def test_a_resumed_run_refuses_to_become_another(tmp_path, train, key):
     assert done.stderr.startswith(f"error: {key.split('=')[0]}: ")
 
 
+def test_a_forced_resume_says_what_changed_and_the_log_records_it(tmp_path, train):
+    train("mine", "--max_iters=2", "--dropout=0.1")
+    done = train("mine", "--max_iters=4", "--init_from=resume", "--dropout=0.2", "--seed=5", "--resume_force")
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip() for line in done.stdout.splitlines() if " -> " in line]
+    assert sorted(lines) == ["dropout: 0.1 -> 0.2 (forced)", "max_iters: 2 -> 4", "seed: 1337 -> 5 (forced)"]
+    assert train("mine", "--max_iters=6", "--resume=auto").returncode == 0
+    run = json.loads((tmp_path / "runs/mine/run.json").read_text())
+    first, second = run["resumes"]
+    assert first == {"step": 2, "forced": ["dropout", "seed"], "world_size": 1,
+                     "changed": {"seed": [1337, 5], "max_iters": [2, 4], "dropout": [0.1, 0.2]}}
+    assert second == {"step": 4, "forced": [], "world_size": 1, "changed": {"max_iters": [4, 6]}}
+    saved = json.loads((tmp_path / "runs/mine/checkpoints/step_00000006/state.json").read_text())
+    assert saved["seed"] == 5 and saved["sequences"] == 6 * 4 and saved["config"]["dropout"] == 0.2
+
+
+def test_auto_starts_then_goes_on_and_is_the_run_nobody_stopped(tmp_path, train):
+    schedule = ["--lr_decay_iters=20", "--warmup_iters=2", "--eval_interval=5"]
+    for steps in (10, 20):
+        done = train("auto", f"--max_iters={steps}", "--resume=auto", "--checkpoint_async", *schedule)
+        assert done.returncode == 0, done.stderr
+        assert ("resumed from" in done.stdout) == (steps == 20)
+    train("whole", "--max_iters=20", *schedule)
+    assert curve(tmp_path / "runs/auto") == curve(tmp_path / "runs/whole")
+    runs = tmp_path / "runs"
+    assert (runs / "auto/model.safetensors").read_bytes() == (runs / "whole/model.safetensors").read_bytes()
+
+
+def test_auto_starts_in_the_directory_of_a_run_killed_before_its_first_save(tmp_path, train):
+    train("early", "--max_iters=4")
+    expected = curve(tmp_path / "runs/early")
+    shutil.rmtree(tmp_path / "runs/early/checkpoints")
+    (tmp_path / "runs/early/checkpoints/.step_00000002.tmp").mkdir(parents=True)
+    before = (tmp_path / "runs/early/metrics.jsonl").read_bytes()
+    done = train("early", "--resume=auto")
+    assert done.returncode == 0 and "no checkpoint, from 0" in done.stdout, done.stderr
+    assert (tmp_path / "runs/early/metrics.jsonl").read_bytes().startswith(before)
+    assert curve(tmp_path / "runs/early") == expected
+    assert [p.name for p in (tmp_path / "runs/early/checkpoints").iterdir()] == ["step_00000004"]
+    (tmp_path / "runs/bare").mkdir()
+    assert train("bare", "--resume=auto", "--max_iters=4").returncode == 0
+    assert curve(tmp_path / "runs/bare") == expected
+
+
+def test_auto_overwrites_nothing_where_no_checkpoint_is_usable(tmp_path, train):
+    train("mine", "--max_iters=2")
+    (tmp_path / "runs/mine/checkpoints/step_00000002/index.json").write_text("{}")
+    before = {p: p.read_bytes() for p in (tmp_path / "runs/mine").rglob("*") if p.is_file()}
+    done = train("mine", "--resume=auto", "--max_iters=4")
+    assert done.returncode == 3 and "no usable checkpoint" in done.stderr
+    assert done.stderr.startswith("warning: passed over: ") and done.stderr.count("\n") == 2
+    assert before == {p: p.read_bytes() for p in (tmp_path / "runs/mine").rglob("*") if p.is_file()}
+
+
 def test_resume_without_a_usable_checkpoint_is_exit_3(tmp_path, train):
     train("mine", "--max_iters=4", "--eval_interval=2")
     checkpoints = sorted((tmp_path / "runs/mine/checkpoints").iterdir())
-    damaged = checkpoints[-1] / "model.safetensors"
+    damaged = checkpoints[-1] / "model-00000.safetensors"
     data = bytearray(damaged.read_bytes())
     data[-1] ^= 1
     damaged.write_bytes(data)

@@ -42,8 +42,8 @@ def plain(tmp_path_factory, data_dir):
 
 
 def configuration(tmp_path, run_name=None, **keys):
-    return SimpleNamespace(**{"run_name": run_name, "out_dir": str(tmp_path), "init_from": "scratch", "max_iters": 10,
-                              "eval_only": False, "wandb_log": False, "wandb_project": "p",
+    return SimpleNamespace(**{"run_name": run_name, "out_dir": str(tmp_path), "init_from": "scratch", "resume": None,
+                              "max_iters": 10, "eval_only": False, "wandb_log": False, "wandb_project": "p",
                               "model": SimpleNamespace(arch_preset="gpt2"), **keys})
 
 

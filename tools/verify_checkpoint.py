@@ -1,0 +1,53 @@
+"""Check checkpoints bit for bit: one line each. Exit code 0 if all are good, 3 if one is not.
+
+    python -m tools.verify_checkpoint runs/NAME               every checkpoint of a run, and its export
+    python -m tools.verify_checkpoint runs/NAME/checkpoints/step_00000250
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from errors import ArgumentParser, CheckpointError, UserError, told_in_one_line
+
+
+def tell(path, check):
+    """Print how the check of `path`, a directory or a file, went; whether it is good."""
+    started = time.perf_counter()
+    try:
+        check()
+    except CheckpointError as error:
+        print(f"not ok  {' '.join(str(error).split())}", flush=True)
+        return False
+    seconds = time.perf_counter() - started
+    there = [p for p in path.iterdir() if not p.name.startswith(".")] if path.is_dir() else [path]
+    size = sum(p.stat().st_size for p in there)
+    print(f"ok      {path}: {len(there)} file{'s' * (len(there) > 1)}, {size / 1e9:.3f} GB, "
+          f"{size / 1e9 / seconds:.2f} GB/s", flush=True)
+    return True
+
+
+def main(argv):
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("path", type=Path, help="a checkpoint, or the directory of a run")
+    path = parser.parse_args(argv).path
+    import training_checkpoint as checkpoint
+
+    sys.stdout.reconfigure(errors="replace")  # a damaged file says what it likes, not every terminal shows it
+    if checkpoint.STEP_DIR.fullmatch(path.name) or (path / "manifest.json").exists():
+        checks = [(path, lambda: checkpoint.verify(path))]
+    elif not path.is_dir():
+        raise UserError(f"{path}: is not a directory")
+    else:
+        checks = [(p, lambda p=p: checkpoint.verify(p)) for _, p in reversed(checkpoint.list_checkpoints(path))]
+        if (path / "model.safetensors").exists():
+            checks.append((path / "model.safetensors", lambda: checkpoint.verify_export(path)))
+    if not checks:
+        raise CheckpointError(f"{path}: has no checkpoint")
+    if not all([tell(where, check) for where, check in checks]):  # a list: all are told
+        sys.exit(CheckpointError.exit_code)
+
+
+if __name__ == "__main__":
+    with told_in_one_line():
+        main(sys.argv[1:])
