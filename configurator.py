@@ -76,6 +76,9 @@ class Config:
     checkpoint_interval: int | None = key(None, "steps between checkpoints; None: eval_interval; 0: only at the end",
                                           group="evaluation", minimum=0)
 
+    activation_checkpointing: str = key("none", "what the backward pass computes again to save memory: full: each "
+                                        "block, selective: all of it but matrix products and attention",
+                                        group="system", choices=("none", "full", "selective"))
     device: str = key("auto", "auto: cuda, else mps, else cpu; or cpu, cuda, cuda:1, mps", group="system")
     dtype: str = key("auto", "of the matrix products; auto: bfloat16 on CUDA where it has it, else float32",
                      group="system", choices=("auto", "float32", "bfloat16", "float16"))
