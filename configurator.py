@@ -76,6 +76,16 @@ class Config:
     checkpoint_interval: int | None = key(None, "steps between checkpoints; None: eval_interval; 0: only at the end",
                                           group="evaluation", minimum=0)
 
+    use_zero1: bool = key(False, "ZeRO-1: the optimizer's state shared out over the processes", group="system")
+    use_fsdp: bool = key(False, "FSDP: weights, gradients and optimizer state shared out, block by block",
+                         group="system")
+    fsdp_reshard_after_forward: bool = key(True, "free a block's gathered weights between forward and backward pass",
+                                           group="system")
+    fsdp_cpu_offload: bool = key(False, "keep what is shared out in the memory of the host", group="system")
+    fsdp_replicas: int = key(1, "whole copies of the model, each shared out within its group of processes (hybrid "
+                             "sharding): the number of nodes, say", group="system", minimum=1)
+    tensor_parallel: int = key(1, "neighbouring processes that split each matrix, for models too wide for one",
+                               group="system", minimum=1)
     activation_checkpointing: str = key("none", "what the backward pass computes again to save memory: full: each "
                                         "block, selective: all of it but matrix products and attention",
                                         group="system", choices=("none", "full", "selective"))
@@ -104,7 +114,7 @@ class Config:
     def __post_init__(self):
         check_fields(self)
         processes = self.processes
-        if self.gradient_accumulation_steps % processes:
+        if self.gradient_accumulation_steps % self.data_processes:
             raise ConfigError("gradient_accumulation_steps", f"{self.gradient_accumulation_steps} cannot be shared by "
                               f"{processes} processes (a multiple of {processes}: it counts over all of them)")
         if self.dry_run and self.eval_only:
@@ -129,6 +139,11 @@ class Config:
     def processes(self):
         """How many train together, or would."""
         return self.dry_run_gpus if self.dry_run and "dry_run_gpus" in self.explicit else world_size()
+
+    @property
+    def data_processes(self):
+        """How many shares a step's micro-batches have: tensor-parallel neighbours read the same."""
+        return self.processes // self.tensor_parallel
 
     def check_sources(self):
         """Raise `ConfigError` unless dataset and dataset_schedule name folders with shares that can be."""
