@@ -297,7 +297,9 @@ class MemoryAccount:
             with LiveBytes(there) as live, only_blocks(self.model, shown, live):
                 loss = self._loss(sequences)
                 live.phase, kept = "head", live.by_place()
-                torch.autograd.backward(loss)  # not the tensor's method, in which AsOnGPU would not see a second run
+                # Not loss.backward(), within which no function mode, such as AsOnGPU, sees the blocks run again.
+                torch.autograd.Variable._execution_engine.run_backward(
+                    (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
             recompute(self.model, "none")
         self.model.zero_grad(set_to_none=True)
         return live.events, kept
