@@ -105,10 +105,10 @@ def need(account, mode, checkpointing, sequences, accumulating):
     keeps = accumulating or (mode.data > 1 and not mode.fsdp)
     moments = account.moments(sequences, checkpointing, accumulating=keeps, copies=not mode.fsdp)
     whole = state.whole if mode.fsdp else state.gradients
-    held = [(whole if keeps else -(-made * state.gradients // (account.gradient_bytes or 1)), *rest)
-            for made, *rest in moments]
-    gradients, activations, logits = max(held, key=sum)
-    gathered = gathered_bytes(account, mode, accumulating) if mode.fsdp else 0
+    held = [(whole if keeps else -(-made * state.gradients // (account.gradient_bytes or 1)),
+             gathered_bytes(account, mode, accumulating, among_blocks=i > 1) if mode.fsdp else 0, *rest)
+            for i, (made, *rest) in enumerate(moments)]  # the first two are the forward pass and the head
+    gradients, gathered, activations, logits = max(held, key=sum)
     if mode.offloads and account.gpu:
         return Need(0, gradients if keeps else 0, 0, gathered, activations, logits)
     return Need(state.parameters, gradients, state.optimizer, gathered, activations, logits)
@@ -159,18 +159,23 @@ def most_owned(account, processes):
     return max((held for *_, held in owners), default=0)
 
 
-def gathered_bytes(account, mode, accumulating):
-    """What FSDP holds whole at the fullest moment, an estimate from above.
+def gathered_bytes(account, mode, accumulating, among_blocks):
+    """What FSDP holds whole in the forward pass and at the head, or on the way back through the blocks; from above.
 
-    Each block is a group, computed in the precision of the products; the rest of the model is one in float32, together
-    from the first moment to the last. One block is computed while the next comes in, and one block's gradients go out
-    in float32. Those that are made in the meantime are counted with the work of the moment, or with the gradients.
+    Each block is a group, computed in the precision of the products while the next comes in; the rest of the model is
+    one in float32, together from the first moment to the last. On the way back one block's gradients go out in float32,
+    and those of the head wait for the embeddings'. Other gradients are counted with the work of their moment or, where
+    steps are several micro-batches, as `Need.gradients`.
     """
+    def cast(size):
+        return size * account.dtype.itemsize // torch.float32.itemsize
+
     blocks = sorted(block.parameters for block in account.blocks)
     rest = state_of(account, dataclasses.replace(mode, shards=1)).parameters - sum(blocks)
-    together = sum(blocks[-2:] if mode.reshards else blocks)
-    made = blocks[-1] * account.dtype.itemsize // torch.float32.itemsize if accumulating else rest
-    return rest + together * account.dtype.itemsize // torch.float32.itemsize + blocks[-1] + made
+    weights = rest + cast(sum(blocks[-2:] if mode.reshards else blocks))
+    if not among_blocks:
+        return weights
+    return weights + blocks[-1] + (cast(blocks[-1]) if accumulating else account.head_parameters)
 
 
 def part_of_model(model, tensor):
