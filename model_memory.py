@@ -7,9 +7,9 @@ stating anything. A storage's bytes are affine in the number of sequences, so tw
 The tensors pretend to be on the CPU, also where a GPU is: the account is the same on every machine, and no GPU's memory
 is touched. What a GPU's operators save otherwise is imitated (`AsOnGPU`).
 
-All blocks run in the forward pass. Blocks with equal parameters and equal saved bytes are of one kind, and one of
-each kind goes through the backward pass. What is counted are torch's tensors, executed eagerly: torch.compile keeps
-fewer, and what a kernel allocates inside itself is not seen.
+All blocks run in the forward pass. Blocks with equal parameters and equal saved bytes are alike, and one of those that
+are goes through the backward pass, once for each kind of activation checkpointing that is asked for. What is counted
+are torch's tensors, executed eagerly: torch.compile keeps fewer, and what a kernel allocates inside itself is not seen.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model_builder import build_model
+from model_recompute import recompute
 
 HEAD = "output head and loss"
 PARTS = ("embeddings", "attention", "ffn", "norms and residual", HEAD)
@@ -87,13 +88,12 @@ class BlockAccount:
     """One block of the model, in bytes.
 
     kind: equal for blocks that cost the same. saved: for the backward pass, without the low-precision `copies` of
-    weights. input: of the tensor that comes in, which is all that activation checkpointing keeps.
+    weights.
     """
 
     kind: tuple
     saved: Line
     copies: int
-    input: Line
     parameters: int
 
     @property
@@ -112,7 +112,7 @@ class MemoryAccount:
         self.mode = FakeTensorMode()
         self.model = self._fake(config)
         self.sizes = {p: p.numel() * p.element_size() for p in self.model.parameters()}
-        self._timelines = {}
+        self._passes = {}
 
     def _fake(self, config):
         """The model with tensors that only have shapes; what is tied stays tied."""
@@ -162,33 +162,37 @@ class MemoryAccount:
 
     @cached_property
     def _forward(self):
-        """([an entry of `SavedTensors.alive`], [bytes of each block's input]) for both `PROBES`."""
+        """[an entry of `SavedTensors.alive`] for both `PROBES`."""
         runs = []
         for sequences in PROBES:
-            with self.mode, SavedTensors(self.model) as record:
+            with self._machine(), SavedTensors(self.model) as record:
                 loss = self._loss(sequences)
-                runs.append((record.alive(), record.block_inputs))
+                runs.append(record.alive())
             del loss
         return runs
 
-    def _loss(self, sequences):
-        """The loss of a batch, as the training loop computes it."""
-        idx = torch.zeros(sequences, self.block_size, dtype=torch.long)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
+    @contextlib.contextmanager
+    def _machine(self):
+        """Where tensors have no content, and operators are those of the machine that is asked about."""
+        with self.mode, warnings.catch_warnings(), contextlib.ExitStack() as stack:
             warnings.simplefilter("ignore")  # of slow kernels, say: that is for the run to tell
             if self.gpu:
                 stack.enter_context(flex_attention_anywhere())
                 stack.enter_context(AsOnGPU(autocast=self.dtype != torch.float32))
-            if self.dtype != torch.float32:
-                stack.enter_context(torch.autocast("cpu", dtype=self.dtype))
+            yield
+
+    def _loss(self, sequences):
+        """The loss of a batch, as the training loop computes it."""
+        idx = torch.zeros(sequences, self.block_size, dtype=torch.long)
+        low = self.dtype != torch.float32
+        with torch.autocast("cpu", dtype=self.dtype) if low else contextlib.nullcontext():
             return self.model(idx, idx, documents=idx)[1]
 
     @cached_property
     def saved(self):
         """[`Saved`], in the order in which they are saved."""
         accounts = []
-        for one, other in zip(*(entries for entries, _ in self._forward), strict=True):
+        for one, other in zip(*self._forward, strict=True):
             assert one[:-1] == other[:-1], "the forward pass depends on the number of sequences"
             *place, needs_grad, size = one
             line = Line.through(size, other[-1])
@@ -209,11 +213,6 @@ class MemoryAccount:
         return total(s.bytes for s in self.saved if s.block is None and s.stage != "after")
 
     @cached_property
-    def head_copies(self):
-        """Bytes of the head's weight in the precision of the matrix products, where that is another than its own."""
-        return sum(s.bytes.fixed for s in self.saved if s.stage == "after" and s.copy)
-
-    @cached_property
     def head_parameters(self):
         """Bytes of the parameters whose gradients are made before those of the blocks."""
         return self.parameters_in(self.model.lm_head, self.model.final_norm)
@@ -221,14 +220,14 @@ class MemoryAccount:
     @cached_property
     def blocks(self):
         """[`BlockAccount`], in the order in which they run."""
-        accounts, inputs = [], zip(*(sizes for _, sizes in self._forward), strict=True)
-        for i, (block, sizes) in enumerate(zip(self.model.blocks, inputs, strict=True)):
+        accounts = []
+        for i, block in enumerate(self.model.blocks):
             saved = [s for s in self.saved if s.block == i]
             shapes = tuple((name, p.shape) for name, p in block.named_parameters())
             accounts.append(BlockAccount(
                 kind=(shapes, tuple((s.module.removeprefix(f"blocks.{i}"), s.bytes) for s in saved)),
                 saved=total(s.bytes for s in saved if not s.copy), copies=sum(s.bytes.fixed for s in saved if s.copy),
-                input=Line.through(*sizes), parameters=self.parameters_in(block)))
+                parameters=self.parameters_in(block)))
         return accounts
 
     # ---------------------------------------------------------------- what lives while it runs
@@ -236,67 +235,93 @@ class MemoryAccount:
     def moments(self, sequences, checkpointing, accumulating, copies=True):
         """(gradients made, activations, logits and loss), in bytes, at the fullest moment of each phase of a step.
 
-        checkpointing: whether a block keeps its input alone and runs again in the backward pass. accumulating: see
-        `working_bytes`. copies: whether autocast keeps low-precision copies of the weights for the backward pass.
+        checkpointing: a kind of `model_recompute.KINDS`. accumulating: whether every gradient is there already, from an
+        earlier micro-batch. copies: whether autocast makes low-precision copies of the blocks' weights.
         """
-        working = {name: self.working_bytes(name, sequences, accumulating)
-                   for name in ("forward", "head", "embeddings", *{b.kind for b in self.blocks})}
-        saved = [b.saved(sequences) + b.copies * copies for b in self.blocks]
-        kept = [b.input(sequences) for b in self.blocks] if checkpointing else saved
-        cache = sum(b.copies for b in self.blocks) if checkpointing and copies else 0  # until autocast's context ends
-        head_copies = 0 if copies else self.head_copies
-        made, alive = 0, self.shell(sequences) + sum(kept)
-        yield made, alive + cache, working["forward"] - head_copies
-        yield made, alive, working["head"] - head_copies
+        of = self._pass(checkpointing, accumulating)
+        again = checkpointing != "none"
+        kept = [of.kept[b.kind](sequences) if again else b.saved(sequences) + b.copies * copies for b in self.blocks]
+        cached = sum(b.copies for b in self.blocks) if again and copies else 0  # until autocast's context ends
+        made, alive = 0, of.shell(sequences) + sum(kept)
+        yield made, alive + cached, of.working("forward", sequences)
+        yield made, alive, of.working("head", sequences)
         made += self.head_parameters
-        for block, whole, part in zip(reversed(self.blocks), reversed(saved), reversed(kept), strict=True):
-            yield made, alive + (whole if checkpointing else 0) + working[block.kind], 0
+        for block, part in zip(reversed(self.blocks), reversed(kept), strict=True):
+            uncast = block.copies if again and not copies else 0
+            yield made, alive + of.working(block.kind, sequences) - uncast, 0
             made, alive = made + block.parameters, alive - part
-        yield made, alive + working["embeddings"], 0
+        yield made, alive + of.working("embeddings", sequences), 0
         yield self.gradient_bytes, 0, 0  # the optimizer's step
 
-    def working_bytes(self, phase, sequences, accumulating):
-        """The most that lives during a phase beyond what is saved for the phases still to come, and for itself.
+    def _pass(self, checkpointing, accumulating):
+        """The `Pass` of such a step, run when it is first asked for."""
+        key = checkpointing, accumulating
+        if key not in self._passes:
+            self._passes[key] = self._run_both(*key)
+        return self._passes[key]
 
-        phase: 'forward', 'head' (from the loss back to the last block; what the head saved is counted here), a
-        `BlockAccount.kind`, or 'embeddings'. accumulating: whether every gradient is there already, from an earlier
-        micro-batch. Gradients that were there when the phase began are not counted.
-        """
-        if accumulating not in self._timelines:
-            self._timelines[accumulating] = self._timeline(accumulating)
-        return max(line(sequences) for line in self._timelines[accumulating][phase])
-
-    def _timeline(self, accumulating):
-        """{phase: {`Line`}}, one for each operation."""
+    def _run_both(self, checkpointing, accumulating):
         shown = sorted({account.kind: i for i, account in enumerate(self.blocks)}.values())  # the last of each kind
-        runs = [self._run(sequences, shown, accumulating) for sequences in PROBES]
+        runs = [self._run(sequences, shown, checkpointing, accumulating) for sequences in PROBES]
 
-        saved, made = self.shell + total(self.blocks[i].held for i in shown), self.head_parameters
-        known = {"forward": saved, "head": saved}
+        copies = total(Line(self.blocks[i].copies) for i in shown)
+        if checkpointing == "none":
+            shell, kept = self.shell, {i: self.blocks[i].held for i in shown}
+            copies = Line()  # they are among what is kept
+        else:
+            there = {place: Line.through(*(kept[place] for _, kept in runs)) for place in runs[0][1]}
+            shell, kept = there.get("before", Line()), {i: there.get(i, Line()) for i in shown}
+        alive, made = shell + total(kept.values()), Line()
+        known = {"forward": alive + copies, "head": alive}
+        made = Line(self.head_parameters)
         for i in reversed(shown):
-            known[i] = saved + Line(0 if accumulating else made)
-            saved, made = saved - self.blocks[i].held, made + self.blocks[i].parameters
-        known["embeddings"] = saved + Line(0 if accumulating else made)
+            known[i] = alive if accumulating else alive + made
+            alive, made = alive - kept[i], made + Line(self.blocks[i].parameters)
+        known["embeddings"] = alive if accumulating else alive + made
 
-        timeline = {}
-        for (phase, one), (other_phase, other) in zip(*runs, strict=True):
+        lines = {}
+        for (phase, one), (other_phase, other) in zip(*(events for events, _ in runs), strict=True):
             assert phase == other_phase, "the backward pass depends on the number of sequences"
             name = phase if isinstance(phase, str) else self.blocks[phase].kind
-            timeline.setdefault(name, set()).add(Line.through(one, other) - known[phase])
-        return timeline
+            lines.setdefault(name, set()).add(Line.through(one, other) - known[phase])
+        return Pass(shell, {self.blocks[i].kind: line for i, line in kept.items()}, lines)
 
-    def _run(self, sequences, shown, accumulating):
-        """[(phase, bytes alive)] after each operation of a forward and backward pass through the `shown` blocks."""
-        with self.mode:
+    def _run(self, sequences, shown, checkpointing, accumulating):
+        """([(phase, bytes alive)] after each operation of a forward and backward pass through the `shown` blocks,
+        {place in the forward pass: bytes made there that the backward pass finds})."""
+        with self._machine():
             for p in self.sizes:
                 p.grad = torch.empty_like(p) if accumulating else None
             there = [t for p in self.sizes for t in (p, p.grad) if t is not None]
+            recompute(self.model, checkpointing)
             with LiveBytes(there) as live, only_blocks(self.model, shown, live):
                 loss = self._loss(sequences)
-                live.phase = "head"
-                loss.backward()
+                live.phase, kept = "head", live.by_place()
+                # Not loss.backward(), within which no function mode, such as AsOnGPU, sees the blocks run again.
+                torch.autograd.Variable._execution_engine.run_backward(
+                    (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+            recompute(self.model, "none")
         self.model.zero_grad(set_to_none=True)
-        return live.events
+        return live.events, kept
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward and backward pass in one kind of activation checkpointing.
+
+    shell: what is kept outside the blocks, before the head; kept: {`BlockAccount.kind`: what is kept of such a block};
+    lines: {phase: what was alive after each operation beyond what is kept for it and for the phases still to come, and
+    beyond the gradients that were there when it began}. The phases: 'forward', 'head' (from the loss back to the last
+    block; what the head saved is counted here), each kind of block, 'embeddings'.
+    """
+
+    shell: Line
+    kept: dict
+    lines: dict
+
+    def working(self, phase, sequences):
+        """The most that lives during a phase, in bytes."""
+        return max(line(sequences) for line in self.lines[phase])
 
 
 # -------------------------------------------------------------------- where a module belongs
@@ -324,13 +349,10 @@ def part_of(path, embeds, stage=None):
 
 
 class SavedTensors:
-    """A context that notes what autograd saves in the model's forward pass, and in which module.
-
-    block_inputs: bytes of what each block works on. A tensor that is a parameter is not noted.
-    """
+    """A context that notes what autograd saves in the model's forward pass, and in which module: not the parameters."""
 
     def __init__(self, model):
-        self.model, self.block_inputs = model, []
+        self.model = model
         self.noted = {p.untyped_storage()._cdata: None for p in model.parameters()}
         self.running, self.stage = [("", False)], "before"
 
@@ -340,7 +362,7 @@ class SavedTensors:
         for path, module in self.model.named_modules():
             enter = partial(self._enter, (path, isinstance(module, nn.Embedding)), module in set(self.model.blocks))
             leave = partial(self._leave, module is last)
-            self.hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            self.hooks.callback(module.register_forward_pre_hook(enter).remove)
             self.hooks.callback(module.register_forward_hook(leave).remove)
         self.hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t))
         return self
@@ -348,11 +370,9 @@ class SavedTensors:
     def __exit__(self, *_):
         self.hooks.close()
 
-    def _enter(self, place, is_block, module, args, kwargs):
+    def _enter(self, place, is_block, module, args):
         self.running.append(place)
-        if is_block:
-            self.stage = "among"
-            self.block_inputs.append(next(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)).nbytes)
+        self.stage = "among" if is_block else self.stage
 
     def _leave(self, is_last, module, args, output):
         self.running.pop()
@@ -373,43 +393,64 @@ class SavedTensors:
 
 
 class LiveBytes(TorchDispatchMode):
-    """A context that counts the bytes of all storages made in it that still live. events: [(phase, bytes)]."""
+    """A context that counts the bytes of all storages made in it that still live. events: [(phase, bytes)].
+
+    place: where the forward pass is: 'before' the blocks, the index of a block, or 'after' them.
+    """
 
     def __init__(self, there):
         """there: tensors that are not to be counted."""
         super().__init__()
-        self.known, self.bytes, self.events, self.phase = {t.untyped_storage()._cdata for t in there}, 0, [], "forward"
+        self.known = {t.untyped_storage()._cdata: None for t in there}  # or (place, bytes)
+        self.bytes, self.events, self.phase, self.place = 0, [], "forward", "before"
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for t in tree_leaves(result):
             if isinstance(t, torch.Tensor) and (storage := t.untyped_storage())._cdata not in self.known:
-                self.known.add(storage._cdata)
+                self.known[storage._cdata] = self.place, storage.nbytes()
                 self.bytes += storage.nbytes()
                 weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
         self.events.append((self.phase, self.bytes))
         return result
 
     def _freed(self, address, size):
-        self.known.discard(address)
+        self.known.pop(address, None)
         self.bytes -= size
+
+    def go(self, place, x):
+        """The forward pass comes to this place, and brings it x, which counts as made there: who needs it keeps it."""
+        self.place, address = place, x.untyped_storage()._cdata
+        self.known[address] = place, self.known[address][1]
+
+    def by_place(self):
+        """{place: bytes made there that live}."""
+        counts = Counter()
+        for place, size in filter(None, self.known.values()):
+            counts[place] += size
+        return counts
 
 
 @contextlib.contextmanager
 def only_blocks(model, shown, live):
-    """Every block that is not `shown` hands its input through; `live.phase` follows the backward pass."""
-    def enter(phase, t):
+    """Every block that is not `shown` hands its input through; `live` is told of the places and phases of the pass."""
+    def follow(phase, t):
         t.register_hook(lambda grad: setattr(live, "phase", phase))
+
+    def leave(i, module, args, out):
+        live.go("after", out)
+        follow(i, out)
 
     with contextlib.ExitStack() as stack:
         for i, block in enumerate(model.blocks):
             if i in shown:
-                stack.callback(block.register_forward_hook(lambda m, args, out, i=i: enter(i, out)).remove)
+                stack.callback(block.register_forward_pre_hook(lambda m, args, i=i: live.go(i, args[0])).remove)
+                stack.callback(block.register_forward_hook(partial(leave, i)).remove)
             else:
                 block.forward = lambda x, *args, **kwargs: x
                 stack.callback(delattr, block, "forward")
         first = model.blocks[shown[0]]
-        stack.callback(first.register_forward_pre_hook(lambda m, args: enter("embeddings", args[0])).remove)
+        stack.callback(first.register_forward_pre_hook(lambda m, args: follow("embeddings", args[0])).remove)
         yield
 
 
@@ -439,7 +480,7 @@ class AsOnGPU(TorchFunctionMode):
         if name == "rms_norm":
             return FusedRMSNorm.apply(args[0], args[2] if len(args) > 2 else kwargs.get("weight"))
         if name == "flex_attention":
-            return FusedAttention.apply(*args[:3])
+            return *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3]), args[0].new_empty(0)
         if function is F.dropout:
             return native_dropout(*args, **kwargs)
         if name == "scaled_dot_product_attention":
@@ -478,18 +519,3 @@ class FusedRMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
-
-
-class FusedAttention(torch.autograd.Function):
-    """The shapes of the flex_attention operator: what it gathers, log-sum-exp and maximum of the scores."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        logsumexp = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, logsumexp)
-        return out, logsumexp, logsumexp.new_empty(0)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])

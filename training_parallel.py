@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from errors import ConfigError, UserError
 from model_config import ATTENTION_BACKEND
-from training_recompute import recompute
+from model_recompute import recompute
 
 START_LIMIT = 1800.0  # seconds for what is done for the first time, compilation included, and for joining
 

@@ -1,19 +1,22 @@
 """Before any money is spent: what a run is, what it needs and what it costs. `python train.py … --dry_run`.
 
 Weights are never allocated and nothing is written. The account of one process comes from `model_memory`; here it is
-shared out over GPUs, held against their memory, and told. A way of sharing is a `Mode`; what `training_parallel`
-does not know yet is not among `AVAILABLE` and told as an estimate; what is known is for `chosen` to choose.
+shared out over GPUs, held against their memory, and told. A way of sharing is a `Mode`: a line in `modes`, what it
+holds in `need`.
 """
 
+import dataclasses
+import heapq
 import os
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
 import training_parallel as parallel
 from data_prepare import dataset_dir, is_bare, not_prepared
 from errors import ConfigError, did_you_mean
+from model_builder import lr_multipliers
 from model_flops import GPUS, find_gpu, flops_per_token, gpu_called, look_up_peak, peak_flops
 from model_memory import MemoryAccount
 from training_logger import human_bytes, in_columns, tell
@@ -27,35 +30,56 @@ RESERVE = 0.08
 
 @dataclass(frozen=True)
 class Mode:
-    """A way of sharing the training of one model. sharded: what a process holds 1/N of.
+    """A way of sharing the training of one model.
 
-    keeps_gradients: whether their storage outlives the step, as DDP's buckets do.
+    shards: how many processes hold the parts of one copy, of the optimizer's state (ZeRO-1) or of everything (FSDP).
+    tensor: how many split each matrix; data: how many share the micro-batches of a step. reshards: whether FSDP frees a
+    block between forward and backward pass; offloads: whether it keeps what is shared out in the host's memory.
     """
 
     name: str
-    sharded: tuple = ()
-    keeps_gradients: bool = False
+    data: int = 1
+    zero1: bool = False
+    fsdp: bool = False
+    shards: int = 1
+    tensor: int = 1
+    reshards: bool = True
+    offloads: bool = False
 
 
 SINGLE = Mode("single")
-DDP = Mode("DDP", keeps_gradients=True)
-ZERO1 = Mode("ZeRO-1", sharded=("optimizer",), keeps_gradients=True)
-FSDP = Mode("FSDP", sharded=("parameters", "gradients", "optimizer"))
-MODES = (SINGLE, DDP, ZERO1, FSDP)
-AVAILABLE = ((SINGLE, False), (DDP, False))  # (mode, activation checkpointing)
+
+
+def modes(config):
+    """[`Mode`] that the processes of the run could train in, from the simplest on."""
+    processes, data = config.processes, config.data_processes
+    fsdp = Mode("FSDP", data, fsdp=True, shards=max(1, data // config.fsdp_replicas),
+                reshards=config.fsdp_reshard_after_forward, offloads=config.fsdp_cpu_offload)
+    if config.tensor_parallel > 1:
+        name = f"TP{config.tensor_parallel}"
+        alone = [Mode(name, tensor=config.tensor_parallel)] if data == 1 else []
+        return [*alone, dataclasses.replace(fsdp, name=f"FSDP × {name}", tensor=config.tensor_parallel)]
+    shared = [Mode("DDP", data), Mode("ZeRO-1", data, zero1=True, shards=data)] if processes > 1 else []
+    return [SINGLE, *shared, *([fsdp] if processes > 1 or config.use_fsdp else [])]
 
 
 def chosen(config):
-    """(the `Mode` of a run, whether it checkpoints activations)."""
-    return (DDP if config.processes > 1 else SINGLE), False
+    """(the `Mode` of the run, its kind of activation checkpointing)."""
+    able = modes(config)
+    if config.use_fsdp:
+        mode = able[-1]
+    else:
+        mode = next((m for m in able if m.zero1 == config.use_zero1 and not m.fsdp and m.data == config.data_processes),
+                    able[0])
+    return mode, config.activation_checkpointing
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that one process holds at the fullest moment of a step; the fields add up to `total`.
+    """Bytes that one process holds on its device at the fullest moment of a step; the fields add up to `total`.
 
-    gathered: whole blocks of parameters and gradients that FSDP puts together for the moment. activations, logits:
-    what is saved, and what the work of that moment takes beside it (logits: in the head and the loss).
+    gathered: what FSDP puts together of parameters and gradients, on top of the process's own parts. activations,
+    logits: what is saved, and what the work of that moment takes beside it (logits: in the head and the loss).
     """
 
     parameters: int
@@ -70,29 +94,95 @@ class Need:
         return sum(vars(self).values())
 
 
-def need(account, mode, checkpointing, processes, sequences, accumulating):
-    """The `Need` of each of `processes` processes for micro-batches of `sequences`.
+def need(account, mode, checkpointing, sequences, accumulating):
+    """The `Need` of the fullest process of a `Mode` for micro-batches of `sequences`.
 
-    account: a `MemoryAccount`. accumulating: whether a process takes several micro-batches a step.
-    FSDP gathers in the precision of the matrix products and frees what it gathered: no copies of weights are kept.
+    account: a `MemoryAccount` of the model, or of a process's part of it: see `part_of_model`. checkpointing: a kind of
+    `model_recompute.KINDS`. accumulating: whether a process takes several micro-batches a step. DDP's and ZeRO-1's
+    gradients outlive the step; FSDP's are whole from the first micro-batch to the last, which alone shares them out.
     """
-    def share(what, size):
-        return -(-size // processes) if what in mode.sharded else size
+    state = state_of(account, mode)
+    keeps = accumulating or (mode.data > 1 and not mode.fsdp)
+    moments = account.moments(sequences, checkpointing, accumulating=keeps, copies=not mode.fsdp)
+    whole = state.whole if mode.fsdp else state.gradients
+    held = [(whole if keeps else -(-made * state.gradients // (account.gradient_bytes or 1)),
+             gathered_bytes(account, mode, accumulating, among_blocks=i > 1) if mode.fsdp else 0, *rest)
+            for i, (made, *rest) in enumerate(moments)]  # the first two are the forward pass and the head
+    gradients, gathered, activations, logits = max(held, key=sum)
+    if mode.offloads and account.gpu:
+        return Need(0, gradients if keeps else 0, 0, gathered, activations, logits)
+    return Need(state.parameters, gradients, state.optimizer, gathered, activations, logits)
 
-    gathers = "parameters" in mode.sharded
-    keeps = accumulating or mode.keeps_gradients
-    moments = account.moments(sequences, checkpointing, accumulating=keeps, copies=not gathers)
-    held = [(share("gradients", account.gradient_bytes if keeps else made), *rest) for made, *rest in moments]
-    gradients, activations, logits = max(held, key=sum)
-    return Need(share("parameters", account.parameter_bytes), gradients, share("optimizer", account.optimizer_bytes),
-                2 * gathered_bytes(account) if gathers else 0, activations, logits)
+
+@dataclass(frozen=True)
+class State:
+    """Bytes that the fullest process of a mode holds; whole: of gradients before FSDP shares them out."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    whole: int
 
 
-def gathered_bytes(account):
-    """The two largest of FSDP's groups, in the products' precision: each block is one, and the rest of the model."""
-    blocks = [block.parameters for block in account.blocks]
-    groups = sorted([*blocks, account.parameter_bytes - sum(blocks)])[-2:]
-    return sum(groups) * account.dtype.itemsize // torch.float32.itemsize
+@lru_cache(maxsize=64)
+def state_of(account, mode):
+    """The `State` of a process.
+
+    FSDP splits each parameter's first dimension, the first process has the most of it. Tensor parallelism splits the
+    rows of embedding and head; the account is already that of a part of the other matrices.
+    """
+    of_tokens = {account.model.token_embedding.weight, account.model.lm_head.weight}
+    shards, parts = mode.shards if mode.fsdp else 1, {}
+    for p, size in account.sizes.items():
+        rows = -(-len(p) // mode.tensor) if p in of_tokens else len(p)
+        parts[p] = size // len(p) * -(-rows // shards), size // len(p) * rows
+    trained = [p for p in parts if p.requires_grad]
+    states = [2 * parts[p][0] + 4 for p in trained]
+    optimizer = most_owned(account, mode.shards) if mode.zero1 else sum(states)
+    return State(sum(own for own, _ in parts.values()), sum(parts[p][0] for p in trained), optimizer,
+                 sum(parts[p][1] for p in trained))
+
+
+def most_owned(account, processes):
+    """Bytes of optimizer state of the process to which ZeRO-1 gives the most.
+
+    torch's ZeroRedundancyOptimizer gives whole parameters away, group by group (`build_optimizer`) and in each the
+    largest first, to the process that has the fewest numbers so far.
+    """
+    multipliers = lr_multipliers(account.model)
+    trained = [(p.dim() < 2, multipliers[name], -p.numel(), account.sizes[p])
+               for name, p in account.model.named_parameters() if p.requires_grad]
+    owners = [(0, rank, 0) for rank in range(min(processes, len(trained)))]  # numbers, rank, bytes of state
+    for *_, numbers, size in sorted(trained, key=lambda entry: entry[:3]):
+        own, rank, held = owners[0]
+        heapq.heapreplace(owners, (own - numbers, rank, held + 2 * size + 4))
+    return max((held for *_, held in owners), default=0)
+
+
+def gathered_bytes(account, mode, accumulating, among_blocks):
+    """What FSDP holds whole in the forward pass and at the head, or on the way back through the blocks; from above.
+
+    Each block is a group, computed in the precision of the products while the next comes in; the rest of the model is
+    one in float32, together from the first moment to the last. On the way back one block's gradients go out in float32,
+    and those of the head wait for the embeddings'. Other gradients are counted with the work of their moment or, where
+    steps are several micro-batches, as `Need.gradients`.
+    """
+    def cast(size):
+        return size * account.dtype.itemsize // torch.float32.itemsize
+
+    blocks = sorted(block.parameters for block in account.blocks)
+    rest = state_of(account, dataclasses.replace(mode, shards=1)).parameters - sum(blocks)
+    weights = rest + cast(sum(blocks[-2:] if mode.reshards else blocks))
+    if not among_blocks:
+        return weights
+    return weights + blocks[-1] + (cast(blocks[-1]) if accumulating else account.head_parameters)
+
+
+def part_of_model(model, tensor):
+    """The `ModelConfig` of what one of `tensor` tensor-parallel neighbours computes: its heads, its share of d_ff."""
+    whole = model.resolve()
+    return dataclasses.replace(whole, n_head=whole.n_head // tensor, n_kv_head=whole.n_kv_head // tensor,
+                               head_dim=whole.head_dim, d_ff=whole.d_ff // tensor)
 
 
 # -------------------------------------------------------------------- where it will run
@@ -166,23 +256,20 @@ class Row:
     """A line of the table: a mode at the batch_size of the run, and the largest micro-batch that fits (0: none)."""
 
     mode: Mode
-    checkpointing: bool
+    checkpointing: str
     need: Need
     fits: bool
     largest: int
 
 
 def table(account, config, budget):
-    """[`Row`] of every mode for the processes of the run, with and without activation checkpointing."""
+    """[`Row`] of every mode for the processes of the run, with every kind of activation checkpointing."""
     def row(mode, checkpointing):
-        processes = 1 if mode is SINGLE else config.processes
-        of = partial(need, account, mode, checkpointing, processes,
-                     accumulating=config.gradient_accumulation_steps > processes)
+        of = partial(need, account, mode, checkpointing, accumulating=config.gradient_accumulation_steps > mode.data)
         own = of(config.batch_size)
         return Row(mode, checkpointing, own, own.total <= budget, largest(lambda n: of(n).total <= budget))
 
-    modes = MODES if config.processes > 1 else (SINGLE,)
-    return [row(mode, checkpointing) for mode in modes for checkpointing in (False, True)]
+    return [row(mode, kind) for mode in modes(config) for kind in ("none", "selective", "full")]
 
 
 def largest(fits):
@@ -200,12 +287,12 @@ def largest(fits):
 def smaller_batches(account, config, budget):
     """(batch_size, gradient_accumulation_steps) of the largest micro-batch that fits in a step of as many sequences."""
     mode, checkpointing = chosen(config)
-    sequences = config.batch_size * config.gradient_accumulation_steps // config.processes  # of a process, a step
+    sequences = config.batch_size * config.gradient_accumulation_steps // config.data_processes  # of each, a step
     for size in range(min(config.batch_size, sequences) - 1, 0, -1):
         if sequences % size == 0:
             parts = sequences // size
-            if need(account, mode, checkpointing, config.processes, size, parts > 1).total <= budget:
-                return size, parts * config.processes
+            if need(account, mode, checkpointing, size, parts > 1).total <= budget:
+                return size, parts * config.data_processes
     return None
 
 
@@ -215,11 +302,11 @@ def advice(account, config, budget, rows):
     if smaller:
         return ("it fits, with the same sequences a step, as: "
                 "--batch_size={} --gradient_accumulation_steps={}".format(*smaller))
-    other = next((row for row in rows if row.largest and (row.mode is not SINGLE or config.processes == 1)), None)
-    if other:
-        there = (other.mode, other.checkpointing) in AVAILABLE
-        return (f"no batch_size fits; {described(other.mode, other.checkpointing)} would, up to "
-                f"batch_size={other.largest}" + ("" if there else f", but is not there yet: until then {SMALLER}"))
+    mode, _ = chosen(config)
+    able = [row for row in rows if row.largest and (row.mode is not SINGLE or config.processes == 1)]
+    for row in sorted(able, key=lambda row: row.mode != mode):  # checkpointing first, then other modes in their order
+        return (f"no batch_size fits; {described(row.mode, row.checkpointing)} would, up to batch_size={row.largest}: "
+                f"{flags_of(row)}")
     return f"nothing makes it fit on {config.processes} of these: {SMALLER}"
 
 
@@ -227,7 +314,13 @@ SMALLER = "a smaller n_layer, n_embd, block_size or vocab_size, or a device with
 
 
 def described(mode, checkpointing):
-    return mode.name + (" with activation checkpointing" if checkpointing else "")
+    return mode.name + (f" with {checkpointing} activation checkpointing" if checkpointing != "none" else "")
+
+
+def flags_of(row):
+    """The flags that ask for what a row tells of."""
+    return (f"--use_zero1={row.mode.zero1} --use_fsdp={row.mode.fsdp} "
+            f"--activation_checkpointing={row.checkpointing}")
 
 
 # -------------------------------------------------------------------- what is told
@@ -245,12 +338,14 @@ def preflight(config):
     parallel.check_trainable(config.model, "cuda" if target.gpu else "cpu")
     config, data = look_at_data(config)
     account = MemoryAccount(config.model, target.dtype, target.gpu)
-    rows = table(account, config, target.budget)
+    tensor = config.tensor_parallel
+    part = MemoryAccount(part_of_model(config.model, tensor), target.dtype, target.gpu) if tensor > 1 else account
+    rows = table(part, config, target.budget)
     for name, text in (*model_lines(account), *run_lines(config, target, account, data)):
         tell(in_columns(f"{name:<22} ", text))
-    tell("\n" + "\n".join(table_lines(config, rows)) + "\n")
+    tell("\n" + "\n".join([*table_lines(config, rows), *remarks(config, part)]) + "\n")
     row = next(row for row in rows if (row.mode, row.checkpointing) == chosen(config))
-    for line in verdict_lines(account, config, target, rows, row):
+    for line in verdict_lines(part, config, target, rows, row):
         tell(line)
     for name, reason in config.without_effect().items():
         tell(f"note: {config.explicit[name]}: {name} has no effect here: {reason}")
@@ -311,8 +406,8 @@ def run_lines(config, target, account, data):
     power = f", {target.watts} W" if target.watts else ""
     return [
         ("run", f"{tokens:,} tokens: {config.max_iters:,} steps of {sequences:,} sequences of {account.block_size:,}; "
-                f"batch_size {config.batch_size}, {config.gradient_accumulation_steps // processes} micro-batches a "
-                "step on each process"),
+                f"batch_size {config.batch_size}, {config.gradient_accumulation_steps // config.data_processes} "
+                "micro-batches a step on each process"),
         ("data", data),
         ("device", f"{processes} × {target.name}{asked}: {human_bytes(target.memory)}{power}, {name_of(target.dtype)}"),
         ("kept aside", f"{human_bytes(target.memory - target.budget)} ({RESERVE:.0%}: the device's context, "
@@ -341,17 +436,33 @@ def table_lines(config, rows):
     lines = [head]
     for row in rows:
         own = ">" if (row.mode, row.checkpointing) == chosen(config) else ""
-        star = "" if (row.mode, row.checkpointing) in AVAILABLE else " *"
+        name = row.mode.name + (f", {row.checkpointing}" if row.checkpointing != "none" else "")
         sizes = [f"{size / 2**30:,.2f}" for size in (*vars(row.need).values(), row.need.total)]
-        lines.append([own, f"{row.mode.name}{', checkpointing' if row.checkpointing else ''}{star}", *sizes,
+        lines.append([own, name, *sizes,
                       "yes" if row.fits else "no", str(row.largest or "none")])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in
                       enumerate(zip(line, widths, strict=True))) for line in lines]
-    return [*text, "",
-            "At the fullest moment of a step of this batch_size. largest: the largest batch_size that fits, exactly.",
-            "Where a step is one micro-batch, gradients are made as activations go, and may not be there at that time.",
-            "* an estimate: this program cannot do it yet."]
+    return [*text, ""]
+
+
+def remarks(config, account):
+    """What the table needs to be said of it."""
+    lines = ["At the fullest moment of a step of this batch_size. largest: the largest batch_size that fits, exactly.",
+             "selective, full: activation_checkpointing. Where a step is one micro-batch, gradients are made as",
+             "activations go, and may not be there at that time."]
+    mode, _ = chosen(config)
+    if any(m.fsdp for m in modes(config)):
+        lines.append("gathered: an estimate from above. FSDP's gradients are whole where a step is several "
+                     "micro-batches.")
+    if mode.tensor > 1:
+        lines.append(f"TP{mode.tensor}: an estimate, of a model with 1/{mode.tensor} of the heads, of d_ff and of the "
+                     "vocabulary's rows; logits are whole.")
+    if mode.offloads and account.gpu:
+        state = state_of(account, mode)
+        lines.append(f"fsdp_cpu_offload: {human_bytes(state.parameters + state.gradients + state.optimizer)} of "
+                     "parameters, gradients and optimizer state of each process are in the host's memory.")
+    return lines
 
 
 def verdict_lines(account, config, target, rows, row):

@@ -1,31 +1,45 @@
 """The pre-flight: what it says of a run is true, what it advises helps, and it leaves no trace."""
 
+import contextlib
+import dataclasses
 import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, TINY, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import training_preflight
 from configurator import load_config
 from errors import UserError
+from model_builder import build_model
 from model_config import get_preset
 from model_flops import GPUS, flops_per_token, gpu_called
 from model_memory import MemoryAccount
+from model_recompute import KINDS, recompute
+from training_optimizers import build_optimizer
 from training_preflight import (
-    DDP,
-    FSDP,
-    MODES,
     RESERVE,
     SINGLE,
-    ZERO1,
+    Mode,
+    chosen,
     find_target,
+    gathered_bytes,
     largest,
     machine_memory,
+    modes,
+    most_owned,
     need,
+    part_of_model,
     preflight,
+    state_of,
     table,
 )
 
@@ -49,6 +63,51 @@ def tell(*flags):
     return code, "\n".join(lines)
 
 
+def ddp(n):
+    return Mode("DDP", n)
+
+
+def zero1(n):
+    return Mode("ZeRO-1", n, zero1=True, shards=n)
+
+
+def fsdp(n, **others):
+    return Mode("FSDP", n, fsdp=True, shards=n, **others)
+
+
+@contextlib.contextmanager
+def pretended(processes, rank=0):
+    """A process group whose other processes are not there: enough to ask torch who would hold what."""
+    dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- which mode
+
+
+@pytest.mark.parametrize("flags, name, kind", [
+    ([], "DDP", "none"), (["--use_zero1", "--activation_checkpointing=full"], "ZeRO-1", "full"),
+    (["--use_fsdp", "--activation_checkpointing=selective"], "FSDP", "selective"),
+    (["--tensor_parallel=8"], "TP8", "none"), (["--use_fsdp", "--tensor_parallel=2"], "FSDP × TP2", "none"),
+    (["--dry_run_gpus=1"], "single", "none"), (["--dry_run_gpus=1", "--use_fsdp"], "FSDP", "none")],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else x)
+def test_the_mode_is_that_of_the_keys(flags, name, kind):
+    config = load_config([*SMALL, "--dry_run_gpus=8", "--gradient_accumulation_steps=8", *flags])
+    mode, checkpointing = chosen(config)
+    assert (mode.name, checkpointing) == (name, kind)
+    assert mode in modes(config)
+
+
+def test_hybrid_sharding_splits_over_the_processes_of_one_copy():
+    config = load_config([*SMALL, "--dry_run_gpus=8", "--gradient_accumulation_steps=8", "--use_fsdp",
+                          "--fsdp_replicas=2", "--fsdp_reshard_after_forward=False", "--fsdp_cpu_offload"])
+    mode, _ = chosen(config)
+    assert (mode.shards, mode.data, mode.reshards, mode.offloads) == (4, 8, False, True)
+
+
 # ---- what a process holds
 
 
@@ -58,43 +117,128 @@ def test_state_is_shared_out_as_each_mode_says(account, processes):
     steps = 4 * len(account.sizes)  # AdamW's count of steps, a number for each tensor
 
     def state(mode):
-        of = need(account, mode, False, processes, 1, accumulating=True)
+        of = need(account, mode, "none", 1, accumulating=True)
         return of.parameters + of.gradients + of.optimizer
 
-    assert state(SINGLE) == state(DDP) == 16 * n + steps
-    assert state(ZERO1) == pytest.approx(n * (8 + 8 / processes) + steps / processes, abs=1)
-    assert state(FSDP) == pytest.approx(n * 16 / processes + steps / processes, abs=3)
+    assert state(SINGLE) == state(ddp(processes)) == 16 * n + steps
+    assert state(zero1(processes)) == 8 * n + most_owned(account, processes)
+    assert state(fsdp(processes)) == 4 * n + 12 * n / processes + steps  # every first dimension is a multiple of 64
 
 
-def test_fsdp_gathers_the_two_largest_groups_in_the_products_precision(account):
+@pytest.mark.parametrize("processes", [2, 3, 4, 5, 100])
+@pytest.mark.parametrize("overrides", [{}, {"init": "mup", "n_layer": 1}], ids=["usual", "muP"])
+def test_zero1s_share_is_that_of_torchs_partition(processes, overrides):
+    config = get_preset("gpt2_openai", **{**dict(n_layer=3, n_head=2, n_embd=48, block_size=8, vocab_size=33),
+                                          **overrides})
+    groups = build_optimizer(build_model(config), load_config(["--device=cpu"]), torch.device("cpu")).param_groups
+    with pretended(processes):
+        shared = ZeroRedundancyOptimizer([{"params": group["params"]} for group in groups], torch.optim.AdamW)
+        held = [sum(8 * p.numel() + 4 for group in owned for p in group["params"])
+                for owned in shared._partition_parameters()]
+    account = MemoryAccount(config, torch.float32, gpu=False)
+    assert most_owned(account, processes) == max(held) >= account.optimizer_bytes / processes
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+@pytest.mark.parametrize("tied", [False, True])
+def test_fsdps_share_is_that_of_torchs_first_process(processes, tied):
+    config = get_preset("llama", n_layer=2, n_head=1, n_embd=46, d_ff=61, block_size=8, vocab_size=33,
+                        weight_tying=tied)
+    account = MemoryAccount(config, torch.float32, gpu=False)
+    with pretended(processes), torch.device("meta"):
+        model, mesh = build_model(config), init_device_mesh("cpu", (processes,))
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=mesh)
+        own = sum(p.to_local().numel() for p in model.parameters())
+        count = len(list(model.parameters()))
+    state = state_of(account, fsdp(processes))
+    assert (state.parameters, state.gradients, state.optimizer) == (4 * own, 4 * own, 8 * own + 4 * count)
+    assert state.whole == account.gradient_bytes
+
+
+def test_fsdp_gathers_blocks_in_the_products_precision_and_the_rest_in_float32(account):
     block = 4 * 64 * 64 + 3 * 64 * 192 + 2 * 64
     rest = 2 * 512 * 64 + 64
-    assert rest > block
-    of = need(account, FSDP, False, 8, 1, accumulating=True)
-    assert of.gathered == 2 * 2 * (rest + block)  # weights and gradients, in bfloat16
-    assert all(need(account, mode, False, 8, 1, True).gathered == 0 for mode in (SINGLE, DDP, ZERO1))
+    weights, head = 4 * rest + 2 * 2 * block, 4 * (512 * 64 + 64)
+    assert gathered_bytes(account, fsdp(8), False, among_blocks=False) == weights
+    assert gathered_bytes(account, fsdp(8), False, among_blocks=True) == weights + 4 * block + head
+    assert gathered_bytes(account, fsdp(8), True, among_blocks=True) == weights + 4 * block + 2 * block
+    assert gathered_bytes(account, fsdp(8, reshards=False), True, False) == weights + 2 * 2 * block  # all four
+    assert all(need(account, mode, "none", 1, True).gathered == 0 for mode in (SINGLE, ddp(8), zero1(8)))
+
+
+@pytest.mark.parametrize("reshards", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.parametrize("sequences, n_layer, width, vocab_size", [(4, 5, 256, 512), (2, 4, 128, 4096)])
+@pytest.mark.parametrize("checkpointing", KINDS)
+def test_fsdps_peak_is_at_most_what_is_told(checkpointing, sequences, n_layer, width, vocab_size, reshards):
+    config = get_preset("llama", n_layer=n_layer, n_head=4, n_embd=width, block_size=64, vocab_size=vocab_size)
+    idx = torch.zeros(sequences, 64, dtype=torch.long)
+    account = MemoryAccount(config, torch.float32, gpu=False)
+    with pretended(4):
+        model, mesh = recompute(build_model(config), checkpointing), init_device_mesh("cpu", (4,))
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=mesh, **({} if part is model else {"reshard_after_forward": reshards}))
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+        def backward(last):
+            model.set_requires_gradient_sync(last)
+            model(idx, idx)[1].backward()
+
+        for accumulating in (False, True):
+            backward(True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if accumulating:
+                backward(False)
+            tracker = MemTracker()
+            tracker.track_external(model, optimizer)
+            with tracker:
+                backward(True)
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            snapshot, = tracker.get_tracker_snapshot("peak").values()
+            told = need(account, fsdp(4, reshards=reshards), checkpointing, sequences, accumulating).total
+            assert snapshot["Total"] <= told <= 1.15 * snapshot["Total"]
+
+
+def test_offloaded_state_is_not_on_the_device(account):
+    here, there = (need(account, fsdp(8, offloads=o), "none", 4, False) for o in (False, True))
+    assert there == dataclasses.replace(here, parameters=0, gradients=0, optimizer=0)
+    with_cpu = MemoryAccount(account.model.config, torch.float32, gpu=False)  # whose memory is the host's
+    assert need(with_cpu, fsdp(8, offloads=True), "none", 4, False).parameters > 0
+
+
+def test_tensor_parallelism_shares_out_matrices_and_what_they_make():
+    config = get_preset("llama3", n_layer=2, n_head=4, n_kv_head=2, n_embd=64, d_ff=128, block_size=32, vocab_size=512)
+    whole = MemoryAccount(config, torch.bfloat16, gpu=True)
+    part = MemoryAccount(part_of_model(config, 2), torch.bfloat16, gpu=True)
+    vectors = 4 * sum(p.numel() for p in whole.model.parameters() if p.dim() < 2)
+    assert state_of(part, Mode("TP2", tensor=2)).parameters == (whole.parameter_bytes - vectors) // 2 + vectors
+    before, after = (need(account, mode, "none", 8, True) for account, mode in
+                     ((whole, SINGLE), (part, Mode("TP2", tensor=2))))
+    assert before.activations / 2 < after.activations < before.activations
 
 
 def test_checkpointing_takes_less_and_the_copies_of_weights_go_with_fsdp(account):
-    for mode in MODES:
-        assert need(account, mode, True, 8, 64, True).total < need(account, mode, False, 8, 64, True).total
+    for mode in (SINGLE, ddp(8), zero1(8), fsdp(8)):
+        totals = [need(account, mode, kind, 64, True).total for kind in ("full", "selective", "none")]
+        assert totals == sorted(set(totals))
     copies = sum(block.copies for block in account.blocks)
-    ddp, fsdp = (need(account, mode, False, 8, 64, True).activations for mode in (DDP, FSDP))
-    assert ddp - fsdp == copies > 0
+    shared, parted = (need(account, mode, "none", 64, True).activations for mode in (ddp(8), fsdp(8)))
+    assert shared - parted == copies > 0
 
 
 def test_the_total_is_the_sum_of_what_is_told(account):
-    for mode in MODES:
-        of = need(account, mode, False, 4, 3, False)
+    for mode in (SINGLE, ddp(4), zero1(4), fsdp(4)):
+        of = need(account, mode, "none", 3, False)
         assert of.total == (of.parameters + of.gradients + of.optimizer + of.gathered + of.activations + of.logits)
 
 
 @settings(max_examples=60, deadline=None)
-@given(processes=st.integers(2, 4096), sequences=st.integers(1, 500), checkpointing=st.booleans())
-def test_fsdp_on_many_never_needs_more_than_one_alone(account, processes, sequences, checkpointing):
-    alone = need(account, SINGLE, checkpointing, 1, sequences, accumulating=True)
-    here, more = (need(account, FSDP, checkpointing, n, sequences, True) for n in (processes, processes + 1))
-    assert more.total <= here.total <= alone.total
+@given(processes=st.integers(2, 4096), sequences=st.integers(1, 500), kind=st.sampled_from(sorted(KINDS)))
+def test_fsdp_on_more_never_needs_more(account, processes, sequences, kind):
+    here, more = (need(account, fsdp(n), kind, sequences, True) for n in (processes, processes + 1))
+    assert more.total <= here.total
 
 
 @given(limit=st.integers(0, 10**7))
@@ -105,10 +249,9 @@ def test_the_largest_number_that_fits_is_found(limit):
 def test_the_largest_micro_batch_fits_and_one_more_does_not(account):
     config = load_config([*SMALL, "--gradient_accumulation_steps=8", "--dry_run_gpus=8"])
     rows = table(account, config, budget=2**28)
-    assert len(rows) == 8 and all(row.largest for row in rows)
+    assert len(rows) == 12 and all(row.largest for row in rows)
     for row in rows:
-        processes = 1 if row.mode is SINGLE else 8
-        most, beyond = (need(account, row.mode, row.checkpointing, processes, row.largest + more, row.mode is SINGLE)
+        most, beyond = (need(account, row.mode, row.checkpointing, row.largest + more, row.mode is SINGLE)
                         for more in (0, 1))
         assert most.total <= 2**28 < beyond.total
         assert row.fits == (row.need.total <= 2**28)
@@ -168,7 +311,7 @@ def test_the_account_of_a_run(data_dir):
     for part in ("4L-4H-256D-RoPE-RMS-SwiGLU-PreNorm", f"{account.model.parameter_counts()['total']:,}",
                  f"training {flops['train'] / 1e6:,.2f}M (PaLM", f"{flops['train_causal'] / 1e6:,.2f}M (causal)",
                  f"{tokens:,} tokens", "not known: dataset 'nowhere' does not exist", "A100", "kept aside",
-                 f"{80 * RESERVE:.2f} GiB (8%", "eager", "> ", "* an estimate", "fits: single, batch_size=8 needs"):
+                 f"{80 * RESERVE:.2f} GiB (8%", "eager", "> ", "single, selective", "fits: single, batch_size=8 needs"):
         assert part in text
     hours = flops["train"] * tokens / (312e12 * 0.5) / 3600
     assert f"{hours:,.4g} hours" in text and f"{400 * hours / 1000:,.4g} kWh at 400 W" in text
@@ -216,11 +359,28 @@ def test_the_change_that_is_advised_makes_it_fit(flags):
 
 
 def test_where_no_batch_fits_another_mode_is_named_or_none():
-    large = ["--n_layer=24", "--n_embd=2048", "--n_head=16", "--batch_size=1"]  # 1.3B: 20 GiB of state
-    code, text = tell(*large, "--gradient_accumulation_steps=8", "--dry_run_gpus=8")
-    assert code == 1 and re.search("no batch_size fits; (ZeRO-1|FSDP).* would, up to batch_size=", text)
+    large = ["--n_layer=6", "--n_embd=4096", "--n_head=32", "--batch_size=1"]  # 1.3B: 20 GiB of state
+    shared = [*large, "--gradient_accumulation_steps=8", "--dry_run_gpus=8"]
+    code, text = tell(*shared)
+    advice = re.search(r"no batch_size fits; ((?:ZeRO-1|FSDP).*) would, up to batch_size=\d+: (--.*)$", text, re.M)
+    assert code == 1 and advice
+    code, text = tell(*shared, *advice[2].split())
+    assert code == 0 and f"fits: {advice[1]}, batch_size=1 needs" in text
     code, text = tell(*large)
     assert code == 1 and "nothing makes it fit on 1 of these: a smaller n_layer" in text
+
+
+def test_checkpointing_is_advised_before_another_mode():
+    code, text = tell("--n_layer=10", "--n_embd=1024", "--n_head=16", "--block_size=16384", "--batch_size=1",
+                      "--dry_run_gpus=8", "--gradient_accumulation_steps=8")
+    assert code == 1 and re.search("fits; DDP with (selective|full) activation checkpointing would", text)
+
+
+def test_what_the_table_leaves_open_is_said():
+    flags = ["--dry_run_gpus=8", "--gradient_accumulation_steps=8", "--use_fsdp"]
+    assert "in the host's memory" in tell(*flags, "--fsdp_cpu_offload")[1]
+    text = tell(*flags, "--tensor_parallel=2")[1]
+    assert "> " in text and "FSDP × TP2" in text and "TP2: an estimate" in text and "ZeRO-1" not in text
 
 
 # ---- through train.py
@@ -245,4 +405,4 @@ def test_a_model_far_larger_than_this_machine_is_only_thought_of(tmp_path):
                       "--dry_run_gpu=B200", "--dataset=nowhere", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "6,738,415,616" in done.stdout and "8 × B200: 180.00 GiB, 1000 W, bfloat16" in done.stdout
-    assert re.search(r"^ +FSDP, checkpointing \* .* yes +\d+$", done.stdout, re.MULTILINE)
+    assert re.search(r"^ +FSDP, full .* yes +\d+$", done.stdout, re.MULTILINE)
