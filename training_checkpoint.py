@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 
 from errors import CheckpointError, UserError, shown
 from files import forget_cached, sha256_of, sync, write_json
+from training_logger import human_bytes
 from training_shards import (
     SHARD,
     Index,
@@ -205,10 +206,10 @@ def check_room(run_dir, parameters, config):
     disk = next(path for path in (Path(run_dir).absolute(), *Path(run_dir).absolute().parents) if path.exists())
     free = shutil.disk_usage(disk).free
     if free < one + 4 * parameters:
-        raise UserError(f"{disk}: a checkpoint takes {one / 1e9:,.2f} GB and the weights at the end "
-                        f"{4 * parameters / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free (--out_dir=…)")
+        raise UserError(f"{disk}: a checkpoint needs {human_bytes(one)} and the weights at the end "
+                        f"{human_bytes(4 * parameters)}, {human_bytes(free)} are free (--out_dir=…)")
     if free < most:
-        print(f"warning: {disk}: checkpoints will take {most / 1e9:,.2f} GB more, {free / 1e9:,.2f} GB are free "
+        print(f"warning: {disk}: checkpoints will need {human_bytes(most)} more, {human_bytes(free)} are free "
               "(--out_dir=…, --keep_checkpoints=…)", file=sys.stderr)
 
 

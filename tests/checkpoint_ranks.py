@@ -27,7 +27,7 @@ from model_builder import build_model
 from model_config import get_preset
 from training_optimizers import build_optimizer
 
-CONFIG = SimpleNamespace(learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.99)
+CONFIG = SimpleNamespace(learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.99, use_zero1=False)
 
 
 def architecture(preset, **more):
@@ -241,7 +241,7 @@ def main(folder):
     machine.barrier()
     assert checkpoint.find_newest(two, machine).name == "step_00000004"
     model = optimizer = None  # what outlives the group could abort the interpreter
-    parallel.shut_down(machine)
+    parallel.shut_down()
     print("agreed", flush=True)
 
 

@@ -93,8 +93,8 @@ def test_eval_only_trains_nothing(tmp_path, train):
     done = train("base", "--init_from=resume", "--eval_only")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/base/model.safetensors").read_bytes() == before
-    last = [json.loads(line) for line in (tmp_path / "runs/base/metrics.jsonl").read_text().splitlines()][-2:]
-    assert [r["kind"] for r in last] == ["eval", "eval"] and last[0]["val_loss"] == last[1]["val_loss"]
+    last = [json.loads(line) for line in (tmp_path / "runs/base/metrics.jsonl").read_text().splitlines()][-3:]
+    assert [r["kind"] for r in last] == ["eval", "save", "eval"] and last[0]["val_loss"] == last[2]["val_loss"]
 
 
 def test_a_fresh_run_never_overwrites_another(tmp_path, train):

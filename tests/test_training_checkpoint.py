@@ -29,7 +29,7 @@ from training_optimizers import build_optimizer
 
 MODEL, OPTIMIZER = "model-00000.safetensors", "optimizer-00000.safetensors"
 FILES = ("index.json", "manifest.json", MODEL, OPTIMIZER, "state.json")
-CONFIG = SimpleNamespace(learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.99)
+CONFIG = SimpleNamespace(learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.99, use_zero1=False)
 
 
 def make(preset="llama", seed=1):
@@ -586,8 +586,9 @@ def test_on_a_disk_that_is_really_full(tmp_path, data_dir):
     assert done.returncode == 4, done.stderr
     assert done.stdout.splitlines()[-1] == "step_00000020" and ".step_" not in done.stdout  # no temporary beside it
     lines = done.stderr.splitlines()
-    assert len(lines) == 2 and all("No space left on device" in line for line in lines)
-    assert lines[0].startswith("warning: the checkpoint of step 40 failed: ")
+    assert lines[0].startswith("warning: ") and "checkpoints will need" in lines[0] and "are free" in lines[0]
+    assert len(lines) == 3 and all("No space left on device" in line for line in lines[1:])
+    assert lines[1].startswith("warning: the checkpoint of step 40 failed: ")
     assert lines[1].startswith("error: small/run: the checkpoint of step 60 failed: ")
 
 

@@ -32,6 +32,13 @@ SHORT = (*TINY, "--run_name=run", "--max_iters=4", "--eval_interval=2", "--gradi
          "--arch_preset=llama", "--n_kv_head=1")
 
 
+def opened(*args):
+    """A `RunLog` that has its directory."""
+    log = RunLog(*args)
+    assert log.open() == str(log.dir)
+    return log
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, data_dir):
     """A short run that tells no tracker: its directory and its output."""
@@ -51,7 +58,7 @@ def configuration(tmp_path, run_name=None, **keys):
 def new_log(tmp_path):
     """new_log(resumed=False, **config) -> the log of a run in tmp_path/run."""
     def make(resumed=False, **keys):
-        return RunLog(tmp_path / "run", HEADER, configuration(tmp_path, "run", **keys), resumed)
+        return opened(tmp_path / "run", HEADER, configuration(tmp_path, "run", **keys), resumed)
     return make
 
 
@@ -76,7 +83,7 @@ def test_runs_started_in_the_same_second_get_directories_of_their_own(tmp_path):
     config = configuration(tmp_path)
     path = run_directory(config)
     assert re.fullmatch(r"\d{8}-\d{6}-gpt2", path.name)
-    racing = [RunLog(path, HEADER, config, False) for _ in range(3)]  # each found the name free
+    racing = [opened(path, HEADER, config, False) for _ in range(3)]  # each found the name free
     assert len({log.dir for log in racing}) == 3 and racing[0].dir == path
     assert all(run_json(log)["run_name"] == log.dir.name for log in racing)
 
@@ -97,7 +104,7 @@ def test_a_directory_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
     config = configuration(tmp_path / "file", "run")
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
-        RunLog(tmp_path / "file/run", HEADER, config, False)
+        opened(tmp_path / "file/run", HEADER, config, False)
 
 
 def test_other_processes_write_nothing(tmp_path, capsys):
@@ -168,7 +175,7 @@ def test_a_resumed_log_appends_after_a_torn_line_and_keeps_its_origin(tmp_path, 
     (log.dir / ".run.json.4711.tmp").touch()  # what a kill in the middle of a replacement leaves
     monkeypatch.setattr(training_logger, "utc_now", lambda: "2099-01-01T00:00:00Z")
     header = {**HEADER, "config": {"init_from": "resume", "eval_only": False, "max_iters": 10}}
-    log = RunLog(log.dir, header, configuration(tmp_path, "run"), True)
+    log = opened(log.dir, header, configuration(tmp_path, "run"), True)
     monkeypatch.setattr(training_logger.time, "time", lambda: 1065.0)
     with log:
         log.step(**{**STEP, "step": 2})

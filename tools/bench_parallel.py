@@ -8,6 +8,7 @@
 The runs are train.py's own, on the embedded corpus. --presets and --modes choose some.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -72,6 +73,7 @@ def worker(path):
         machine = machine or parallel.init(config)
         with Watch(machine, config) as watch:
             train(config, machine, watch)
+        gc.collect()  # models that refer to themselves
     parallel.shut_down()
 
 
