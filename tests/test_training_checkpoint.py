@@ -589,7 +589,7 @@ def test_on_a_disk_that_is_really_full(tmp_path, data_dir):
     assert lines[0].startswith("warning: ") and "checkpoints will need" in lines[0] and "are free" in lines[0]
     assert len(lines) == 3 and all("No space left on device" in line for line in lines[1:])
     assert lines[1].startswith("warning: the checkpoint of step 40 failed: ")
-    assert lines[1].startswith("error: small/run: the checkpoint of step 60 failed: ")
+    assert lines[2].startswith("error: small/run: the checkpoint of step 60 failed: ")
 
 
 # ---- tools/verify_checkpoint.py
