@@ -1,0 +1,2 @@
+def damage(tool, until): yield from ()
+def malicious(tool, until): yield from ()
