@@ -261,7 +261,7 @@ GROUPS = {"kills": kills, "damage": lambda tool: damage(tool, until), "disk": di
 def told(group, row, figures, broken, seconds):
     parts = [f"{n} {what}" for what, n in figures.items()]
     parts += [f"BROKEN: {n} {promise}" for promise, n in Counter(p for p, _ in broken).items()] or ["0 broken"]
-    return f"{group:<10}{row:<22}{', '.join(parts):<90} {seconds:5.0f} s"
+    return f"{group:<10}{row:<30} {', '.join(parts):<80} {seconds:5.0f} s"
 
 
 def main(argv):

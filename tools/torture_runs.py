@@ -288,9 +288,14 @@ def is_alive(pid):
 
 
 def losses_of(run_dir):
-    """{step: loss} that the log says in the end."""
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return {said["step"]: said["loss"] for said in lines if said["kind"] == "step"}
+    """{step: loss} that the log says in the end; half a line, of a killed run or a full disk, does not count."""
+    losses = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            said = json.loads(line)
+            if said["kind"] == "step":
+                losses[said["step"]] = said["loss"]
+    return losses
 
 
 @dataclass
@@ -304,7 +309,7 @@ class Reference:
 
 
 class Tool:
-    """What the trials share: the server, a dataset, the undisturbed runs; `torchrun_every`-th trials go by torchrun."""
+    """What the trials share: the server, a dataset, the undisturbed runs."""
 
     def __init__(self, folder, seed, scale):
         self.folder, self.seed, self.scale = Path(folder), seed, scale
@@ -325,6 +330,11 @@ class Tool:
                 self.references[mode] = Reference((trial.run_dir / "model.safetensors").read_bytes(),
                                                   losses_of(trial.run_dir), result.counts, result.wall)
             return self.references[mode]
+
+    def reference_folder(self, mode):
+        """The directory of the undisturbed run, with three checkpoints."""
+        self.reference(mode)
+        return self.folder / f"reference-{mode}/runs/run"
 
     def trial(self, mode, flags=(), **how):
         return Trial(self, mode, self.folder / f"trial{next(self.number):05d}", list(flags), **how)
