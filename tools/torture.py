@@ -63,8 +63,7 @@ def kill_chain(tool, rng, mode, phase, kills, torchrun):
         figures["noticed"] += struck and 6 in result.codes
         figures["ended"] += result.hung  # a rank that waited for one killed before they had met
         trial.check_resumed(result, newest)
-        before = max((int(line.rsplit(" ", 1)[1]) for line in result.fired), default=0)
-        newest = trial.check_visible(max(newest, before))
+        newest = trial.check_visible(max(newest, result.announced()))
         if not struck:
             break
     result = trial.launch()
@@ -117,8 +116,7 @@ def full_disk(tool, rng, mode, phase):
         result = trial.launch(fault)
         failed = result.lines("warning: the checkpoint of step ")
         last = result.lines("error: ")
-        before = max((int(line.rsplit(" ", 1)[1]) for line in result.fired), default=0)
-        newest = trial.check_visible(before)
+        newest = trial.check_visible(result.announced())
         if len(failed) != len(set(failed)) or "Traceback" in result.err:
             trial.break_("told", result.err[-600:])
         if set(result.codes) == {4}:
@@ -159,7 +157,7 @@ def signalled(tool, rng, number, target, phase, mode):
     else:
         fault |= {"k": rng.randint(2, 8) if phase == "step" else rng.randint(1, 2), "n": rng.randint(0, 1500)}
     result = trial.launch(fault)
-    newest = trial.check_visible()
+    newest = trial.check_visible(result.announced())
     figures = Counter(signals=len(result.fired), torchrun=int(trial.torchrun))
     if result.hung:
         trial.break_("hung", result.err[-600:])
@@ -201,7 +199,7 @@ def not_finite(tool, rng, mode, where):
     asked = [f"step {step}:", "learning rate ", "gradient norm ", "sequences ", "from token ", f"on rank {rank}:"]
     if len(errors) != 1 or not all(word in errors[0] for word in asked):
         trial.break_("told", f"{where} on rank {rank} at step {step}: {errors}")
-    newest = trial.check_visible((step - 1) // EVERY * EVERY)
+    newest = trial.check_visible(max((step - 1) // EVERY * EVERY, result.announced()))
     if newest >= step:
         trial.break_("saved", f"step {newest}, not finite at {step}")
     again = trial.launch()

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -104,6 +105,11 @@ class Launch:
             if "resumed from " in line and " at step " in line:
                 return int(line.rsplit(" at step ", 1)[1])
         return 0 if "no checkpoint" in self.out else None
+
+    def announced(self):
+        """The newest step of which the console or a rank that was struck said that its checkpoint stands; 0 if none."""
+        said = [int(line.split()[1]) for line in self.out.splitlines() if re.match(r"step +\d+   saved", line)]
+        return max([*said, *(int(line.split()[-1]) for line in self.fired)], default=0)
 
     def lines(self, start):
         return [line for line in self.err.splitlines() if line.startswith(start)]
