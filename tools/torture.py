@@ -22,7 +22,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from errors import ArgumentParser, told_in_one_line
+from errors import ArgumentParser, did_you_mean, told_in_one_line
 from tools.torture_files import damage, malicious
 from tools.torture_ranks import PHASES
 from tools.torture_runs import EVERY, MODES, STEPS, Tool
@@ -30,7 +30,8 @@ from tools.torture_runs import EVERY, MODES, STEPS, Tool
 SAVED = ("single", "ddp", "zero1", "fsdp")
 KILLS = 200  # at random moments
 KILLS_A_PHASE = 60
-TORCHRUN = 10  # one chain of this many goes through torchrun
+CHAIN = 4  # kills of one run at the most
+TORCHRUN = 10  # one run of this many goes through torchrun
 
 
 def events(tool, mode, phase):
@@ -41,11 +42,11 @@ def events(tool, mode, phase):
 
 # ---- kills
 
-def kill_chain(tool, rng, mode, phase, kills, torchrun):
-    """A run killed `kills` times, in a phase of its saves or (None) at random moments, and gone on with to its end."""
+def kill_chain(tool, rng, mode, phase, torchrun):
+    """A run killed again and again, in a phase of its saves or (None) at random moments, then left to its end."""
     trial = tool.trial(mode, [f"--checkpoint_async={rng.random() < 0.5}"], torchrun=torchrun, mimic=rng.random() < 0.5)
     figures, newest = Counter(chains=1, torchrun=int(torchrun)), 0
-    for _ in range(kills):
+    for _ in range(CHAIN if tool.scale > 0.02 else 1):
         fault = kill = None
         if phase is None:
             ranks = rng.choice([[rank] for rank in range(trial.size)] + [list(range(trial.size))])
@@ -74,16 +75,15 @@ def kill_chain(tool, rng, mode, phase, kills, torchrun):
 
 
 def kills(tool):
-    share = 1 / len(SAVED)
-    for mode in SAVED:
-        yield from until(tool, "kills", f"{mode}, any moment", "kills", KILLS * share, lambda rng, i, mode=mode:
-                         kill_chain(tool, rng, mode, None, 5, i % TORCHRUN == 0))
-    for phase in PHASES:
-        modes = [mode for mode in SAVED if events(tool, mode, phase)]
+    for mode in tool.modes:
+        yield from until(tool, "kills", f"{mode}, any moment", "kills", KILLS / len(SAVED), lambda rng, i, mode=mode:
+                         kill_chain(tool, rng, mode, None, tool.torchrun and i % TORCHRUN == 0))
+    for phase in tool.phases:
+        modes = [mode for mode in tool.modes if events(tool, mode, phase)]
         for mode in modes:
             yield from until(tool, "kills", f"{mode}, {phase}", "kills", KILLS_A_PHASE / len(modes),
-                             lambda rng, i, mode=mode, phase=phase:
-                             kill_chain(tool, rng, mode, phase, 4, i == 0 and mode in ("ddp", "fsdp")))
+                             lambda rng, i, mode=mode, phase=phase: kill_chain(
+                                 tool, rng, mode, phase, tool.torchrun and i == 0 and mode in ("ddp", "fsdp")))
 
 
 # ---- a full disk
@@ -136,8 +136,8 @@ def full_disk(tool, rng, mode, phase):
 
 
 def disk(tool):
-    for phase in PHASES:
-        for mode in SAVED:
+    for phase in tool.phases:
+        for mode in tool.modes:
             if events(tool, mode, phase):
                 yield from until(tool, "disk", f"{mode}, {phase}", "trials", 4,
                                  lambda rng, i, mode=mode, phase=phase: full_disk(tool, rng, mode, phase))
@@ -178,11 +178,12 @@ def signalled(tool, rng, number, target, phase, mode):
 
 def signals(tool):
     kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    for target in ("launcher", "one", "all"):
+    modes = [mode for mode in tool.modes if MODES[mode][0] > 1] or ["single"]
+    for target in ("launcher", "one", "all") if tool.torchrun else ("one", "all"):
         for phase in ("step", "evaluation", "save"):
             yield from until(tool, "signals", f"{target}, in {phase}", "signals", 7,
                              lambda rng, i, target=target, phase=phase: signalled(
-                                 tool, rng, kinds[i % 3], target, phase, ("ddp", "zero1", "fsdp")[(i + i // 3) % 3]))
+                                 tool, rng, kinds[i % 3], target, phase, modes[(i + i // 3) % len(modes)]))
 
 
 # ---- not finite
@@ -211,7 +212,7 @@ def not_finite(tool, rng, mode, where):
 def nonfinite(tool):
     for where in ("loss", "gradient", "reduced"):
         yield from until(tool, "nonfinite", f"in the {where}", "trials", 14, lambda rng, i, where=where:
-                         not_finite(tool, rng, SAVED[i % 4], where))
+                         not_finite(tool, rng, tool.modes[i % len(tool.modes)], where))
 
 
 # ---- ends
@@ -225,8 +226,9 @@ def end(tool, rng, mode, torchrun):
 
 
 def ends(tool):
-    for mode in MODES:
-        yield from until(tool, "ends", mode, "ends", 100, lambda rng, i, mode=mode: end(tool, rng, mode, i % 10 == 0))
+    for mode in [*tool.modes, "tp"] if tool.modes == SAVED else tool.modes:
+        yield from until(tool, "ends", mode, "ends", 100, lambda rng, i, mode=mode:
+                         end(tool, rng, mode, tool.torchrun and i % TORCHRUN == 0))
 
 
 # ---- together
@@ -243,7 +245,7 @@ def until(tool, group, row, what, target, trial_of):
                 return trial.broken, figures
 
             # As many as are still missing, by what they brought so far.
-            rate = max(total[what] / number, 1) if number else 1 if what != "kills" else 3
+            rate = max(total[what] / number, 1) if number else 1 if what != "kills" or tool.scale <= 0.02 else 3
             batch = range(number, number + max(1, round((target - total[what]) / rate)))
             for found, figures in pool.map(one, batch):
                 broken += found
@@ -269,13 +271,19 @@ def main(argv):
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of trials")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trials side by side")
     parser.add_argument("--folder", type=Path, default=None, help="where the trials run; default: that of temporaries")
+    parser.add_argument("--modes", default=",".join(SAVED), help="of several processes, and single")
+    parser.add_argument("--phases", default=",".join(PHASES), help="of a save, for kills and full disks")
+    parser.add_argument("--no_torchrun", action="store_true", help="fork all ranks, at a second a run")
     args = parser.parse_args(argv)
-    unknown = set(args.groups) - {*GROUPS, "all"}
-    if unknown:
-        parser.error(f"unknown group: {', '.join(sorted(unknown))} (one of {', '.join(GROUPS)}, all)")
+    for given, known in ((args.groups, {**GROUPS, "all": 0}), (args.modes.split(","), MODES),
+                         (args.phases.split(","), PHASES)):
+        for name in given:
+            if name not in known:
+                parser.error(f"{name!r} is unknown{did_you_mean(name, known)}")
     folder = Path(tempfile.mkdtemp(prefix="torture-", dir=args.folder))
     tool, started, total, all_broken = Tool(folder, args.seed, args.scale), time.monotonic(), {}, []
-    tool.jobs = args.jobs
+    tool.jobs, tool.torchrun = args.jobs, not args.no_torchrun
+    tool.modes, tool.phases = tuple(args.modes.split(",")), tuple(args.phases.split(","))
     try:
         for name, group in GROUPS.items():
             if name in args.groups or "all" in args.groups:

@@ -116,9 +116,11 @@ def damaged(tool, rng, kind, mode, resume):
 
 def damage(tool, until):
     share = DAMAGED / len(DAMAGE)
-    for kind in DAMAGE:
-        yield from until(tool, "damage", kind.__name__.replace("_", " "), "trials", share, lambda rng, i, kind=kind:
-                         damaged(tool, rng, kind, ("single", "ddp", "fsdp")[i % 3], i % RESUMED == 0))
+    modes = [mode for mode in ("single", "ddp", "fsdp") if mode in tool.modes]
+    for n, kind in enumerate(DAMAGE):
+        yield from until(tool, "damage", kind.__name__.replace("_", " "), "trials", share,
+                         lambda rng, i, n=n, kind=kind:
+                         damaged(tool, rng, kind, modes[i % len(modes)], (n + i) % RESUMED == 0))
 
 
 # ---- malice
@@ -292,10 +294,10 @@ def malicious(tool, until):
     probe.read_bytes()
     if not was_read([probe]):
         print(f"note: {tool.folder} keeps no times of reading: what is read outside goes unseen")
-    for i, (name, make) in enumerate(MALICE.items()):
-        mode = ("single", "fsdp")[i % 5 == 4]
-        if tool.scale >= 1 or random.Random(f"{tool.seed} malicious {i}").random() < tool.scale:
-            yield from until(tool, "malicious", name, "files", 1,
-                             lambda rng, i, mode=mode, make=make: refused(tool, mode, make))
-
-
+    number = max(1, round(len(MALICE) * min(1, tool.scale)))
+    names = random.Random(f"{tool.seed} malicious").sample(list(MALICE), number)
+    for i, name in enumerate(MALICE):
+        if name in names:
+            mode = tool.modes[-1] if i % 5 == 4 else tool.modes[0]
+            yield from until(tool, "malicious", name, "files", 1, lambda rng, i, name=name, mode=mode:
+                             refused(tool, mode, MALICE[name]))
