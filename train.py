@@ -171,7 +171,8 @@ def train(config, machine, watch):
 
             # What is decided now, all processes decide alike: they know the same.
             all_know = watch.agree(torch.stack(shares).tolist(), time.perf_counter() - started,
-                                   (machine.memory() or {}).get("peak") or 0 if logged else 0, saves.ended)
+                                   (machine.memory() or {}).get("peak") or 0 if logged else 0, saves.ended, grad_norm)
+            grad_norm = next((norm for norm in all_know.grad_norms if not math.isfinite(norm)), grad_norm)
             if not math.isfinite(grad_norm + all_know.loss) and not (scaler.is_enabled() and scaler.get_scale() > 1):
                 raise NonFiniteError(
                     f"step {done}: loss {all_know.loss:g}, gradient norm {grad_norm:g} at learning rate {rate:.3g}"
@@ -225,7 +226,10 @@ def train(config, machine, watch):
 
 
 def where_not_finite(bad, objective, machine, step):
-    """Of a step's data, those on which the loss is not finite; bad: by rank, the micro-batch or -1."""
+    """Of a step's data, those on which the loss is not finite, or from where on the gradient is not.
+
+    bad: by rank, the micro-batch or -1. A gradient that the ranks have averaged is bad on all.
+    """
     places = [f"on rank {rank}: {objective.offsets(step, micro_step, rank // machine.tensor_parallel)}"
               for rank, micro_step in enumerate(bad) if micro_step >= 0]
     return " " + "; ".join(places[:4]) if places else ""

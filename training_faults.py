@@ -7,6 +7,7 @@ asks about them only when something is wrong. What the processes must decide ali
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import select
 import signal
@@ -30,7 +31,8 @@ class Agreement(NamedTuple):
 
     loss: float
     losses: list  # each rank's share
-    bad: list  # number of the first micro-batch whose loss is not finite, or -1
+    grad_norms: list  # alike but where memory or a link failed
+    bad: list  # number of the first micro-batch whose loss is not finite; without one 0 if the gradient is not, or -1
     stop: str | None  # the signal that asks for an end
     saved: bool  # whether an asynchronous save has ended everywhere
     step_times: list
@@ -75,17 +77,19 @@ class Watch:
         """Say that work goes on."""
         self.progress = time.monotonic()
 
-    def agree(self, shares=(), step_time=0.0, memory=0.0, saved=False):
+    def agree(self, shares=(), step_time=0.0, memory=0.0, saved=False, grad_norm=0.0):
         """The `Agreement` on a step: shares, of its loss, are this process's, one a micro-batch."""
-        bad = next((i for i, share in enumerate(shares) if not abs(share) < float("inf")), -1)
+        bad = next((i for i, share in enumerate(shares) if not math.isfinite(share)), -1)
         signal_number = 0 if self.name is None else getattr(signal.Signals, self.name, LAUNCHER_GONE)
-        row = [sum(shares), bad, signal_number, saved, step_time, memory]
+        row = [sum(shares), grad_norm, bad, signal_number, saved, step_time, memory]
         rows = self.machine.gather(row)
-        losses, bads, signals, saves, times, peaks = zip(*rows, strict=True)
+        losses, norms, bads, signals, saves, times, peaks = zip(*rows, strict=True)
+        if max(bads) < 0:
+            bads = [-1 if math.isfinite(norm) else 0 for norm in norms]
         number = next((int(n) for n in signals if n), 0)
         stop = number and ("the launcher's end" if number == LAUNCHER_GONE else signal.Signals(number).name)
-        return Agreement(sum(losses) / self.machine.tensor_parallel, list(losses), [int(b) for b in bads],
-                         stop or None, all(saves), list(times), list(peaks))
+        return Agreement(sum(losses) / self.machine.tensor_parallel, list(losses), list(norms),
+                         [int(b) for b in bads], stop or None, all(saves), list(times), list(peaks))
 
     # ------------------------------------------------------------ signals
 

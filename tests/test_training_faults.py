@@ -68,6 +68,8 @@ def test_one_process_agrees_with_itself():
         assert (known.loss, known.losses, known.bad, known.stop) == (3.5, [3.5], [-1], None)
         assert known.saved is True and known.step_times == [0.25] and known.memory == [7]
         assert w.agree([1.0, float("nan"), float("inf")]).bad == [1] and w.agree([float("-inf")]).bad == [0]
+        assert w.agree([1.0, float("nan")], grad_norm=float("nan")).bad == [1]
+        assert w.agree([1.0, 2.0], grad_norm=float("inf")).bad == [0] and w.agree([1.0], grad_norm=2.0).bad == [-1]
 
 
 def test_an_error_of_one_process_stays_what_it_is():

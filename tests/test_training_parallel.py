@@ -139,6 +139,8 @@ with Watch(machine, config) as watch, watch.training():
     known = watch.agree([1.0, float("nan")] if rank else [0.25, 0.5], rank, 10 * rank, saved=rank == 1)
     assert known.stop == "SIGTERM" and known.bad == [-1, 1] and known.losses[0] == 0.75 and known.loss != known.loss
     assert known.step_times == [0.0, 1.0] and known.memory == [0.0, 10.0] and not known.saved
+    known = watch.agree([0.5], grad_norm=float("inf") if rank else 1.0)
+    assert known.grad_norms == [1.0, float("inf")] and known.bad == [-1, 0] and known.loss == 1.0
 
 class Scale(torch.nn.Module):
     def __init__(self):
@@ -163,7 +165,7 @@ def train():
 train()
 machine.barrier()
 parallel.shut_down()
-print("agreed")
+print("agreed\\n", end="")  # one write: the two share a pipe
 """
 
 
