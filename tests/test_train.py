@@ -1,6 +1,7 @@
 """train.py as a user runs it: repeatable, resumable, interruptible, and honest about its end."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -198,6 +199,21 @@ def test_nonfinite_stops_before_the_update_and_keeps_the_last_good_checkpoint(tm
     assert max(records(tmp_path / "runs/hot")) == failed - 1
 
 
+def test_spikes_are_logged_left_out_where_asked_and_go_on_with_the_run(tmp_path, train):
+    flags = ["--max_iters=140", "--eval_interval=120", "--spike_threshold=1", "--skip_spikes", "--learning_rate=1e-5"]
+    whole = train("whole", *flags)
+    assert whole.returncode == 0, whole.stderr
+    told = records(tmp_path / "runs/whole", "spike")
+    assert told and min(told) > 100 and all(r["skipped"] and r["excess"] > 1 for r in told.values())
+    assert all(f"step {step}: the loss of " in whole.stderr for step in told)
+    results = json.loads((tmp_path / "runs/whole/run.json").read_text())["results"]
+    assert results["spikes"] == results["skipped_steps"] == len(told)
+    assert train("cut", *flags, "--max_iters=120", "--lr_decay_iters=140", "--warmup_iters=14").returncode == 0
+    assert train("cut", "--init_from=resume", "--max_iters=140").returncode == 0
+    assert curve(tmp_path / "runs/whole") == curve(tmp_path / "runs/cut")  # the running mean goes on too
+    assert told.keys() == records(tmp_path / "runs/cut", "spike").keys()
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_path, train, data_dir, sent):
     flags = ["--max_iters=300", "--eval_interval=100", "--dropout=0.1"]
@@ -254,6 +270,26 @@ def test_two_processes_train_as_one(tmp_path, train, data_dir):
     a, b = (records(tmp_path / "runs" / n, "eval") for n in ("one", "two"))
     assert a[20]["val_loss"] == pytest.approx(b[20]["val_loss"], rel=1e-4)
     assert json.loads((tmp_path / "runs/two/run.json").read_text())["hardware"]["world_size"] == 2
+
+
+@pytest.mark.long
+def test_torchrun_starts_a_run_again_and_it_goes_on_by_itself(tmp_path, train, data_dir):
+    flags = ["--max_iters=300", "--eval_interval=25", "--gradient_accumulation_steps=2"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    rest = [ROOT / "train.py", *TINY, f"--data_dir={data_dir}", *flags]
+    assert run_python(*command, *rest, "--run_name=whole", cwd=tmp_path).returncode == 0
+    process = subprocess.Popen([sys.executable, *command, "--max-restarts=2", *rest, "--run_name=cut"], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    for line in process.stdout:
+        if line.startswith("step     60/"):
+            ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+            os.kill(int(ranks[1]), signal.SIGKILL)
+            break
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "resumed from" in out and "lost rank 1" in err
+    assert curve(tmp_path / "runs/whole") == curve(tmp_path / "runs/cut")
+    assert json.loads((tmp_path / "runs/cut/run.json").read_text())["status"] == "finished"
 
 
 def test_help_lists_every_key_without_loading_torch():
