@@ -174,6 +174,8 @@ def train(config, machine, watch):
                                    (machine.memory() or {}).get("peak") or 0 if logged else 0, saves.ended, grad_norm)
             grad_norm = next((norm for norm in all_know.grad_norms if not math.isfinite(norm)), grad_norm)
             if not math.isfinite(grad_norm + all_know.loss) and not (scaler.is_enabled() and scaler.get_scale() > 1):
+                if outcome := saves.wait():  # what is being saved is good still
+                    note_save(*outcome)
                 raise NonFiniteError(
                     f"step {done}: loss {all_know.loss:g}, gradient norm {grad_norm:g} at learning rate {rate:.3g}"
                     f"{where_not_finite(all_know.bad, objective, machine, step)}: stopped before the update (try a "
@@ -247,8 +249,10 @@ def main(config):
         raise located(error, config.explicit) from None
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, a CPU's has no name
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-            raise UserError(memory_advice(config.batch_size, config.gradient_accumulation_steps, config.data_processes,
-                                          config.activation_checkpointing, config.use_zero1, config.use_fsdp)) from None
+            told = UserError(memory_advice(config.batch_size, config.gradient_accumulation_steps, config.data_processes,
+                                           config.activation_checkpointing, config.use_zero1, config.use_fsdp))
+            told.alike = False  # one process may be the first to run out
+            raise told from None
         raise
     parallel.shut_down()
 

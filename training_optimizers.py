@@ -96,6 +96,8 @@ class Spikes:
 
     def __call__(self, loss):
         """How many standard deviations `loss` lies above the mean, if that is a spike; None if not. Notes the loss."""
+        if not math.isfinite(loss):  # float16 with a scale too large: the scaler's affair
+            return None
         count, mean, variance = self.state["count"], self.state["mean"], self.state["variance"]
         deviation = max(math.sqrt(variance), 1e-3 * abs(mean))
         excess = (loss - mean) / deviation if count >= self.HORIZON and deviation else 0.0

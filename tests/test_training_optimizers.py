@@ -164,6 +164,7 @@ def test_a_spike_is_a_loss_far_above_its_running_mean():
     assert spikes.state["mean"] == pytest.approx(3.0, abs=0.05) and spikes.state["variance"] ** 0.5 == pytest.approx(
         0.1, rel=0.3)
     assert spikes(2.0) is None  # downwards is progress
+    assert spikes(float("nan")) is None and spikes(float("inf")) is None and math.isfinite(spikes.state["mean"])
     assert spikes(4.5) > 6.0
     assert spikes(3.0) is None
 
