@@ -24,7 +24,7 @@ def make_run(tmp_path):
     """make_run(tokenizer, {step: model}) -> a run directory with their checkpoints, `best` the step of least loss."""
     def make(tokenizer, models, best=None):
         for step, model in models.items():
-            config = SimpleNamespace(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99)
+            config = SimpleNamespace(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99, use_zero1=False)
             description = {"model": model.built().flat(), "tokenizer": tokenizer.to_meta()}
             path = checkpoint.Checkpoints(tmp_path / "run").save(
                 model, build_optimizer(model, config, torch.device("cpu")),
