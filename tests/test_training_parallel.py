@@ -183,7 +183,8 @@ EVERYTHING = [  # what tensor parallelism must part or leave whole, in as few mo
     ["--position_encoding=alibi", "--qk_norm=projection", "--attn_gate=headwise", "--value_embeddings=1", "--bias=True",
      "--n_kv_head=2", "--attention_backend=manual", "--norm_position=sandwich", "--ffn_type=standard"],
     ["--arch_preset=gemma3", "--qk_norm=head", "--attn_gate=elementwise", "--value_embeddings=1", "--x0_mix=True",
-     "--weight_tying=True", "--init=mup", "--qkv_bias=True", "--gradient_accumulation_steps=4"],
+     "--weight_tying=True", "--init=mup", "--qkv_bias=True", "--gradient_accumulation_steps=4",
+     "--gradient_log_interval=1"],
 ]
 
 
@@ -196,25 +197,24 @@ def curves(tmp_path, mode, flags):
     return [bench_parallel.curve(tmp_path / mode / str(i)) for i in range(len(flags))]
 
 
-def test_every_mode_computes_what_one_process_does(tmp_path):
-    flags = [*EVERYTHING, ["--gradient_log_interval=1", "--packing=documents", "--grad_clip=0.1"]]
-    single = curves(tmp_path, "single", flags)
-    found = {mode: curves(tmp_path, mode, flags) for mode in ("DDP", "ZeRO-1", "FSDP", "TP")}
-    for mode, each in found.items():
-        for i, (a, b) in enumerate(zip(each, single, strict=True)):
-            assert a == [pytest.approx(step, rel=1e-4) for step in b], (mode, flags[i])
-    assert found["DDP"] == found["ZeRO-1"]  # to the last bit
-    layers = [records(tmp_path / mode / "2", "gradients")[3]["layers"] for mode in ("single", *found)]
+def test_a_model_in_parts_computes_what_one_process_does(tmp_path):
+    single = curves(tmp_path, "single", EVERYTHING)
+    for mode in ("FSDP", "TP"):
+        for i, (a, b) in enumerate(zip(curves(tmp_path, mode, EVERYTHING), single, strict=True)):
+            assert a == [pytest.approx(step, rel=1e-4) for step in b], (mode, EVERYTHING[i])
+    layers = [records(tmp_path / mode / "1", "gradients")[3]["layers"] for mode in ("single", "FSDP", "TP")]
     for other in layers[1:]:
         assert other == {name: pytest.approx(values, rel=1e-3) for name, values in layers[0].items()}
 
 
-def test_dropout_is_the_same_however_many_processes_share_the_step(tmp_path):
-    flags = [["--dropout=0.3", "--gradient_accumulation_steps=4"]]
-    (one,), (two,), (parted,) = (curves(tmp_path, mode, flags) for mode in ("single", "DDP", "FSDP"))
-    (without,) = curves(tmp_path / "without", "single", [["--gradient_accumulation_steps=4"]])
-    assert two == [pytest.approx(step, rel=1e-5) for step in one] == parted
-    assert abs(one[0][0] / without[0][0] - 1) > 1e-4
+def test_several_processes_are_one_with_dropout_and_packing(tmp_path):
+    flags = [["--dropout=0.3", "--gradient_accumulation_steps=4"], ["--gradient_accumulation_steps=4"],
+             ["--packing=documents", "--grad_clip=0.1"]]
+    single, ddp, zero1 = (curves(tmp_path, mode, flags) for mode in ("single", "DDP", "ZeRO-1"))
+    for a, b in zip(ddp, single, strict=True):
+        assert a == [pytest.approx(step, rel=1e-5) for step in b]
+    assert ddp == zero1  # to the last bit
+    assert abs(single[0][0][0] / single[1][0][0] - 1) > 1e-4  # and there was dropout
 
 
 @pytest.mark.long
