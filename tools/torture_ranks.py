@@ -52,7 +52,7 @@ class Fault:
     """
 
     def __init__(self, said, rank):
-        self.said, self.rank, self.fired = said, rank, False
+        self.said, self.rank, self.fired, self.step = said, rank, False, 0
         self.kind, self.phase, self.n = said.get("kind"), said.get("phase"), said.get("n", 0)
         self.counts, self.here = {}, threading.local()  # events by phase; the phases this thread is in
         self.entered, self.left_calls = 0, None  # of a phase of the loop: how often it was, C calls to go
@@ -71,6 +71,7 @@ class Fault:
 
         def enter_and_look(watch, phase, step=None):
             enter(watch, phase, step)
+            self.step = watch.step
             self.loop_enters(phase)
 
         def leave_and_tell(watch, *error):
@@ -148,7 +149,7 @@ class Fault:
             return
         self.fired = True
         with open(f"fired{self.rank}", "a") as f:  # the launcher counts these
-            f.write(f"{phase} {newest(self.said['run_dir'])}\n")
+            f.write(f"{phase} {self.step} {newest(self.said['run_dir'])}\n")
         if self.kind in ("kill", "signal"):
             number = self.said.get("number", signal.SIGKILL)
             if self.said["victim"] == "other":
