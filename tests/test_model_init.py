@@ -13,7 +13,7 @@ WIDTHS = (64, 128, 256, 512)
 
 
 class Run:  # of a configuration, what build_optimizer reads
-    learning_rate, weight_decay, beta1, beta2 = 1e-2, 0.0, 0.9, 0.95
+    learning_rate, weight_decay, beta1, beta2, use_zero1 = 1e-2, 0.0, 0.9, 0.95, False
 
 
 def change(width, seed, **overrides):
