@@ -121,5 +121,5 @@ def gradient_statistics(model):
         return get_total_norm([whole(get_total_norm([t])) for t in tensors]).item()
 
     return {layer: {"grad_norm": norm([p.grad for p in ps]),
-                    "grad_max": max(whole(p.grad.abs().max()).item() for p in ps),
+                    "grad_max": max(whole(p.grad).abs().max().item() for p in ps),
                     "weight_norm": norm([p.detach() for p in ps])} for layer, ps in layers.items()}
