@@ -150,7 +150,8 @@ class TensorFile(ReservedFile):
         for key, (dtype, shape) in self.layout.items():
             tensor = read(key)
             assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape), key
-            self.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))  # one element: any stride
+            self.write(flat.view(torch.uint8).numpy())
         return self.finish()
 
 
