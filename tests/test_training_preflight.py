@@ -91,7 +91,8 @@ def pretended(processes, rank=0):
 @pytest.mark.parametrize("flags, name, kind", [
     ([], "DDP", "none"), (["--use_zero1", "--activation_checkpointing=full"], "ZeRO-1", "full"),
     (["--use_fsdp", "--activation_checkpointing=selective"], "FSDP", "selective"),
-    (["--tensor_parallel=8", "--n_head=8"], "TP8", "none"), (["--use_fsdp", "--tensor_parallel=2"], "FSDP × TP2", "none"),
+    (["--tensor_parallel=8", "--n_head=8"], "TP8", "none"),
+    (["--use_fsdp", "--tensor_parallel=2"], "FSDP × TP2", "none"),
     (["--dry_run_gpus=1"], "single", "none"), (["--dry_run_gpus=1", "--use_fsdp"], "FSDP", "none")],
     ids=lambda x: " ".join(x) if isinstance(x, list) else x)
 def test_the_mode_is_that_of_the_keys(flags, name, kind):
