@@ -1,6 +1,6 @@
 """What may happen to a run from outside: signals, a peer that dies or hangs, this process's own standstill.
 
-Every process has a `Watch`. It tells the others once a second, through the store that torchrun keeps, where it is; it
+Every process has a `Watch`. It tells the others twice a second, through the store that torchrun keeps, where it is; it
 asks about them only when something is wrong. What the processes must decide alike they decide in `agree`, once a step.
 """
 
@@ -214,13 +214,13 @@ class Watch:
         return [(rank, after[rank]["step"], after[rank]["phase"]) for rank in silent or behind]
 
     def _peers(self):
-        peers = {}
-        if self.store is not None:
+        peers, store = {}, self.store  # the other thread may give it up meanwhile
+        if store is not None:
             for rank in range(self.machine.world_size):
                 key = f"beat/{rank}"
                 with contextlib.suppress(RuntimeError, ValueError):
-                    if rank != self.machine.rank and self.store.check([key]):
-                        peers[rank] = json.loads(self.store.get(key))
+                    if rank != self.machine.rank and store.check([key]):
+                        peers[rank] = json.loads(store.get(key))
         return peers
 
     def _line(self, lost, why):
