@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import DataError, UserError, did_you_mean, shown
+from errors import DataError, UserError, did_you_mean, first_line, shown
 
 ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")  # tiktoken's, fetched once, then cached
 # How an exported SentencePiece BPE is split before merging: in front of spaces, across which it has no pieces either.
@@ -335,7 +335,3 @@ def needed(module):
         package = module.partition(".")[0]
         raise UserError(f"this needs the package {package}, which cannot be imported: {first_line(error)} "
                         f"(pip install {package})") from None
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data_filters import compiled, removed_by
-from data_tokenizer import first_line, utf8
-from errors import DataError
+from data_tokenizer import utf8
+from errors import DataError, first_line
 from files import sync, write_json
 
 SPLITS = ("train", "val")

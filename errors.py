@@ -77,6 +77,11 @@ def shown(value):
     return text if len(text) <= 80 else f"{text[:60]}…{text[-10:]}"
 
 
+def first_line(error):
+    """The first line of what an exception of a library says, for a message of ours; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 @contextlib.contextmanager
 def told_in_one_line(leave=sys.exit):
     """Turn a `UserError` (or Ctrl-C) inside the block into one line on stderr and its exit code."""

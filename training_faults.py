@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from errors import DataError, PeerLostError
+from errors import DataError, PeerLostError, first_line
 from training_parallel import START_LIMIT, leave
 
 BEAT = 0.5  # seconds between two signs of life
@@ -30,7 +30,6 @@ class Agreement(NamedTuple):
     """What all processes know alike after a step; lists are by rank."""
 
     loss: float
-    losses: list  # each rank's share
     grad_norms: list  # alike but where memory or a link failed
     bad: list  # number of the first micro-batch whose loss is not finite; without one 0 if the gradient is not, or -1
     stop: str | None  # the signal that asks for an end
@@ -88,8 +87,8 @@ class Watch:
             bads = [-1 if math.isfinite(norm) else 0 for norm in norms]
         number = next((int(n) for n in signals if n), 0)
         stop = number and ("the launcher's end" if number == LAUNCHER_GONE else signal.Signals(number).name)
-        return Agreement(sum(losses) / self.machine.tensor_parallel, list(losses), list(norms),
-                         [int(b) for b in bads], stop or None, all(saves), list(times), list(peaks))
+        return Agreement(sum(losses) / self.machine.tensor_parallel, list(norms), [int(b) for b in bads], stop or None,
+                         all(saves), list(times), list(peaks))
 
     # ------------------------------------------------------------ signals
 
@@ -258,7 +257,3 @@ def is_broken_connection(error):
     words = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError)
                                                  and any(word in str(error) for word in words))
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

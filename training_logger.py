@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from errors import UserError
+from errors import UserError, first_line
 from files import write_json
 
 SCHEMA_VERSION = 1
@@ -436,10 +436,6 @@ def teardown():
     """End wandb's own process, and with it what wandb would do at the interpreter's end, however long it took."""
     with contextlib.suppress(Exception):
         getattr(sys.modules["wandb"], "teardown", lambda: None)()
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def flatten(values, prefix=""):

@@ -64,10 +64,6 @@ class Machine:
         dist.all_reduce(total)
         return total.tolist()
 
-    def any(self, flag):
-        """Whether `flag` holds on any process."""
-        return self.sum(float(bool(flag)))[0] > 0
-
     def exchange(self, value, group=None):
         """[the `value` of rank 0, of rank 1, …] on every process; a value is what JSON can say.
 
@@ -112,11 +108,6 @@ class Machine:
             error.exit_code = outcome["exit_code"]
             raise error
         return outcome["result"]
-
-    def barrier(self):
-        """Wait for the other processes."""
-        if self.world_size > 1:
-            dist.barrier()
 
     def name(self):
         """The device, in words."""

@@ -150,7 +150,7 @@ def main(folder):
         run = folder / f"{mode}{n}"
         if machine.is_main:
             run.mkdir()
-        machine.barrier()
+        dist.barrier()
         path = checkpoint.Checkpoints(run, machine).save(model, optimizer, state(3))
         index = checkpoint.read_index(path)
         check_equal({key: index.read(key) for key in index.entries}, reference)
@@ -175,7 +175,7 @@ def main(folder):
         run = folder / f"tied-{mode}{n}"
         if machine.is_main:
             run.mkdir()
-        machine.barrier()
+        dist.barrier()
         checkpoints = checkpoint.Checkpoints(run, machine)
         again = make("plain", 2, "gpt2")
         path = checkpoints.save(model, optimizer, state(0))
@@ -196,7 +196,7 @@ def main(folder):
     if machine.is_main:
         one.mkdir()
         two.mkdir()
-    machine.barrier()
+    dist.barrier()
     in_background = checkpoint.Checkpoints(two, machine, asynchronous=True)
     synchronous = checkpoint.Checkpoints(one, machine)
     for step in (2, 4):
@@ -224,7 +224,7 @@ def main(folder):
                 in_background.save(model, optimizer, state(8))
                 step, problem = in_background.wait()
                 assert step == 8 and problem.startswith(f"rank {rank}: cut"), problem
-        machine.barrier()
+        dist.barrier()
         for run in (one, two):
             assert sorted(p.name for p in (run / "checkpoints").iterdir())[-1] < "step_00000008", name
             assert not list((run / "checkpoints").glob(".*"))
@@ -238,7 +238,7 @@ def main(folder):
     if machine.is_main:
         damaged = sorted((two / "checkpoints").iterdir())[-1] / "state.json"
         damaged.write_bytes(damaged.read_bytes()[:-1])
-    machine.barrier()
+    dist.barrier()
     assert checkpoint.find_newest(two, machine).name == "step_00000004"
     model = optimizer = None  # what outlives the group could abort the interpreter
     parallel.shut_down()

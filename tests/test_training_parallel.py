@@ -119,7 +119,6 @@ assert machine.world_size == 2 and machine.device.type == "cpu" and machine.is_m
 assert machine.sum(rank + 1, 0.25) == [3.0, 0.5]
 assert machine.sum(2**53 if rank else 1 - 2**53) == [1.0]  # exactly, in float64
 assert machine.exchange({"rank": rank, "text": "ä" * rank}) == [{"rank": 0, "text": ""}, {"rank": 1, "text": "ä"}]
-assert machine.any(False) is False and machine.any(rank == 1) is True and machine.any(True) is True
 assert machine.gather([rank, 0.5]) == [[0.0, 0.5], [1.0, 0.5]]
 assert machine.on_main(lambda: {"rank": rank}) == {"rank": 0}
 
@@ -137,7 +136,7 @@ with Watch(machine, config) as watch, watch.training():
     if rank == 1:
         signal.raise_signal(signal.SIGTERM)
     known = watch.agree([1.0, float("nan")] if rank else [0.25, 0.5], rank, 10 * rank, saved=rank == 1)
-    assert known.stop == "SIGTERM" and known.bad == [-1, 1] and known.losses[0] == 0.75 and known.loss != known.loss
+    assert known.stop == "SIGTERM" and known.bad == [-1, 1] and known.loss != known.loss
     assert known.step_times == [0.0, 1.0] and known.memory == [0.0, 10.0] and not known.saved
     known = watch.agree([0.5], grad_norm=float("inf") if rank else 1.0)
     assert known.grad_norms == [1.0, float("inf")] and known.bad == [-1, 0] and known.loss == 1.0
@@ -163,7 +162,6 @@ def train():
         assert model.weight.grad.item() == (7.5 if now else (rank + 1) ** 2), model.weight.grad
 
 train()
-machine.barrier()
 parallel.shut_down()
 print("agreed\\n", end="")  # one write: the two share a pipe
 """

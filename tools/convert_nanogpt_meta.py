@@ -13,9 +13,9 @@ from pathlib import Path
 
 from data_loader import open_bare
 from data_prepare import is_bare
-from data_tokenizer import CharTokenizer, first_line, load_tokenizer
+from data_tokenizer import CharTokenizer, load_tokenizer
 from data_writer import SPLITS
-from errors import ArgumentParser, DataError, told_in_one_line
+from errors import ArgumentParser, DataError, first_line, told_in_one_line
 from files import write_json
 
 LARGEST = 2**24  # bytes of a meta.pkl: that of all of Unicode is smaller

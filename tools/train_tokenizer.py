@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from data_sources import files_parts
-from data_tokenizer import SentencePieceTokenizer, TiktokenTokenizer, first_line, needed, packed, to_ranks
-from errors import ArgumentParser, DataError, UserError, told_in_one_line
+from data_tokenizer import SentencePieceTokenizer, TiktokenTokenizer, needed, packed, to_ranks
+from errors import ArgumentParser, DataError, UserError, first_line, told_in_one_line
 from files import write_bytes
 
 SENTENCE_BYTES = 4000  # the trainer's memory is that of its longest sentence; documents are cut at line ends
