@@ -242,7 +242,7 @@ def main(folder):
     assert checkpoint.find_newest(two, machine).name == "step_00000004"
     model = optimizer = None  # what outlives the group could abort the interpreter
     parallel.shut_down()
-    print("agreed", flush=True)
+    print("agreed\n", end="", flush=True)  # one write: they share a pipe
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and the tests run side by side
 
+from forked import run_train
+
 from data_prepare import write_dataset
 from data_sources import SHAKESPEARE
 from data_tokenizer import ByteTokenizer, load_tokenizer
@@ -88,11 +90,15 @@ def records(run_dir, kind="step"):
 
 
 @pytest.fixture
-def train(tmp_path, data_dir):
-    """train(name, *flags) -> the finished process of a tiny run in tmp_path/runs/name."""
-    def run(name, *flags, **kwargs):
-        return run_python(ROOT / "train.py", *TINY, f"--data_dir={data_dir}", f"--run_name={name}", *flags,
-                          cwd=tmp_path, **kwargs)
+def train(tmp_path, tmp_path_factory, data_dir):
+    """train(name, *flags, env={}) -> the finished process of a tiny run in tmp_path/runs/name."""
+    output = tmp_path_factory.mktemp("output") / "train"
+
+    def run(name, *flags, env=None):
+        argv = [*TINY, f"--data_dir={data_dir}", f"--run_name={name}", *map(str, flags)]
+        if any(key.startswith("PYTHON") for key in env or ()):  # which an interpreter reads at its start
+            return run_python(ROOT / "train.py", *argv, cwd=tmp_path, env=env)
+        return run_train(argv, tmp_path, environment(**(env or {})), output)
     return run
 
 

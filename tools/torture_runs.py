@@ -18,7 +18,7 @@ from pathlib import Path
 import training_checkpoint as checkpoint
 from data_prepare import write_dataset
 from data_tokenizer import ByteTokenizer
-from errors import CheckpointError
+from errors import CheckpointError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = {"single": (1, []), "ddp": (2, []), "zero1": (2, ["--use_zero1=True"]), "fsdp": (2, ["--use_fsdp=True"]),
@@ -67,13 +67,24 @@ class Server:
 
     def _ask(self, **what):
         with self.lock:
-            self.process.stdin.write(json.dumps(what) + "\n")
+            try:
+                self.process.stdin.write(json.dumps(what) + "\n")
+            except BrokenPipeError:
+                raise self._gone() from None
+
+    def _gone(self):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)
+        code = self.process.poll()
+        return UserError("the process that forks the ranks " + ("does not answer" if code is None else
+                                                               f"ended with exit code {code}"))
 
     def start(self, ranks):
         number = next(self.number)
         self._ask(id=number, ranks=ranks)
         with self.lock:
-            assert self.lock.wait_for(lambda: number in self.started, PATIENCE), "the server of ranks is gone"
+            if not self.lock.wait_for(lambda: number in self.started, PATIENCE):
+                raise self._gone()
             return self.started.pop(number)
 
     def signal(self, ranks, number):

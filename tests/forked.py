@@ -1,0 +1,44 @@
+"""train.py in a process forked from one that has torch loaded: the seconds of loading it, once for all tests.
+
+Such a process is train.py as `__main__`, but for the interpreter's start and end; that these go well is for
+tools.torture to show, and for the tests that start a process of their own.
+"""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["forked", "torch._dynamo", "training_checkpoint", "training_faults", "training_logger",
+                               "training_objectives", "training_optimizers", "training_preflight", "training_profile"])
+
+
+def become(argv, cwd, env, output):
+    """Be `python train.py *argv`, its standard streams `output`.out and .err."""
+    for descriptor, path in ((0, os.devnull), (1, f"{output}.out"), (2, f"{output}.err")):
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 (multiprocessing puts another in its place)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = [str(ROOT / "train.py"), *argv]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def run_train(argv, cwd, env, output, timeout=240):
+    """`subprocess.run` of train.py, in a forked process; the finished process, its output as text."""
+    process = SERVER.Process(target=become, args=(argv, str(cwd), env, str(output)))
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise subprocess.TimeoutExpired(argv, timeout)
+    said = [Path(f"{output}.{kind}").read_text() for kind in ("out", "err")]
+    return subprocess.CompletedProcess(argv, process.exitcode, *said)
