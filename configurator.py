@@ -171,9 +171,10 @@ class Config:
         processes, tensor = self.processes, self.tensor_parallel
         if self.use_zero1 and self.use_fsdp:
             raise ConfigError("use_zero1", "True has no place beside use_fsdp=True, which shares out the optimizer's "
-                                           "state too (drop one of them)")
+                                           "state too (--use_zero1=False or --use_fsdp=False)")
         if processes % tensor:
-            raise ConfigError("tensor_parallel", f"{tensor} does not divide the {processes} processes of the run")
+            raise ConfigError("tensor_parallel", f"{tensor} does not divide the {processes} processes of the run "
+                                                 "(--tensor_parallel=1 does)")
         if tensor > 1:
             for name in ("n_head", "n_kv_head", "d_ff"):
                 if getattr(self.model.resolve(), name) % tensor:
