@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import checkpoint_ranks
 import pytest
 import torch
+from checkpoint_ranks import learn, state
 from conftest import ROOT, TINY, environment, run_python
 from safetensors.torch import load_file
 
@@ -36,19 +37,6 @@ def make(preset="llama", seed=1):
     config = get_preset(preset, n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=32)
     model = build_model(config, seed)
     return model, build_optimizer(model, CONFIG, torch.device("cpu"))
-
-
-def learn(model, optimizer, steps):
-    for step in steps:
-        x = torch.randint(32, (2, 9), generator=torch.Generator().manual_seed(step))
-        model(x[:, :-1], x[:, 1:])[1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def state(step, best=None):
-    return {"step": step, "tokens": 16 * step, "best": best and {"step": best, "val_loss": 1.0}, "scaler": None,
-            "data": "0" * 64, "description": {}}
 
 
 def save(run_dir, model, optimizer, state, **options):
@@ -666,7 +654,7 @@ def of_one_process(tmp_path_factory):
     """A folder for checkpoint_ranks.py, with what one process saved in it."""
     folder = tmp_path_factory.mktemp("ranks")
     model, optimizer = checkpoint_ranks.make("plain")
-    checkpoint_ranks.learn(model, optimizer, range(3))
+    learn(model, optimizer, range(3))
     (folder / "plain").mkdir()
     save(folder / "plain", model, optimizer, state(3))
     return folder
@@ -683,7 +671,7 @@ def test_what_any_mode_saves_on_any_number_of_ranks_every_other_loads(of_one_pro
         model, optimizer = checkpoint_ranks.make("plain", 6)
         checkpoint.load(checkpoint.find_newest(of_one_process / f"{mode}{ranks}"), model, optimizer)
         assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
-        checkpoint_ranks.learn(model, optimizer, [3])
+        learn(model, optimizer, [3])
 
 
 # ---- the export
