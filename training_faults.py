@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from errors import DataError, PeerLostError, first_line
-from training_parallel import START_LIMIT, leave
+from training_parallel import START_LIMIT, launchers_store, leave
 
 BEAT = 0.5  # seconds between two signs of life
 SILENCE = 4 * BEAT  # how long no sign must come from a peer that is to be called silent
@@ -60,7 +60,7 @@ class Watch:
         self.alone = machine.world_size == 1
         self.ended = threading.Event()
         self.progress = time.monotonic()
-        self.store = None if self.alone else own_store()
+        self.store = None if self.alone else own_store(machine.launch)
 
     # ------------------------------------------------------------ what the run says
 
@@ -243,13 +243,13 @@ class Watch:
 LAUNCHER_GONE = 1000  # in the place of a signal's number
 
 
-def own_store():
-    """A connection of the watch's own to the store of the rendezvous: one that waits would hold up the run's."""
+def own_store(launch):
+    """The store of the rendezvous, by a connection of the watch's own: one that waits would hold up the run's."""
     try:
-        return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                             wait_for_workers=False)
+        store = launchers_store()
     except (RuntimeError, KeyError, ValueError):  # another kind of rendezvous: no signs of life, the limits stay
         return None
+    return dist.PrefixStore(launch, store) if launch else store
 
 
 def is_broken_connection(error):

@@ -8,14 +8,16 @@ import os
 import random
 import shutil
 import sys
+import time
 import typing
+import uuid
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import ConfigError, UserError
+from errors import ConfigError, PeerLostError, UserError
 from model_config import ATTENTION_BACKEND
 from model_recompute import recompute
 
@@ -34,6 +36,7 @@ class Machine:
     tf32: bool
     compile: bool
     tensor_parallel: int = 1  # neighbouring ranks that share each matrix, and read the same data
+    launch: str | None = None  # what the keys of this launch begin with in a store that outlives it: `this_launch`
     beat: typing.Callable = bool  # called wherever work goes on, for `Watch` to see
 
     @property
@@ -141,19 +144,63 @@ def init(config):
     compile = device.type == "cuda" and config.tensor_parallel == 1 if config.compile is None else config.compile
     if compile and not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++", "gcc", "cl") if c):
         raise ConfigError("compile", "torch.compile needs a C++ compiler and none is on the PATH (--compile=False)")
+    launch = None
     if world_size > 1 or config.use_fsdp or config.use_zero1:
         missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
         if missing and world_size > 1:
             raise UserError(f"WORLD_SIZE={world_size} without {', '.join(missing)}: several processes are started by "
                             "torchrun --nproc_per_node=N train.py …")
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if missing else {}
+        limit = datetime.timedelta(seconds=2 * max(START_LIMIT, config.save_timeout))
+        store = dist.HashStore() if missing else None
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = launchers_store(timeout=limit)
+            launch = this_launch(store, rank, world_size, limit)
+            store = dist.PrefixStore(launch, store)
         # gloo beside nccl: what processes tell each other about the run never waits for a GPU.
         # The limit is there for what Watch cannot see; Watch's own are shorter.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                device_id=device if device.type == "cuda" else None,
-                                timeout=datetime.timedelta(seconds=2 * max(START_LIMIT, config.save_timeout)), **alone)
+                                device_id=device if device.type == "cuda" else None, timeout=limit,
+                                **({"store": store, "rank": rank, "world_size": world_size} if store else {}))
     return Machine(rank, local_rank, world_size, device, dtype, config.tf32 and device.type == "cuda", compile,
-                   config.tensor_parallel)
+                   config.tensor_parallel, launch)
+
+
+def launchers_store(**options):
+    """A new connection to the store of the rendezvous."""
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                         wait_for_workers=False, **options)
+
+
+def this_launch(store, rank, world_size, limit):
+    """A name that the processes of this launch share and those of no earlier one, through the `store` they all had.
+
+    torchrun keeps one store over its restarts, and torch its keys without saying of which: a process would meet the
+    address of one that was killed. Here each draws a name; rank 0 answers whoever shows up with its own, until all
+    have answered back: those of an earlier launch, which are dead, never do. limit: a timedelta; `PeerLostError`
+    when it is over.
+    """
+    own, until = uuid.uuid4().hex, time.monotonic() + limit.total_seconds()
+    if rank:
+        store.set(f"here/{rank}", own)
+        try:
+            store.wait([f"launch/{own}"], limit)
+        except dist.DistStoreError:
+            raise PeerLostError(f"rank {rank}: no sign of rank 0 in {limit.total_seconds():.0f} s") from None
+        launch = store.get(f"launch/{own}").decode()
+        store.set(f"joined/{launch}/{rank}", "")
+        return launch
+    absent = set(range(1, world_size))
+    while absent:
+        if time.monotonic() > until:
+            raise PeerLostError(f"rank 0: no sign of rank {min(absent)} in {limit.total_seconds():.0f} s"
+                                + (f", nor of {len(absent) - 1} more" if len(absent) > 1 else ""))
+        for peer in sorted(absent):
+            if store.check([f"joined/{own}/{peer}"]):
+                absent.remove(peer)
+            elif store.check([f"here/{peer}"]):
+                store.set(f"launch/{store.get(f'here/{peer}').decode()}", own)
+        time.sleep(0.01)
+    return own
 
 
 def shut_down():

@@ -272,14 +272,23 @@ def test_two_processes_train_as_one(tmp_path, train, data_dir):
     assert json.loads((tmp_path / "runs/two/run.json").read_text())["hardware"]["world_size"] == 2
 
 
+LATE = """
+import os, time
+if os.environ.get("RANK") == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+    time.sleep(3)  # the other rank finds in the store what this one's forerunner has left there
+"""
+
+
 @pytest.mark.long
 def test_torchrun_starts_a_run_again_and_it_goes_on_by_itself(tmp_path, train, data_dir):
     flags = ["--max_iters=300", "--eval_interval=25", "--gradient_accumulation_steps=2"]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     rest = [ROOT / "train.py", *TINY, f"--data_dir={data_dir}", *flags]
     assert run_python(*command, *rest, "--run_name=whole", cwd=tmp_path).returncode == 0
+    (tmp_path / "sitecustomize.py").write_text(LATE)
     process = subprocess.Popen([sys.executable, *command, "--max-restarts=2", *rest, "--run_name=cut"], cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=environment(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}"))
     for line in process.stdout:
         if line.startswith("step     60/"):
             ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()

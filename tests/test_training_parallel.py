@@ -1,13 +1,19 @@
 """The machine under a run: what it chooses, what it refuses, what its processes agree on."""
 
+import datetime
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, records, run_python
 
-from errors import ConfigError
+from errors import ConfigError, PeerLostError
 from model_config import PRESETS
 from tools import bench_parallel
-from training_parallel import Machine, choose_device, choose_dtype, process_memory, seed_micro_batch
+from training_parallel import Machine, choose_device, choose_dtype, process_memory, seed_micro_batch, this_launch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -173,6 +179,35 @@ def test_two_processes_agree(tmp_path):
                       cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["agreed"] * 2
+
+
+def test_a_launch_has_a_name_of_its_own_in_a_store_that_outlives_it():
+    """Whatever earlier launches left there, and however late the processes come."""
+    store, names = dist.HashStore(), []
+
+    def launch(ranks, size, seconds=60.0):
+        limit = datetime.timedelta(seconds=seconds)
+
+        def join(rank):
+            time.sleep(random.random() / 20)
+            try:
+                return this_launch(store, rank, size, limit)
+            except PeerLostError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(size) as pool:
+            return list(pool.map(join, ranks))
+
+    for size in (1, 4, 4, 2, 5):
+        name, *others = launch(range(size), size)
+        assert others == [name] * (size - 1) and name not in names
+        names.append(name)
+        # … and one that was cut short: what it has said is in the store
+        if size > 2:
+            assert launch([0, 1], size, 0.2)[0] == "rank 0: no sign of rank 2 in 0 s" + (
+                f", nor of {size - 3} more" if size > 3 else "")
+            assert set(launch(range(1, size), size, 0.2)) <= {f"rank {r}: no sign of rank 0 in 0 s"
+                                                              for r in range(1, size)}
 
 
 # ---- the modes
