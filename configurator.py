@@ -330,9 +330,10 @@ def world_size():
     return int(size)
 
 
-def load_config(argv):
+def load_config(argv, restarted=False):
     """The `Config` that `argv` (the command line without the program's name) asks for.
 
+    restarted: the launch that asks has begun the run before, so that it goes on as with --resume=auto.
     Raises `UserError` for every mistake. `--help` prints every key and leaves with exit code 0.
     """
     files, flags = split_arguments(argv)
@@ -346,7 +347,7 @@ def load_config(argv):
     recorded, elsewhere = {}, "defaults"
     if given.get("run_name"):
         run = Path(given.get("out_dir", Config.out_dir), given["run_name"])
-        if restarted(run):
+        if restarted:
             given["resume"] = "auto"
         if given.get("resume") == "auto" and begun(run):
             given["init_from"] = "resume"
@@ -363,17 +364,6 @@ def load_config(argv):
     now = config.flat()
     changed = {k: [recorded[k], now[k]] for k in now if k in recorded and recorded[k] != now[k]}
     return dataclasses.replace(config, changed=changed, forced=forced)
-
-
-def restarted(run):
-    """Whether torchrun started these processes in place of others that failed, and no other launch made the run."""
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if not count.isdecimal() or int(count) == 0:
-        return False
-    try:  # what was refused as a directory of another run is no more this one's the second time
-        return json.loads((run / "run.json").read_bytes())["launch"] == os.environ.get("TORCHELASTIC_RUN_ID")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return not begun(run)
 
 
 def begun(run):

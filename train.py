@@ -80,7 +80,7 @@ def train(config, machine, watch):
         "hardware": {"device": str(machine.device), "name": machine.name(), "world_size": machine.world_size,
                      "mode": parallel.mode(config, machine), "dtype": str(machine.dtype).removeprefix("torch."),
                      "tf32": machine.tf32, "compile": machine.compile, "peak_flops": peak, "peak_source": peak_source},
-        **environment(),
+        "launch": machine.first_launch, **environment(),
     }
     log = RunLog(run_dir, header, config, resumed, quiet=not machine.is_main)
     machine.on_main(lambda: checkpoint.check_room(run_dir, header["parameters"]["total"], config))
@@ -243,6 +243,9 @@ def main(config):
         if config.dry_run:
             sys.exit(preflight(config))
         machine = parallel.init(config)
+        if parallel.restarted(config, machine):
+            config = load_config(sys.argv[1:], restarted=True)
+        parallel.check_alike(config, machine)
         with Watch(machine, config) as watch:
             train(config, machine, watch)
     except ConfigError as error:

@@ -76,8 +76,7 @@ class RunLog:
                 header = self._go_on(header)
             self.started = time.time() - (self.results.get("wall_time") or 0)  # a resumed run's time adds up
             self.record = {"schema_version": SCHEMA_VERSION, "run_name": self.dir.name, "status": None,
-                           "status_reason": None, "created_at": utc_now(),
-                           "launch": os.environ.get("TORCHELASTIC_RUN_ID"), **header}  # whose restarts go on with it
+                           "status_reason": None, "created_at": utc_now(), **header}
             self.record |= {"status": "running", "status_reason": None}
             self._write_record()
         except OSError as error:

@@ -12,12 +12,14 @@ import time
 import typing
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import ConfigError, PeerLostError, UserError
+from configurator import begun
+from errors import ConfigError, PeerLostError, UserError, shown
 from model_config import ATTENTION_BACKEND
 from model_recompute import recompute
 
@@ -36,7 +38,8 @@ class Machine:
     tf32: bool
     compile: bool
     tensor_parallel: int = 1  # neighbouring ranks that share each matrix, and read the same data
-    launch: str | None = None  # what the keys of this launch begin with in a store that outlives it: `this_launch`
+    launch: str | None = None  # under torchrun: the name of this launch, and …
+    first_launch: str | None = None  # … of the one that its restarts take the place of: see `this_launch`
     beat: typing.Callable = bool  # called wherever work goes on, for `Watch` to see
 
     @property
@@ -144,25 +147,24 @@ def init(config):
     compile = device.type == "cuda" and config.tensor_parallel == 1 if config.compile is None else config.compile
     if compile and not any(shutil.which(c) for c in (os.environ.get("CXX"), "g++", "clang++", "gcc", "cl") if c):
         raise ConfigError("compile", "torch.compile needs a C++ compiler and none is on the PATH (--compile=False)")
-    launch = None
+    missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+    if missing and world_size > 1:
+        raise UserError(f"WORLD_SIZE={world_size} without {', '.join(missing)}: several processes are started by "
+                        "torchrun --nproc_per_node=N train.py …")
+    limit = datetime.timedelta(seconds=2 * max(START_LIMIT, config.save_timeout))
+    store, names = dist.HashStore() if missing else None, ()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not missing:
+        store = launchers_store(timeout=limit)
+        names = this_launch(store, rank, world_size, limit)
+        store = dist.PrefixStore(names[0], store)
     if world_size > 1 or config.use_fsdp or config.use_zero1:
-        missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
-        if missing and world_size > 1:
-            raise UserError(f"WORLD_SIZE={world_size} without {', '.join(missing)}: several processes are started by "
-                            "torchrun --nproc_per_node=N train.py …")
-        limit = datetime.timedelta(seconds=2 * max(START_LIMIT, config.save_timeout))
-        store = dist.HashStore() if missing else None
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            store = launchers_store(timeout=limit)
-            launch = this_launch(store, rank, world_size, limit)
-            store = dist.PrefixStore(launch, store)
         # gloo beside nccl: what processes tell each other about the run never waits for a GPU.
         # The limit is there for what Watch cannot see; Watch's own are shorter.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 device_id=device if device.type == "cuda" else None, timeout=limit,
                                 **({"store": store, "rank": rank, "world_size": world_size} if store else {}))
     return Machine(rank, local_rank, world_size, device, dtype, config.tf32 and device.type == "cuda", compile,
-                   config.tensor_parallel, launch)
+                   config.tensor_parallel, *names)
 
 
 def launchers_store(**options):
@@ -172,12 +174,12 @@ def launchers_store(**options):
 
 
 def this_launch(store, rank, world_size, limit):
-    """A name that the processes of this launch share and those of no earlier one, through the `store` they all had.
+    """(a name that the processes of this launch share and those of no other, that of the first in this `store`).
 
-    torchrun keeps one store over its restarts, and torch its keys without saying of which: a process would meet the
-    address of one that was killed. Here each draws a name; rank 0 answers whoever shows up with its own, until all
-    have answered back: those of an earlier launch, which are dead, never do. limit: a timedelta; `PeerLostError`
-    when it is over.
+    torchrun keeps one store over its restarts, and torch its keys there without saying of which: a process would meet
+    the address of one that was killed. Here each draws a name; rank 0 answers whoever shows up with its own, until all
+    have answered back: those of an earlier launch, which are dead, never do. limit: a timedelta; `PeerLostError` when
+    it is over.
     """
     own, until = uuid.uuid4().hex, time.monotonic() + limit.total_seconds()
     if rank:
@@ -188,7 +190,8 @@ def this_launch(store, rank, world_size, limit):
             raise PeerLostError(f"rank {rank}: no sign of rank 0 in {limit.total_seconds():.0f} s") from None
         launch = store.get(f"launch/{own}").decode()
         store.set(f"joined/{launch}/{rank}", "")
-        return launch
+        return launch, store.get("first").decode()
+    first = store.compare_set("first", "", own).decode()
     absent = set(range(1, world_size))
     while absent:
         if time.monotonic() > until:
@@ -200,7 +203,30 @@ def this_launch(store, rank, world_size, limit):
             elif store.check([f"here/{peer}"]):
                 store.set(f"launch/{store.get(f'here/{peer}').decode()}", own)
         time.sleep(0.01)
-    return own
+    return own, first
+
+
+def restarted(config, machine):
+    """Whether torchrun started these processes in place of others that failed, and no other launch made the run."""
+    def made_by_this():
+        run = Path(config.out_dir) / config.run_name
+        try:  # what was refused as a directory of another run is no more this one's the second time
+            return json.loads((run / "run.json").read_bytes())["launch"] == machine.first_launch
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return not begun(run)
+
+    # Not torchrun's own count: each node has another.
+    return machine.launch != machine.first_launch and bool(config.run_name) and machine.on_main(made_by_this)
+
+
+def check_alike(config, machine):
+    """`UserError`, on all processes, unless they were all asked for the same."""
+    asked = machine.exchange(config.flat())
+    for rank, other in enumerate(asked):
+        for key, value in asked[0].items():
+            if other[key] != value:
+                raise UserError(f"{key}: is {shown(other[key])} on rank {rank} and {shown(value)} on rank 0 (start "
+                                "every node with the same command, files and run directory)")
 
 
 def shut_down():

@@ -295,23 +295,13 @@ def test_auto_resumes_what_is_there_and_starts_where_nothing_is(recorded, tmp_pa
     assert load_config(["--resume_force"]).without_effect() == {"resume_force": "nothing is resumed"}
 
 
-def test_a_restart_by_torchrun_goes_on_with_its_own_run_alone(recorded, tmp_path, monkeypatch):
-    def restart(count, launch="a"):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
-        config = load_config(["--run_name=mine"])
-        return config.init_from, config.resume
-
-    assert restart(0) == ("scratch", None) and restart(1) == ("scratch", "auto")
-    recorded()
-    record = tmp_path / "runs/mine/run.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "launch": "a"}))
-    assert restart(0) == ("scratch", None)
-    assert restart(1) == restart(2) == ("resume", "auto")
-    assert restart(1, "b") == ("scratch", None)  # its first attempt was refused: the directory is another run's
-    assert restart("x") == ("scratch", None)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert load_config([]).resume is None  # a run without a name has no directory to find again
+def test_a_restarted_run_goes_on(recorded):
+    assert load_config(["--run_name=mine"], restarted=True).resume == "auto"
+    recorded("--seed=3")
+    config = load_config(["--run_name=mine"], restarted=True)
+    assert (config.init_from, config.resume, config.seed) == ("resume", "auto", 3)
+    assert load_config(["--run_name=mine"]).init_from == "scratch"
+    assert load_config([], restarted=True).resume is None  # without a name it has no directory to find again
 
 
 def test_a_run_of_before_a_key_existed_gets_its_default(recorded):

@@ -1,19 +1,31 @@
 """The machine under a run: what it chooses, what it refuses, what its processes agree on."""
 
 import datetime
+import json
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, records, run_python
 
-from errors import ConfigError, PeerLostError
+from configurator import load_config
+from errors import ConfigError, PeerLostError, UserError
 from model_config import PRESETS
 from tools import bench_parallel
-from training_parallel import Machine, choose_device, choose_dtype, process_memory, seed_micro_batch, this_launch
+from training_parallel import (
+    Machine,
+    check_alike,
+    choose_device,
+    choose_dtype,
+    process_memory,
+    restarted,
+    seed_micro_batch,
+    this_launch,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -183,7 +195,7 @@ def test_two_processes_agree(tmp_path):
 
 def test_a_launch_has_a_name_of_its_own_in_a_store_that_outlives_it():
     """Whatever earlier launches left there, and however late the processes come."""
-    store, names = dist.HashStore(), []
+    store, launches = dist.HashStore(), []
 
     def launch(ranks, size, seconds=60.0):
         limit = datetime.timedelta(seconds=seconds)
@@ -199,15 +211,43 @@ def test_a_launch_has_a_name_of_its_own_in_a_store_that_outlives_it():
             return list(pool.map(join, ranks))
 
     for size in (1, 4, 4, 2, 5):
-        name, *others = launch(range(size), size)
-        assert others == [name] * (size - 1) and name not in names
-        names.append(name)
-        # … and one that was cut short: what it has said is in the store
-        if size > 2:
+        names, *others = launch(range(size), size)
+        assert others == [names] * (size - 1)
+        launches.append(names)
+        if size > 2:  # and one that was cut short: what it has said stays in the store
             assert launch([0, 1], size, 0.2)[0] == "rank 0: no sign of rank 2 in 0 s" + (
                 f", nor of {size - 3} more" if size > 3 else "")
-            assert set(launch(range(1, size), size, 0.2)) <= {f"rank {r}: no sign of rank 0 in 0 s"
+            assert set(launch(range(1, size), size, 0.2)) == {f"rank {r}: no sign of rank 0 in 0 s"
                                                               for r in range(1, size)}
+    first = launches[0][0]
+    assert len({name for name, _ in launches}) == 5 and {of for _, of in launches} == {first}
+
+
+def test_a_restart_goes_on_with_its_own_run_alone(tmp_path):
+    def goes_on(launch, *flags, made_by=None):
+        if made_by:
+            (tmp_path / "mine").mkdir(exist_ok=True)
+            (tmp_path / "mine/run.json").write_text(json.dumps({"launch": made_by}))
+        machine = Machine(0, 0, 1, CPU, torch.float32, False, False, launch=launch, first_launch=launch and "a")
+        return restarted(load_config([f"--out_dir={tmp_path}", *flags]), machine)
+
+    named = "--run_name=mine"
+    assert not goes_on(None, named) and not goes_on("a", named)
+    assert goes_on("b", named)  # the first came to nothing
+    assert not goes_on("b")  # a run without a name has no directory to find again
+    assert goes_on("b", named, made_by="a") and goes_on("c", named) and not goes_on("a", named)
+    assert not goes_on("b", named, made_by="x")  # the first was refused: the directory is another run's
+    (tmp_path / "mine/run.json").write_text("{")
+    assert not goes_on("b", named)
+
+
+def test_processes_that_were_asked_for_different_runs_end_in_one_line():
+    configs = [load_config([f"--learning_rate={rate}"]) for rate in (1, 1, 2)]
+    machine = SimpleNamespace(exchange=lambda value: [config.flat() for config in configs])
+    with pytest.raises(UserError, match=r"^learning_rate: is 2.0 on rank 2 and 1.0 on rank 0 .*the same command"):
+        check_alike(configs[0], machine)
+    configs.pop()
+    check_alike(configs[0], machine)
 
 
 # ---- the modes
