@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -299,6 +300,33 @@ def test_torchrun_starts_a_run_again_and_it_goes_on_by_itself(tmp_path, train, d
     assert "resumed from" in out and "lost rank 1" in err
     assert curve(tmp_path / "runs/whole") == curve(tmp_path / "runs/cut")
     assert json.loads((tmp_path / "runs/cut/run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.long
+def test_two_nodes_go_on_after_a_worker_of_one_was_killed(tmp_path, data_dir):
+    """That node alone counts a restart; the other only sees that it has to join again."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=2",
+               "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", ROOT / "train.py", *TINY, "--use_fsdp=True",
+               f"--data_dir={data_dir}", "--max_iters=300", "--eval_interval=25", "--gradient_accumulation_steps=2",
+               "--run_name=cut"]
+    nodes = [subprocess.Popen(command, cwd=tmp_path, stdout=(tmp_path / f"{i}.out").open("w"), stderr=subprocess.STDOUT,
+                              env=environment()) for i in range(2)]
+    try:
+        until = time.monotonic() + 120
+        while not (tmp_path / "runs/cut/checkpoints/step_00000050").exists():
+            assert time.monotonic() < until and nodes[1].poll() is None
+            time.sleep(0.05)
+        (worker,) = subprocess.run(["pgrep", "-P", str(nodes[1].pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(worker), signal.SIGKILL)
+        assert [node.wait(120) for node in nodes] == [0, 0]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert "resumed from" in "".join((tmp_path / f"{i}.out").read_text() for i in range(2))
+    assert sorted(records(tmp_path / "runs/cut")) == list(range(1, 301))
 
 
 def test_help_lists_every_key_without_loading_torch():
