@@ -330,10 +330,10 @@ def world_size():
     return int(size)
 
 
-def load_config(argv, restarted=False):
+def load_config(argv, restarted=None):
     """The `Config` that `argv` (the command line without the program's name) asks for.
 
-    restarted: the launch that asks has begun the run before, so that it goes on as with --resume=auto.
+    restarted: the name of the run that torchrun has started again, and that goes on as with --resume=auto.
     Raises `UserError` for every mistake. `--help` prints every key and leaves with exit code 0.
     """
     files, flags = split_arguments(argv)
@@ -345,10 +345,11 @@ def load_config(argv, restarted=False):
         where = f"--{name}"
         given[name], explicit[name] = typed(name, parse_value(name, text, where), where), where
     recorded, elsewhere = {}, "defaults"
+    if restarted:
+        given["run_name"], given["resume"] = restarted, "auto"
+        explicit.setdefault("run_name", "torchrun")
     if given.get("run_name"):
         run = Path(given.get("out_dir", Config.out_dir), given["run_name"])
-        if restarted:
-            given["resume"] = "auto"
         if given.get("resume") == "auto" and begun(run):
             given["init_from"] = "resume"
         if given.get("init_from") == "resume":

@@ -243,8 +243,8 @@ def main(config):
         if config.dry_run:
             sys.exit(preflight(config))
         machine = parallel.init(config)
-        if parallel.restarted(config, machine):
-            config = load_config(sys.argv[1:], restarted=True)
+        if name := parallel.begun_before(config, machine):
+            config = load_config(sys.argv[1:], restarted=name)
         parallel.check_alike(config, machine)
         with Watch(machine, config) as watch:
             train(config, machine, watch)

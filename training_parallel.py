@@ -206,17 +206,23 @@ def this_launch(store, rank, world_size, limit):
     return own, first
 
 
-def restarted(config, machine):
-    """Whether torchrun started these processes in place of others that failed, and no other launch made the run."""
-    def made_by_this():
-        run = Path(config.out_dir) / config.run_name
-        try:  # what was refused as a directory of another run is no more this one's the second time
-            return json.loads((run / "run.json").read_bytes())["launch"] == machine.first_launch
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return not begun(run)
+def begun_before(config, machine):
+    """The name of the run that these processes are to go on with, in place of others that torchrun has lost; or None.
 
-    # Not torchrun's own count: each node has another.
-    return machine.launch != machine.first_launch and bool(config.run_name) and machine.on_main(made_by_this)
+    It is the one that an earlier launch began: a directory that was refused as another run's stays refused.
+    """
+    def find():
+        runs = [Path(config.out_dir, config.run_name)] if config.run_name else sorted(Path(config.out_dir).glob("*"))
+        for run in reversed(runs):
+            try:
+                if json.loads((run / "run.json").read_bytes())["launch"] == machine.first_launch:
+                    return run.name
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                continue
+        return config.run_name if config.run_name and not begun(runs[0]) else None
+
+    # Not by torchrun's own count of restarts: each node has another.
+    return machine.on_main(find) if machine.launch != machine.first_launch else None
 
 
 def check_alike(config, machine):

@@ -296,12 +296,12 @@ def test_auto_resumes_what_is_there_and_starts_where_nothing_is(recorded, tmp_pa
 
 
 def test_a_restarted_run_goes_on(recorded):
-    assert load_config(["--run_name=mine"], restarted=True).resume == "auto"
+    assert load_config(["--run_name=mine"], restarted="mine").resume == "auto"
     recorded("--seed=3")
-    config = load_config(["--run_name=mine"], restarted=True)
-    assert (config.init_from, config.resume, config.seed) == ("resume", "auto", 3)
+    for argv in (["--run_name=mine"], []):
+        config = load_config(argv, restarted="mine")
+        assert (config.run_name, config.init_from, config.resume, config.seed) == ("mine", "resume", "auto", 3)
     assert load_config(["--run_name=mine"]).init_from == "scratch"
-    assert load_config([], restarted=True).resume is None  # without a name it has no directory to find again
 
 
 def test_a_run_of_before_a_key_existed_gets_its_default(recorded):

@@ -18,11 +18,11 @@ from model_config import PRESETS
 from tools import bench_parallel
 from training_parallel import (
     Machine,
+    begun_before,
     check_alike,
     choose_device,
     choose_dtype,
     process_memory,
-    restarted,
     seed_micro_batch,
     this_launch,
 )
@@ -224,21 +224,24 @@ def test_a_launch_has_a_name_of_its_own_in_a_store_that_outlives_it():
 
 
 def test_a_restart_goes_on_with_its_own_run_alone(tmp_path):
-    def goes_on(launch, *flags, made_by=None):
-        if made_by:
-            (tmp_path / "mine").mkdir(exist_ok=True)
-            (tmp_path / "mine/run.json").write_text(json.dumps({"launch": made_by}))
+    def goes_on(launch, *flags):
         machine = Machine(0, 0, 1, CPU, torch.float32, False, False, launch=launch, first_launch=launch and "a")
-        return restarted(load_config([f"--out_dir={tmp_path}", *flags]), machine)
+        return begun_before(load_config([f"--out_dir={tmp_path}", *flags]), machine)
+
+    def made(name, launch):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "run.json").write_text(launch if launch == "{" else json.dumps({"launch": launch}))
 
     named = "--run_name=mine"
-    assert not goes_on(None, named) and not goes_on("a", named)
-    assert goes_on("b", named)  # the first came to nothing
-    assert not goes_on("b")  # a run without a name has no directory to find again
-    assert goes_on("b", named, made_by="a") and goes_on("c", named) and not goes_on("a", named)
-    assert not goes_on("b", named, made_by="x")  # the first was refused: the directory is another run's
-    (tmp_path / "mine/run.json").write_text("{")
-    assert not goes_on("b", named)
+    assert goes_on(None, named) is None and goes_on("a", named) is None
+    assert goes_on("b", named) == "mine" and goes_on("b") is None  # the first came to nothing
+    made("other", "x")
+    made("mine", "a")
+    assert goes_on("b", named) == goes_on("c", named) == goes_on("b") == "mine"
+    assert goes_on("a", named) is None and goes_on("a") is None
+    for launch in ("x", "{"):  # the first was refused: the directory is another run's
+        made("mine", launch)
+        assert goes_on("b", named) is None and goes_on("b") is None
 
 
 def test_processes_that_were_asked_for_different_runs_end_in_one_line():
