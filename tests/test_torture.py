@@ -33,7 +33,6 @@ def test_one_process_under_torture(tmp_path):  # of signals, test_training_fault
     assert total(rows, "kills") >= 2 and total(rows, "full") == 2 and total(rows, "files") == 1
 
 
-@pytest.mark.long
 def test_two_processes_under_torture(tmp_path):
     rows = torture(tmp_path, "kills", "--modes=fsdp", "--phases=rename", "--no_torchrun", "--scale=0.01", "--seed=3")
     assert total(rows, "kills") >= 1

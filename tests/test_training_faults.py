@@ -97,7 +97,7 @@ def wait_for(run_dir, step):
 ENDLESS = ["--max_iters=100000", "--eval_interval=100000", "--gradient_accumulation_steps=2"]
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_named_by_the_other(tmp_path, processes, victim):
     ranks = processes(2, "mine", *ENDLESS)
     wait_for(tmp_path / "runs/mine", 5)
@@ -126,8 +126,7 @@ def test_a_rank_that_stands_still_is_named_with_the_stacks(tmp_path, processes):
     assert run["status"] == "failed" and "lost rank 1" in run["status_reason"]
 
 
-@pytest.mark.parametrize(("sent", "to"), [(signal.SIGUSR1, [1]),
-                                          pytest.param(signal.SIGTERM, [0, 1], marks=pytest.mark.long)])
+@pytest.mark.parametrize(("sent", "to"), [(signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1])])
 def test_a_signal_to_one_or_all_stops_all_at_the_same_step(tmp_path, processes, sent, to):
     ranks = processes(2, "mine", *ENDLESS)
     wait_for(tmp_path / "runs/mine", 5)

@@ -57,11 +57,9 @@ def main(argv):
         return result
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        plain, kinds = Path(folder, "plain.pt"), {}
-        for name in ("waiting", "background"):
-            Path(folder, name).mkdir()
-            kinds[name] = checkpoint.Checkpoints(Path(folder, name), asynchronous=name == "background")
-        waiting, background = kinds.values()
+        plain = Path(folder, "plain.pt")
+        waiting = checkpoint.Checkpoints(tempfile.mkdtemp(dir=folder))
+        background = checkpoint.Checkpoints(tempfile.mkdtemp(dir=folder), asynchronous=True)
         for step in range(1, args.repeat + 1):
             state = {"step": step, "tokens": 0, "best": None}
             path = timed("save", lambda state=state: waiting.save(model, optimizer, state))

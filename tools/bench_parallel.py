@@ -41,12 +41,12 @@ SIZE = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=32", "--batch_
 
 
 def runs_of(presets, steps, folder, mode):
-    """[(name, argv)]: two runs of each preset: 4 micro-batches a step, weights tied; and 8, weights not tied."""
+    """[(name, argv)]: a run of each preset × micro-batches a step × weights tied and not."""
     return [(f"{preset} {accumulation} {tied}",
              [f"config/arch_{preset}.py", *SIZE, *MODES[mode][1], f"--gradient_accumulation_steps={accumulation}",
               f"--weight_tying={tied}", f"--max_iters={steps}", f"--eval_interval={steps}", f"--out_dir={folder}",
               f"--run_name={preset}-{accumulation}-{tied}"])
-            for preset in presets for accumulation, tied in ((4, True), (8, False))]
+            for preset in presets for accumulation in (4, 8) for tied in (True, False)]
 
 
 def launch(mode, work, folder):
