@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import ArgumentParser, UserError, did_you_mean, told_in_one_line
+from blockgpt.errors import ArgumentParser, UserError, did_you_mean, told_in_one_line
 
 SCHEMA_VERSION = 1  # of run.json; what a newer one means, this program cannot know
 STATES = ("running", "finished", "interrupted", "failed")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import model_config
-from errors import ConfigError, UserError, did_you_mean, shown
+from blockgpt.errors import ConfigError, UserError, did_you_mean, shown
 from model_config import ModelConfig, check_fields, check_value, key, key_types
 
 ROOT = Path(__file__).resolve().parent

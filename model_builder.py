@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from errors import UserError
+from blockgpt.errors import UserError
 from model_attention import KVCache, Sight
 from model_components import OutputHead, X0Mix, build_norm, component
 from model_config import AXES

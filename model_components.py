@@ -16,7 +16,7 @@ Shapes: B batch, T time, S keys, C channels = n_embd, H query heads, G key/value
 A part that multiplies matrices states its forward cost in `flops(seq_len)`: {account: FLOPs per token}, a
 multiply-add counting as two. Parameters start by `model_init.py`'s rules, unless a part's `start` gives them a
 constant. Linear layers whose output joins the residual stream are `ResidualProjection`s, whatever part holds them.
-Under tensor parallelism a part is split as its `tensor_plan` says (see training_parallel.py); one without a plan does
+Under tensor parallelism a part is split as its `tensor_plan` says (see training/parallel.py); one without a plan does
 the same work on every process.
 To add a part: write its class here, name it in the axis table, test it in tests/test_model_components.py.
 """

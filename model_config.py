@@ -13,7 +13,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 
-from errors import ConfigError, did_you_mean, shown
+from blockgpt.errors import ConfigError, did_you_mean, shown
 
 
 class Option(typing.NamedTuple):

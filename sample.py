@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from errors import ArgumentParser, CheckpointError, DataError, UserError, told_in_one_line
+from blockgpt.errors import ArgumentParser, CheckpointError, DataError, UserError, told_in_one_line
 
 
 def arguments(argv):
@@ -37,8 +37,8 @@ def load_run(run_dir, which, device):
 
     Without a usable checkpoint, as when they were deleted to make room: what the run exported at its end.
     """
-    import training_checkpoint as checkpoint
-    from data_tokenizer import from_meta
+    import blockgpt.training.checkpoint as checkpoint
+    from blockgpt.data.tokenizer import from_meta
     from model_builder import build_model, load_weights
     from model_config import ModelConfig
 
@@ -68,7 +68,7 @@ def main(argv):
     args = arguments(argv)
     import torch
 
-    from training_parallel import choose_device
+    from blockgpt.training.parallel import choose_device
 
     model, tokenizer = load_run(Path(args.run), args.checkpoint, choose_device(args.device, local_rank=0))
     try:

@@ -7,8 +7,8 @@ or data, 3 no usable checkpoint, 4 the final save failed, 5 not finite, 6 anothe
 
 import sys
 
+from blockgpt.errors import told_in_one_line
 from configurator import load_config, located
-from errors import told_in_one_line
 
 if __name__ == "__main__":
     with told_in_one_line():
@@ -21,15 +21,14 @@ from pathlib import Path
 
 import torch
 
-import training_checkpoint as checkpoint
-import training_parallel as parallel
-from errors import CheckpointError, ConfigError, NonFiniteError, SaveError, UserError
-from model_builder import build_model
-from model_flops import flops_per_token, peak_flops
-from training_faults import Watch
-from training_logger import RunLog, environment, print_header, run_directory
-from training_objectives import LanguageModeling
-from training_optimizers import (
+import blockgpt.training.checkpoint as checkpoint
+import blockgpt.training.parallel as parallel
+from blockgpt.accounting.dry_run import preflight
+from blockgpt.accounting.flops import flops_per_token, peak_flops
+from blockgpt.errors import CheckpointError, ConfigError, NonFiniteError, SaveError, UserError
+from blockgpt.training.faults import Watch
+from blockgpt.training.objectives import LanguageModeling
+from blockgpt.training.optimizers import (
     Spikes,
     build_optimizer,
     clip_gradients,
@@ -37,8 +36,9 @@ from training_optimizers import (
     learning_rate,
     set_learning_rate,
 )
-from training_preflight import preflight
-from training_profile import Profile, memory_advice, memory_history
+from blockgpt.training.profiling import Profile, memory_advice, memory_history
+from model_builder import build_model
+from training_logger import RunLog, environment, print_header, run_directory
 
 
 def train(config, machine, watch):

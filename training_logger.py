@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy
 import torch
 
-from errors import UserError
-from files import write_json
-from training_tracker import WandbTracker
+from blockgpt.errors import UserError
+from blockgpt.files import write_json
+from blockgpt.training.tracker import WandbTracker
 
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parent
@@ -173,7 +173,7 @@ class RunLog:
         """One line of training: step, tokens, loss, lr, grad_norm, step_time, tokens_per_sec, mfu, memory …
 
         ranks: {name: [value of rank 0, of rank 1, …]}, of several processes: `step_time` (s), `memory_peak` (bytes),
-        and `communication`, what `training_profile.Profile.communication` gives.
+        and `communication`, what `blockgpt.training.profiling.Profile.communication` gives.
         """
         if self.quiet:
             return

@@ -3,7 +3,7 @@
 import itertools
 import random
 
-from errors import ConfigError
+from blockgpt.errors import ConfigError
 from model_config import AXES, ModelConfig
 
 TINY = dict(n_layer=3, n_head=4, n_embd=32, vocab_size=48, block_size=12, mup_base_width=16)

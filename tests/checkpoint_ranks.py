@@ -1,4 +1,4 @@
-"""What several ranks do with checkpoints, run by torchrun from test_training_checkpoint.py: checkpoint_ranks.py FOLDER.
+"""What several ranks do with checkpoints, run by torchrun from test_checkpoint.py: checkpoint_ranks.py FOLDER.
 
 FOLDER/plain holds a run saved by one process. Each mode saves, and every mode loads what every other saved.
 """
@@ -18,14 +18,14 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-import training_checkpoint as checkpoint
-import training_parallel as parallel
-import training_shards as shards
+import blockgpt.training.checkpoint as checkpoint
+import blockgpt.training.checkpoint_files as shards
+import blockgpt.training.parallel as parallel
+from blockgpt.errors import CheckpointError, UserError
+from blockgpt.training.optimizers import build_optimizer
 from configurator import load_config
-from errors import CheckpointError, UserError
 from model_builder import build_model
 from model_config import get_preset
-from training_optimizers import build_optimizer
 
 CONFIG = SimpleNamespace(learning_rate=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.99, use_zero1=False)
 

@@ -14,9 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and the te
 
 from forked import run_train
 
-from data_prepare import write_dataset
-from data_sources import SHAKESPEARE
-from data_tokenizer import ByteTokenizer, load_tokenizer
+from blockgpt.data.prepare import write_dataset
+from blockgpt.data.sources import SHAKESPEARE
+from blockgpt.data.tokenizer import ByteTokenizer, load_tokenizer
 from tools.train_tokenizer import main as train_tokenizer
 
 settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's affair
@@ -31,7 +31,7 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_
 @pytest.fixture(scope="session")
 def sources():
     """This project's own sources, as texts."""
-    return [p.read_text() for p in sorted(ROOT.glob("*.py"))]
+    return [p.read_text() for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("blockgpt/**/[!_]*.py")])]
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +66,7 @@ def tinyshakespeare():
 def data_dir(tmp_path_factory):
     """A folder with one dataset, `text`: this project's own sources as bytes."""
     folder = tmp_path_factory.mktemp("data")
-    sources = sorted(ROOT.glob("*.py"))
+    sources = sorted([*ROOT.glob("*.py"), *ROOT.glob("blockgpt/**/[!_]*.py")])
     documents = [("val" if i % 5 == 0 else "train", p.read_text()) for i, p in enumerate(sources)]
     write_dataset(folder / "text", ByteTokenizer(), documents, source="blockGPT")
     return folder

@@ -13,8 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["forked", "torch._dynamo", "training_checkpoint", "training_faults", "training_logger",
-                               "training_objectives", "training_optimizers", "training_preflight", "training_profile"])
+SERVER.set_forkserver_preload(["forked", "torch._dynamo", "blockgpt.training.checkpoint", "blockgpt.training.faults", "training_logger",
+                               "blockgpt.training.objectives", "blockgpt.training.optimizers", "blockgpt.accounting.dry_run", "blockgpt.training.profiling"])
 
 
 def become(argv, cwd, env, output):

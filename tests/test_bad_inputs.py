@@ -16,8 +16,8 @@ import sys
 import pytest
 from conftest import ROOT, run_python
 
-from data_prepare import write_dataset
-from data_tokenizer import ByteTokenizer, CharTokenizer
+from blockgpt.data.prepare import write_dataset
+from blockgpt.data.tokenizer import ByteTokenizer, CharTokenizer
 
 # A small model on the dataset `chars`: what a row adds to it is what is wrong.
 TINY = """

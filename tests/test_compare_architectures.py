@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import compare_architectures as tool
-from errors import UserError
+from blockgpt.errors import UserError
 from model_config import get_preset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -578,7 +578,7 @@ def test_latest_takes_the_newest_by_created_at_among_those_selected(tmp_path, ca
     (["--colour"], "unrecognized arguments: --colour"),
 ])
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(tmp_path, monkeypatch, capsys, argv, told):
-    from errors import told_in_one_line
+    from blockgpt.errors import told_in_one_line
 
     make_run(tmp_path / "some" / "a")
     (tmp_path / "empty").mkdir()

@@ -13,8 +13,8 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blockgpt.errors import NonFiniteError, UserError, told_in_one_line
 from configurator import KEYS, TYPES, load_config
-from errors import NonFiniteError, UserError, told_in_one_line
 from model_config import ModelConfig
 
 

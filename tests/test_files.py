@@ -6,11 +6,11 @@ import json
 import pytest
 from conftest import run_python
 
-from files import sha256_of, write_json
+from blockgpt.files import sha256_of, write_json
 
 KILLED_ANYWHERE = """
 import json, os, signal, sys
-from files import write_json
+from blockgpt.files import write_json
 
 path = sys.argv[1]
 write_json(path, "old")

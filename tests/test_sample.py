@@ -7,13 +7,13 @@ import pytest
 import torch
 from conftest import ROOT, run_python
 
+import blockgpt.training.checkpoint as checkpoint
 import sample
-import training_checkpoint as checkpoint
-from data_tokenizer import ByteTokenizer, CharTokenizer
-from errors import CheckpointError, UserError
+from blockgpt.data.tokenizer import ByteTokenizer, CharTokenizer
+from blockgpt.errors import CheckpointError, UserError
+from blockgpt.training.optimizers import build_optimizer
 from model_builder import build_model
 from model_config import get_preset
-from training_optimizers import build_optimizer
 
 BLOCK = 16
 LETTERS = CharTokenizer("abcde")

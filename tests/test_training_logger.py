@@ -16,11 +16,11 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY, environment, records, run_python
-from test_training_checkpoint import largest_file
+from test_checkpoint import largest_file
 
 import training_logger
-import training_tracker
-from errors import NonFiniteError, UserError
+from blockgpt.errors import NonFiniteError, UserError
+from blockgpt.training import tracker as tracker_module
 from model_builder import build_model
 from model_config import ModelConfig
 from training_logger import RunLog, human_time, run_directory, spread
@@ -438,7 +438,7 @@ def test_a_tracker_that_is_too_slow_loses_records_and_says_how_many(new_log, cap
         return SimpleNamespace(summary={}, finish=lambda **_: None, log=lambda numbers, step: got.append(step))
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, login=lambda **_: True))
-    monkeypatch.setattr(training_tracker, "TRACKER_QUEUE", 3)
+    monkeypatch.setattr(tracker_module, "TRACKER_QUEUE", 3)
     with new_log(wandb_log=True) as log:
         for step in range(1, 8):
             log.step(**{**STEP, "step": step})

@@ -9,12 +9,12 @@ import sys
 
 import numpy as np
 
+from blockgpt.data.loader import TrainBatches, open_dataset
+from blockgpt.data.mixture import Mixture, label
+from blockgpt.data.packing import PackedBatches
+from blockgpt.data.tokenizer import needed
+from blockgpt.errors import UserError, told_in_one_line
 from configurator import load_config
-from data_loader import TrainBatches, open_dataset
-from data_mixture import Mixture, label
-from data_packing import PackedBatches
-from data_tokenizer import needed
-from errors import UserError, told_in_one_line
 
 WIDTH = 40  # characters of a bar
 

@@ -12,9 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from blockgpt.errors import ArgumentParser, told_in_one_line
+from blockgpt.files import sync
 from configurator import load_config
-from errors import ArgumentParser, told_in_one_line
-from files import sync
 
 GPT2 = ["config/arch_gpt2.py", "--n_layer=12", "--n_head=12", "--n_embd=768", "--block_size=1024"]
 
@@ -23,8 +23,8 @@ def trained(config):
     """A model and its optimizer, as after a step."""
     import torch
 
+    from blockgpt.training.optimizers import build_optimizer
     from model_builder import build_model
-    from training_optimizers import build_optimizer
 
     device = torch.device("cpu")
     model = build_model(config.for_vocabulary(50304).model, config.seed, device)
@@ -42,7 +42,7 @@ def main(argv):
     config = load_config([*(keys or GPT2), "--device=cpu"])
     import torch
 
-    import training_checkpoint as checkpoint
+    import blockgpt.training.checkpoint as checkpoint
 
     model, optimizer = trained(config)
     tensors = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]

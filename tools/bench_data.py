@@ -17,13 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from data_loader import Prefetch, TrainBatches, open_dataset
-from data_mixture import MixedBatches, Mixture
-from data_packing import PackedBatches
-from data_prepare import prepare
-from data_sources import files_parts
-from data_tokenizer import load_tokenizer
-from errors import ArgumentParser, told_in_one_line
+from blockgpt.data.loader import Prefetch, TrainBatches, open_dataset
+from blockgpt.data.mixture import MixedBatches, Mixture
+from blockgpt.data.packing import PackedBatches
+from blockgpt.data.prepare import prepare
+from blockgpt.data.sources import files_parts
+from blockgpt.data.tokenizer import load_tokenizer
+from blockgpt.errors import ArgumentParser, told_in_one_line
 
 BLOCK, BATCH, SEED = 1024, 16, 1
 ASKED = 2_000_000  # tokens/s that a training step may ask for

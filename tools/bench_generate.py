@@ -11,10 +11,10 @@ import time
 
 import torch
 
+from blockgpt.errors import UserError, told_in_one_line
+from blockgpt.training.parallel import choose_device
 from configurator import load_config
-from errors import UserError, told_in_one_line
 from model_builder import build_model
-from training_parallel import choose_device
 
 
 def main(argv):

@@ -18,8 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from blockgpt.errors import ArgumentParser, UserError, told_in_one_line
 from configurator import load_config
-from errors import ArgumentParser, UserError, told_in_one_line
 from model_config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,8 +63,8 @@ def launch(mode, work, folder):
 
 def worker(path):
     """In one of the processes: each run of the list through train.py's own `train`, in one process group."""
-    import training_parallel as parallel
-    from training_faults import Watch
+    import blockgpt.training.parallel as parallel
+    from blockgpt.training.faults import Watch
 
     train = runpy.run_path(str(ROOT / "train.py"))["train"]
     machine = None
@@ -116,9 +116,9 @@ def held(argv):
     """In one of the processes: a step of the run, then [bytes of parameters, gradients, optimizer state] by rank."""
     import torch
 
-    import training_parallel as parallel
+    import blockgpt.training.parallel as parallel
+    from blockgpt.training.optimizers import build_optimizer
     from model_builder import build_model
-    from training_optimizers import build_optimizer
 
     config = load_config(argv)
     machine = parallel.init(config)

@@ -11,12 +11,12 @@ import pickletools
 import sys
 from pathlib import Path
 
-from data_loader import open_bare
-from data_prepare import is_bare
-from data_tokenizer import CharTokenizer, load_tokenizer
-from data_writer import SPLITS
-from errors import ArgumentParser, DataError, first_line, told_in_one_line
-from files import write_json
+from blockgpt.data.loader import open_bare
+from blockgpt.data.prepare import is_bare
+from blockgpt.data.tokenizer import CharTokenizer, load_tokenizer
+from blockgpt.data.writer import SPLITS
+from blockgpt.errors import ArgumentParser, DataError, first_line, told_in_one_line
+from blockgpt.files import write_json
 
 LARGEST = 2**24  # bytes of a meta.pkl: that of all of Unicode is smaller
 MARK = object()  # on the stack, where the items of a collection begin

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from errors import UserError, told_in_one_line
+from blockgpt.errors import UserError, told_in_one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "def main("

@@ -11,11 +11,11 @@ import sys
 
 import numpy as np
 
-from data_loader import Windows, open_dataset
-from data_tokenizer import describe, from_meta
-from data_writer import SPLITS, digest_of
-from errors import ArgumentParser, DataError, UserError, told_in_one_line
-from files import sha256_of
+from blockgpt.data.loader import Windows, open_dataset
+from blockgpt.data.tokenizer import describe, from_meta
+from blockgpt.data.writer import SPLITS, digest_of
+from blockgpt.errors import ArgumentParser, DataError, UserError, told_in_one_line
+from blockgpt.files import sha256_of
 
 
 def documents(shards, eot, limit):

@@ -14,12 +14,12 @@ import time
 
 import torch
 
-from errors import ArgumentParser, UserError, told_in_one_line
+from blockgpt.accounting.flops import flops_per_token
+from blockgpt.accounting.memory import MemoryAccount
+from blockgpt.errors import ArgumentParser, UserError, told_in_one_line
+from blockgpt.training.parallel import choose_device
 from model_builder import build_model
 from model_config import AXES, ModelConfig
-from model_flops import flops_per_token
-from model_memory import MemoryAccount
-from training_parallel import choose_device
 
 # Keys that are no axis, each with a value to show.
 VALUES = {"n_kv_head": 1, "head_dim": 128, "bias": True, "qkv_bias": True, "weight_tying": False, "rope_fraction": 0.5,

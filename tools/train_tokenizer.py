@@ -14,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from data_sources import files_parts
-from data_tokenizer import SentencePieceTokenizer, TiktokenTokenizer, needed, packed, to_ranks
-from errors import ArgumentParser, DataError, UserError, first_line, told_in_one_line
-from files import write_bytes
+from blockgpt.data.sources import files_parts
+from blockgpt.data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, needed, packed, to_ranks
+from blockgpt.errors import ArgumentParser, DataError, UserError, first_line, told_in_one_line
+from blockgpt.files import write_bytes
 
 SENTENCE_BYTES = 4000  # the trainer's memory is that of its longest sentence; documents are cut at line ends
 HELD_OUT = 50  # one sentence in so many is not trained on, but measured with

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from errors import ArgumentParser, CheckpointError, UserError, told_in_one_line
+from blockgpt.errors import ArgumentParser, CheckpointError, UserError, told_in_one_line
 
 
 def tell(path, check):
@@ -31,7 +31,7 @@ def main(argv):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path, help="a checkpoint, or the directory of a run")
     path = parser.parse_args(argv).path
-    import training_checkpoint as checkpoint
+    import blockgpt.training.checkpoint as checkpoint
 
     sys.stdout.reconfigure(errors="replace")  # a damaged file says what it likes, not every terminal shows it
     if checkpoint.STEP_DIR.fullmatch(path.name) or (path / "manifest.json").exists():

@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
 
-from data_prepare import ROOT, command_parser, parse, prepare_with
-from data_sources import files_parts
-from errors import UserError, told_in_one_line
+from blockgpt.data.prepare import ROOT, command_parser, parse, prepare_with
+from blockgpt.data.sources import files_parts
+from blockgpt.errors import UserError, told_in_one_line
 
 
 def main():

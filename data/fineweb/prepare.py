@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
 
-from data_prepare import prepare_from_hub
-from errors import told_in_one_line
+from blockgpt.data.prepare import prepare_from_hub
+from blockgpt.errors import told_in_one_line
 
 
 def main():

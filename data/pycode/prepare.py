@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
 
-from data_prepare import write_dataset
-from data_tokenizer import load_tokenizer
-from errors import ArgumentParser, DataError, told_in_one_line
+from blockgpt.data.prepare import write_dataset
+from blockgpt.data.tokenizer import load_tokenizer
+from blockgpt.errors import ArgumentParser, DataError, told_in_one_line
 
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 

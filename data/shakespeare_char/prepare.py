@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
 
-from data_prepare import prepare_shakespeare
-from errors import told_in_one_line
+from blockgpt.data.prepare import prepare_shakespeare
+from blockgpt.errors import told_in_one_line
 
 
 def main():

@@ -1,0 +1,282 @@
+"""Documents come out of every kind of file as they went in, and out of its pieces as out of the whole."""
+
+import collections
+import csv
+import gzip
+import http.server
+import json
+import re
+import threading
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blockgpt.data import sources
+from blockgpt.data.sources import files_parts, hub_parts
+from blockgpt.errors import DataError
+
+TEXTS = ["First document.\nTwo lines.\n", "Żółw 🐢\r\n\tend", 'with, "commas"\nand \\n', " ", "last"]
+
+
+def read(patterns, **more):
+    """(texts, skipped) of all parts of the files."""
+    skipped = collections.Counter()
+    found = [pair for part in files_parts(list(map(str, patterns)), **more) for pair in part.documents(skipped)]
+    assert all(split is None for split, _ in found)
+    return [text for _, text in found], dict(skipped)
+
+
+def refusal(action, *args, **kwargs):
+    with pytest.raises(DataError) as raised:
+        action(*args, **kwargs)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def as_jsonl(texts, key="text"):
+    return "".join(json.dumps({key: t, "n": 1}) + "\n" for t in texts).encode()
+
+
+def write_csv(path, texts, delimiter=","):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, delimiter=delimiter)
+        rows.writerows([["id", "text"], *((i, t) for i, t in enumerate(texts))])
+
+
+def write_parquet(path, texts, key="text", row_group_size=2):
+    table = pyarrow.table({key: pyarrow.array(texts, pyarrow.string()), "n": list(range(len(texts)))})
+    pyarrow.parquet.write_table(table, path, row_group_size=row_group_size)
+
+
+def zstd(data):
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as out:
+        out.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.ndjson.gz", "x.jsonl.zst", "x.csv", "x.tsv", "x.csv.gz", "x.parquet",
+                                  "x.JSONL.GZ"])
+def test_texts_come_out_as_they_went_in(tmp_path, name):
+    path = tmp_path / name
+    if "parquet" in name:
+        write_parquet(path, TEXTS)
+    elif "csv" in name or "tsv" in name:
+        write_csv(tmp_path / "plain", TEXTS, "\t" if "tsv" in name else ",")
+        path.write_bytes((tmp_path / "plain").read_bytes())
+    else:
+        path.write_bytes(as_jsonl(TEXTS))
+    if name.lower().endswith(".gz"):
+        path.write_bytes(gzip.compress(path.read_bytes()[:20]) + gzip.compress(path.read_bytes()[20:]))  # two members
+    if name.endswith(".zst"):
+        path.write_bytes(zstd(path.read_bytes()))
+    assert read([path]) == (TEXTS, {})
+
+
+def test_a_text_file_is_a_document_in_the_order_of_the_paths(tmp_path):
+    for name, content in {"b.md": b"b\r\n", "a.py": b"a", "sub/c.txt": b"c", "sub/d.txt.gz": gzip.compress(b"d"),
+                          "e.html.zst": zstd("ż".encode()), ".hidden": b"no", "empty": b"", "latin": b"\xe9"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert read([tmp_path]) == (["a", "b\r\n", "ż", "c", "d"], {"empty": 1, "not_utf8": 1})
+    assert read([f"{tmp_path}/**/*.txt*", f"{tmp_path}/sub/c.txt"])[0] == ["c", "d"]  # each once
+    assert read([f"{tmp_path}/.hidden"])[0] == ["no"]
+
+
+def test_a_line_without_text_is_counted(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "a"}\n\nnot json\n{"text": 3}\n[1]\n{"no": "b"}\n{"text": ""}\n'
+                                       + b"[" * 100_000 + b'\n{"text": "\xff"}\n{"text": "z"}')
+    assert read([tmp_path / "x.jsonl"]) == (["a", "z"], {"not_json": 3, "no_text": 3, "empty": 1})
+
+
+def test_text_key_names_the_field(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(as_jsonl(TEXTS, "content"))
+    write_parquet(tmp_path / "x.parquet", [*TEXTS, None], "content")
+    assert read([tmp_path], text_key="content") == (TEXTS * 2, {"no_content": 1})
+    assert "no column 'contents' (did you mean content?)" in refusal(read, [f"{tmp_path}/*.parquet"],
+                                                                     text_key="contents")
+    write_csv(tmp_path / "x.csv", TEXTS)
+    assert "no column 'body' (one of id, text)" in refusal(read, [tmp_path / "x.csv"], text_key="body")
+
+
+@settings(max_examples=30)
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30), max_size=30),
+       size=st.integers(1, 200), kind=st.sampled_from(["jsonl", "parquet"]), ended=st.booleans())
+def test_a_large_file_in_pieces_gives_each_document_once(tmp_path_factory, texts, size, kind, ended):
+    path = tmp_path_factory.mktemp("pieces") / f"x.{kind}"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sources, "PART_BYTES", size)
+        if kind == "parquet":
+            write_parquet(path, texts)
+        else:
+            path.write_bytes(as_jsonl(texts) if ended else as_jsonl(texts)[:-1])
+        assert read([path]) == (texts, {})
+        if size < 20 and len(texts) > 2:
+            assert len(files_parts([str(path)])) > 1
+
+
+@settings(max_examples=50)
+@given(content=st.text("ab\nż", min_size=1, max_size=200), size=st.integers(1, 60), longest=st.integers(8, 40))
+def test_a_large_text_is_cut_between_characters_and_loses_none(tmp_path_factory, content, size, longest):
+    path = tmp_path_factory.mktemp("cut") / "x.txt"
+    path.write_text(content)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sources, "PART_BYTES", size)
+        monkeypatch.setattr(sources, "MAX_DOCUMENT", longest)
+        texts, skipped = read([path])
+    assert "".join(texts) == content and not skipped
+    assert all(len(t.encode()) <= 3 * longest for t in texts)
+
+
+def test_a_line_too_long_to_hold_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_DOCUMENT", 50)
+    (tmp_path / "x.jsonl").write_bytes(as_jsonl(["a", "x" * 500, "b"]))
+    assert read([tmp_path / "x.jsonl"]) == (["a", "b"], {"too_long": 1})
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("x.jsonl.gz", gzip.compress(as_jsonl(TEXTS * 50))[:-9], "cannot be read: Compressed file ended"),
+    ("x.txt.gz", b"no gzip", "cannot be read: Not a gzipped file"),
+    ("x.jsonl.zst", zstd(as_jsonl([str(i) for i in range(9999)]))[:-9], "cannot be read: "),
+    ("x.zst", b"no zstd", "cannot be read: "),
+    ("x.parquet", b"no parquet", "is not a parquet file: "),
+    ("x.parquet.gz", b"", "is parquet, compressed once more"),
+    ("x.csv", b'text\n"\xff"\n', "is not UTF-8 text"),
+    ("x.csv", b"", "no column 'text'"),
+])
+def test_a_damaged_file_is_one_line_that_names_it(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    message = refusal(read, [tmp_path / name])
+    assert message.startswith(f"{tmp_path / name}: ") and words in message
+
+
+def test_a_truncated_parquet_is_one_line(tmp_path):
+    write_parquet(tmp_path / "x.parquet", TEXTS * 100)
+    content = bytearray((tmp_path / "x.parquet").read_bytes())
+    content[4:2000] = bytes(1996)  # the pages, not the footer
+    (tmp_path / "x.parquet").write_bytes(content)
+    assert str(tmp_path / "x.parquet") in refusal(read, [tmp_path / "x.parquet"])
+
+
+def test_a_pattern_that_matches_nothing_is_one_line(tmp_path):
+    assert "no such file" in refusal(files_parts, [f"{tmp_path}/*.txt"])
+    assert "no such file" in refusal(files_parts, [str(tmp_path)])  # an empty folder
+
+
+def test_small_files_share_a_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PART_BYTES", 100)
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_text("x" * 40)
+    parts = files_parts([str(tmp_path)])
+    assert [len(p.pieces) for p in parts] == [2, 2, 2, 2, 2]
+    before = [p.identity() for p in parts]
+    (tmp_path / "5.txt").write_text("y" * 41)
+    changed = [a != b for a, b in zip(before, (p.identity() for p in files_parts([str(tmp_path)])), strict=True)]
+    assert changed == [False, False, True, False, False]
+
+
+def test_large_and_small_files_come_in_the_order_of_their_paths(tmp_path, monkeypatch):
+    for name, n in {"a.jsonl": 1, "b.jsonl": 30, "c.jsonl": 1, "d.jsonl": 1}.items():
+        (tmp_path / name).write_bytes(as_jsonl([f"{name} {i}" for i in range(n)]))
+    whole = read([tmp_path])[0]
+    monkeypatch.setattr(sources, "PART_BYTES", 100)
+    assert read([tmp_path])[0] == whole == sorted(whole, key=lambda text: text.split()[0])
+
+
+def test_bytes_that_are_no_text_at_all_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_DOCUMENT", 50)
+    (tmp_path / "x.bin").write_bytes(b"\x80" * 1000)
+    texts, skipped = read([tmp_path])
+    assert texts == [] and skipped["not_utf8"] > 1
+
+
+# The hub, on local files: the same library, the same code
+
+
+def hub_texts(parts):
+    skipped = collections.Counter()
+    return [pair for part in parts for pair in part.documents(skipped)], skipped
+
+
+def test_a_hub_dataset_is_read_a_file_at_a_time(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.jsonl").write_bytes(as_jsonl([f"{i}a", "", f"{i}b"]))
+    parts = hub_parts("json", data_files=tuple(f"{tmp_path}/{i}.jsonl" for i in range(3)), into="val")
+    assert len(parts) == 3 and len({json.dumps(p.identity()) for p in parts}) == 3
+    texts, skipped = hub_texts(parts)
+    assert sorted(texts) == sorted(("val", f"{i}{c}") for i in range(3) for c in "ab") and skipped["empty"] == 3
+    parts = hub_parts("json", data_files=f"{tmp_path}/0.jsonl", text_key="body")
+    assert "no column 'body'" in refusal(hub_texts, parts)
+
+
+class Cutting(http.server.BaseHTTPRequestHandler):
+    """A server that breaks the connection in the middle of the file as often as `cuts` says."""
+
+    content, cuts, requests = b"", 0, 0
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+
+    def do_GET(self):
+        cls, start, stop = type(self), 0, len(self.content)
+        if wanted := self.headers.get("Range"):
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, stop = int(first), min(stop, int(last) + 1) if last else stop
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(self.content)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(stop - start))
+        self.end_headers()
+        cls.requests += 1
+        if stop - start > 10_000 and cls.cuts:
+            cls.cuts -= 1
+            self.wfile.write(self.content[start:start + (stop - start) // 2])
+            self.wfile.flush()
+            self.connection.close()
+            return
+        self.wfile.write(self.content[start:stop])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server on this machine whose network fails; the libraries and we try again without waiting."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 1)
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
+    monkeypatch.setattr(sources, "PAUSE", 0.0)
+    handler = type("Handler", (Cutting,), {"content": as_jsonl([f"document {i} " + "x" * 80 for i in range(4000)])})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield handler, f"http://127.0.0.1:{server.server_port}/x.jsonl"
+        server.shutdown()
+
+
+def test_a_network_that_fails_halfway_is_met_again_where_it_failed(server):
+    handler, url = server
+    parts = hub_parts("json", data_files=url)
+    handler.cuts = 2
+    texts, _ = hub_texts(parts)
+    assert [t.split()[1] for _, t in texts] == [str(i) for i in range(4000)] and handler.cuts == 0
+
+
+def test_a_network_that_stays_away_is_one_line(server):
+    handler, url = server
+    parts = hub_parts("json", data_files=url)
+    handler.cuts = 10**6
+    message = refusal(hub_texts, parts)
+    assert message.startswith("json train: cannot be read any further: ")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
+    assert re.search("cannot be opened: .*--source", refusal(hub_parts, f"{tmp_path}/nothing"))

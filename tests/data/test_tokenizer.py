@@ -1,0 +1,243 @@
+"""What the tokenizers promise: text comes back whole or is refused in one line that says why."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockgpt.data import tokenizer as tokenizer_module
+from blockgpt.data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    HFTokenizer,
+    TiktokenTokenizer,
+    describe,
+    from_meta,
+    load_tokenizer,
+    packed,
+    to_ranks,
+)
+from blockgpt.errors import DataError, UserError
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))  # what UTF-8 can hold
+AWKWARD = ["", " ", "  a\n\n\tb  ", "Żółw 🐢👩‍👩‍👧 日本語", "\x00\x01\x7f\x1b[0m", "\ufeffx\r\n", "e\u0301 é ﬁ",
+           "<|endoftext|></s><s>", "a" * 3000, " " * 3000, "<0x41>", "\u202eabc\u200b"]
+
+
+def one_line(raised):
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def hf_json(normalizer=None):
+    """A byte-level BPE as Hugging Face writes it, trained on the spot."""
+    t = tokenizers.Tokenizer(tokenizers.models.BPE())
+    t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.decoder = tokenizers.decoders.ByteLevel()
+    if normalizer:
+        t.normalizer = normalizer
+    t.train_from_iterator(["def train(model):\n    return the loss"] * 3, tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>", "<pad>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    return t.to_str()
+
+
+@pytest.fixture(scope="session", params=["byte", "sentencepiece", "ranks", "hf", "gpt2"])
+def tokenizer(request):
+    """Each tokenizer that takes any text."""
+    if request.param == "byte":
+        return ByteTokenizer()
+    if request.param == "hf":
+        return HFTokenizer(packed(hf_json().encode()))
+    if request.param == "gpt2":
+        return request.getfixturevalue("gpt2")
+    path = request.getfixturevalue("pieces")
+    return load_tokenizer(str(path if request.param == "sentencepiece" else path.with_suffix(".tiktoken")))
+
+
+# What all of them promise
+
+
+def check_round_trip(t, text):
+    try:
+        ids = t.encode(text)
+    except DataError as error:
+        assert t.name == "sentencepiece" and "▁" in text and "'▁" in str(error) and "\n" not in str(error)
+        return
+    assert t.decode(ids) == text and t.decode(np.array(ids, np.int64)) == text
+    assert all(type(i) is int and 0 <= i < t.vocab_size for i in ids) and t.eot not in ids
+    assert t.encode_array(text).tolist() == ids
+
+
+@given(text=TEXT)
+def test_text_comes_back_or_is_refused(tokenizer, text):
+    check_round_trip(tokenizer, text)
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_awkward_text_comes_back(tokenizer, text):
+    check_round_trip(tokenizer, text)
+
+
+@given(text=TEXT)
+def test_a_tokenizer_survives_meta_json(tokenizer, text):
+    for t in (tokenizer, CharTokenizer(text)):
+        again = from_meta(json.loads(json.dumps(t.to_meta())))
+        assert type(again) is type(t) and (again.vocab_size, again.eot) == (t.vocab_size, t.eot)
+        if "▁" not in text:
+            assert again.encode(text) == t.encode(text)
+        assert again.to_meta() == t.to_meta()
+
+
+def test_a_lone_surrogate_is_named(tokenizer):
+    for encode in (tokenizer.encode, tokenizer.encode_array):
+        with pytest.raises(DataError) as raised:
+            encode("ab\udcff")
+        assert "udcff" in one_line(raised) and "character 2" in one_line(raised)
+
+
+@given(ids=st.lists(st.integers(0, 70_000)))
+def test_decoding_never_fails(tokenizer, ids):
+    text = tokenizer.decode(ids)
+    assert text == tokenizer.decode([i for i in ids if i < tokenizer.vocab_size and i != tokenizer.eot])
+
+
+# Bytes and characters
+
+
+@given(TEXT)
+def test_chars_round_trip(text):
+    t = CharTokenizer(text)
+    ids = t.encode(text)
+    assert t.decode(ids) == text and all(0 <= i < t.vocab_size for i in ids)
+    assert t.vocab_size == len(set(text)) and t.eot is None and t.encode_array(text).tolist() == ids
+
+
+@given(st.lists(st.integers(0, 400)))
+def test_decoding_drops_what_stands_for_no_text(ids):
+    t = ByteTokenizer()
+    text = bytes(i for i in ids if i < 256).decode(errors="replace")
+    assert t.decode(ids) == t.decode(np.array(ids, np.int64)) == text
+    assert CharTokenizer("ab").decode(ids) == "".join("ab"[i] for i in ids if i < 2)
+
+
+def test_character_ids_follow_code_points():
+    assert CharTokenizer("banana\n").encode("\nabn") == [0, 1, 2, 3]
+
+
+def test_an_unknown_character_is_named():
+    with pytest.raises(DataError) as raised:
+        CharTokenizer("abc\n").encode("abc€")
+    assert "'€'" in one_line(raised)
+
+
+# Byte pairs
+
+
+def test_gpt2_is_gpt2(gpt2):
+    assert (gpt2.vocab_size, gpt2.eot) == (50257, 50256)
+    assert gpt2.encode("Hello, world!") == [15496, 11, 995, 0]
+    assert describe(gpt2.to_meta()) == "gpt2" and gpt2.to_meta() == {"name": "tiktoken", "encoding": "gpt2"}
+
+
+@pytest.fixture(scope="module")
+def model_and_ranks(pieces):
+    return load_tokenizer(str(pieces)), load_tokenizer(str(pieces.with_suffix(".tiktoken")))
+
+
+def check_both_split_alike(model, ranks, text):
+    """Whatever the characters that the model has seen."""
+    known = {c for c in set(text) - {"▁"} if len(model.encode(c)) == 1}
+    text = "".join(c for c in text if c in known)
+    assert [model.decode([i]) for i in model.encode(text)] == [ranks.decode([i]) for i in ranks.encode(text)]
+
+
+def test_an_exported_bpe_splits_text_as_the_model_does(model_and_ranks, sources):
+    model, ranks = model_and_ranks
+    for text in sources:
+        check_both_split_alike(model, ranks, text)
+    assert ranks.eot == ranks.vocab_size - 1 and describe(ranks.to_meta()).startswith("tiktoken ")
+
+
+@given(text=st.text("aelnrst \n():=._0159é·×"))
+def test_an_exported_bpe_splits_any_text_alike(model_and_ranks, text):
+    check_both_split_alike(*model_and_ranks, text)
+
+
+def test_only_bpe_has_a_tiktoken_form(tmp_path, pieces):
+    from tools.train_tokenizer import main
+    main(["--input", f"{pieces.parent}/*.txt", "--vocab_size=400", "--model=unigram", f"--output={tmp_path}/u"])
+    with pytest.raises(UserError, match="only a BPE model"):
+        to_ranks(load_tokenizer(f"{tmp_path}/u.model"))
+
+
+# Hugging Face
+
+
+def test_a_normaliser_that_loses_text_is_refused():
+    t = HFTokenizer(packed(hf_json(tokenizers.normalizers.Lowercase()).encode()))
+    assert t.decode(t.encode("lower")) == "lower"
+    with pytest.raises(DataError) as raised:
+        t.encode("lower UPPER")
+    assert "at character 6, 'UPPER' comes back as 'upper'" in one_line(raised)
+
+
+def test_the_token_that_ends_documents_can_be_named():
+    content = packed(hf_json().encode())
+    assert (HFTokenizer(content).eot, HFTokenizer(content, eot="<pad>").eot) == (0, 1)
+    with pytest.raises(DataError, match="no token '<end>'"):
+        HFTokenizer(content, eot="<end>")
+
+
+# Loading
+
+
+@pytest.mark.parametrize("meta, word", [({"name": "bite"}, "did you mean byte?"), ({}, "None"),
+                                        ({"name": "char"}, "char"), ({"name": "byte", "merges": []}, "merges"),
+                                        ({"name": "char", "characters": 3}, "characters"),
+                                        ({"name": "tiktoken", "encoding": "gpt3"}, "did you mean gpt2?"),
+                                        ({"name": "tiktoken", "encoding": []}, "unknown"),
+                                        ({"name": "tiktoken", "ranks": packed(b"YQ== 0")}, "a byte has none"),
+                                        ({"name": "sentencepiece", "model": "?"}, "damaged"),
+                                        ({"name": "sentencepiece", "model": packed(b"no")}, "not a SentencePiece"),
+                                        ({"name": "hf", "json": packed(b"{}")}, "not a tokenizer.json")])
+def test_meta_that_describes_no_tokenizer_is_one_line(meta, word):
+    with pytest.raises(DataError) as raised:
+        from_meta(meta)
+    assert word in one_line(raised)
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("gpt3", None, "did you mean gpt2?"), ("none.model", None, "none.model: cannot be read: No such file"),
+    ("x.model", b"text", "x.model: not a SentencePiece model"), ("x.model", b"", "not a SentencePiece model"),
+    ("x.json", b"\xff", "not UTF-8"), ("x.json", b"[]", "not a tokenizer.json"),
+    ("x.tiktoken", b"YQ==", "not a .tiktoken file"), ("x.tiktoken", b"? 0", "not a .tiktoken file"),
+    ("x.txt", b"", "or a file: *.model, *.json, *.tiktoken"),
+])
+def test_a_name_that_is_no_tokenizer_is_one_line(tmp_path, monkeypatch, name, content, words):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as raised:
+        load_tokenizer(name)
+    assert words in one_line(raised)
+
+
+def test_an_encoding_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    import tiktoken.registry
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    with pytest.raises(DataError) as raised:
+        TiktokenTokenizer("p50k_base")
+    assert "cannot fetch 'p50k_base'" in one_line(raised) and "TIKTOKEN_CACHE_DIR" in one_line(raised)
+
+
+def test_a_missing_package_is_one_line():
+    with pytest.raises(UserError) as raised:
+        tokenizer_module.needed("sentencepiece_of_the_future")
+    assert "pip install sentencepiece_of_the_future" in one_line(raised)

@@ -1,0 +1,164 @@
+"""model_config: what can be chosen, and what cannot be built."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from blockgpt.errors import ConfigError
+from model_config import AXES, PRESETS, ModelConfig, get_preset, list_presets
+
+SIZE_124M = dict(n_layer=12, n_head=12, n_embd=768)
+
+
+def test_architecture_names_of_the_two_house_presets():
+    assert get_preset("gpt2", **SIZE_124M).arch_name() == "12L-12H-768D-AbsPos-LN-NB-GELU-PostNorm"
+    assert get_preset("llama", **SIZE_124M).arch_name() == "12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm"
+
+
+def test_architecture_name_tells_what_is_unusual():
+    unusual = get_preset("llama", **SIZE_124M, n_kv_head=4, d_ff=1000, head_dim=32, bias=True)
+    assert unusual.arch_name() == "12L-12H4KV-768D-RoPE-RMS-SwiGLU-PreNorm-FF1000-Bias-HD32"
+    assert get_preset("llama", **SIZE_124M, d_ff=2048).arch_name() == get_preset("llama", **SIZE_124M).arch_name()
+
+
+def test_architecture_name_tells_every_label_apart():
+    labels = [f.metadata["label"] for f in dataclasses.fields(ModelConfig) if f.metadata["label"]]
+    labels = [label.split("{")[0] for label in labels]
+    labels.remove("")  # the pattern of windows stands for itself
+    options = [o.label for table in AXES.values() for o in table.values() if o.label]
+    assert len(set(labels + options)) == len(labels + options)
+    gemma = get_preset("gemma3", **SIZE_124M).arch_name()
+    assert gemma == ("12L-12H-768D-RoPE-RMS1-GEGLU-GELUtanh-Sandwich-theta1e+06-local10000-QKNorm-SW512-SSSSSL-embsqrt")
+    assert get_preset("gpt2", rope_theta=5.0).arch_name() == get_preset("gpt2").arch_name()  # nothing reads it
+
+
+@pytest.mark.parametrize("n_embd, ffn_type, d_ff", [
+    (768, "standard", 3072), (768, "swiglu", 2048), (128, "swiglu", 384), (100, "standard", 400),
+    (4096, "swiglu", 10944),
+])
+def test_default_ffn_width(n_embd, ffn_type, d_ff):
+    assert ModelConfig(n_embd=n_embd, n_head=4, ffn_type=ffn_type).resolve().d_ff == d_ff
+
+
+def test_explicit_keys_beat_the_preset():
+    config = get_preset("gpt2", normalization="rmsnorm", weight_tying=False)
+    assert (config.normalization, config.weight_tying, config.norm_position) == ("rmsnorm", False, "post")
+
+
+def test_a_presets_activation_does_not_follow_into_swiglu():
+    assert get_preset("gpt2", ffn_type="swiglu").resolve().activation == "silu"
+
+
+def test_resolving_twice_changes_nothing():
+    for name in PRESETS:
+        once = get_preset(name).resolve()
+        assert once.resolve() == once
+        derived = {k for k in once.derived() if getattr(once, k) in (None, "auto")}
+        assert not derived
+
+
+@pytest.mark.parametrize("key, overrides", [
+    ("n_head", dict(n_head=5)),
+    ("n_kv_head", dict(n_kv_head=5)),
+    ("n_kv_head", dict(n_kv_head=24)),
+    ("activation", dict(ffn_type="swiglu", activation="relu")),
+    ("normalization", dict(normalization="rms")),
+    ("normalization", dict(normalization=None)),
+    ("position_encoding", dict(position_encoding="rope", n_embd=60, n_head=12)),
+    ("dropout", dict(dropout=1.0)),
+    ("dropout", dict(dropout=-0.1)),
+    ("dropout", dict(dropout="0.1")),
+    ("dropout", dict(dropout=float("nan"))),
+    ("norm_eps", dict(norm_eps=0.0)),
+    ("rope_theta", dict(rope_theta=float("inf"))),
+    ("n_layer", dict(n_layer=0)),
+    ("n_layer", dict(n_layer=2.0)),
+    ("n_layer", dict(n_layer=True)),
+    ("bias", dict(bias=1)),
+    ("vocab_size", dict(vocab_size=0)),
+    ("attention_backend", dict(attention_backend="sdpa", attn_softcap=5.0)),
+    ("attention_backend", dict(attention_backend="flex", dropout=0.1)),
+    ("attention_backend", dict(attention_backend=None)),
+    ("position_encoding", dict(position_encoding="rope", rope_fraction=0.01)),
+    ("position_encoding", dict(position_encoding="rope", head_dim=12, rope_fraction=0.25)),
+    ("rope_theta", dict(rope_theta=1.0)),
+    ("rope_scaling_factor", dict(rope_scaling_factor=0.5)),
+    ("window_pattern", dict(window_pattern="SSG")),
+    ("window_pattern", dict(window_pattern="")),
+    ("sliding_window", dict(sliding_window=0)),
+    ("parallel_block", dict(parallel_block="two_norms", norm_position="post")),
+    ("value_embeddings", dict(value_embeddings=7)),
+    ("embedding_scale", dict(embedding_scale="sqr")),
+    ("embedding_scale", dict(embedding_scale=0.0)),
+    ("activation", dict(ffn_type="geglu", activation="silu")),
+    ("attn_softcap", dict(attn_softcap=0.0)),
+])
+def test_what_cannot_be_built_is_refused_by_key(key, overrides):
+    with pytest.raises(ConfigError) as refused:
+        get_preset("custom", **overrides)
+    assert refused.value.key == key
+    assert str(refused.value).startswith(f"{key}: ") and "\n" not in str(refused.value)
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean llama"):
+        get_preset("lama")
+
+
+def test_list_presets_prints_each_with_its_components(capsys):
+    list_presets()
+    printed = capsys.readouterr().out
+    for name in PRESETS:
+        assert f"\n{name} " in "\n" + printed
+        assert get_preset(name).arch_name() in printed
+
+
+def test_unused_keys_follow_the_axis_tables():
+    assert "rope_theta" in get_preset("gpt2").unused_keys()
+    llama = get_preset("llama").unused_keys()
+    assert "rope_theta" not in llama and "norm_eps" not in llama and "rope_scaling" not in llama
+    assert llama["rope_scaling_factor"] == "only rope_scaling=linear or llama3 or yarn reads it, and this is none"
+    assert "rope_scaling_factor" in get_preset("gpt2", rope_scaling="yarn").unused_keys()
+    assert "norm_eps" in get_preset("llama", normalization="dyt").unused_keys()
+    assert "window_pattern" in llama and "window_pattern" not in get_preset("gemma2").unused_keys()
+    assert "sliding_window" in get_preset("gemma2", window_pattern="L").unused_keys()
+    assert "rope_theta" in get_preset("gemma3", window_pattern="S").unused_keys()
+
+
+def test_layers_take_their_window_and_their_table_of_value_embeddings():
+    config = ModelConfig(n_layer=7, sliding_window=8, window_pattern="SSL", value_embeddings=2)
+    assert [config.window(i) for i in range(7)] == [8, 8, None, 8, 8, None, 8]
+    assert [config.value_table(i) for i in range(7)] == [0, 1, None, None, None, 1, 0]
+    assert [ModelConfig(n_layer=2, value_embeddings=1).value_table(i) for i in range(2)] == [0, 0]
+
+
+def test_auto_takes_the_first_backend_that_can_do_what_is_asked():
+    assert ModelConfig().resolve().attention_backend == "sdpa"
+    assert ModelConfig(attn_softcap=5.0).resolve().attention_backend == "manual"
+    assert ModelConfig(attn_softcap=5.0, attention_backend="flex").resolve().attention_backend == "flex"
+    assert ModelConfig(attn_softcap=5.0, dropout=0.1).able_backends() == ["manual"]
+
+
+def test_labels_tell_options_apart():
+    for table in AXES.values():
+        labels = [o.label for o in table.values() if o.label]
+        assert len(labels) == len(set(labels))
+
+
+def test_the_readmes_table_names_every_option():
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    table = readme.partition("## The options")[2].partition("## ")[0]
+    options = {f.name: set(f.metadata["choices"] or ()) for f in dataclasses.fields(ModelConfig)}
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^;|]*)", table, re.MULTILINE))
+    assert {axis: set(re.findall(r"`(\w+)`", row)) for axis, row in rows.items()} == {
+        axis: options[axis] for axis in ("arch_preset", *AXES)}
+    assert set(re.findall(r"`(\w+)`", table)) <= options.keys() | set().union(*options.values())
+
+
+def test_torch_is_not_imported():
+    code = "import sys, model_config, configurator; configurator.load_config([]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

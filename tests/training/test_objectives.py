@@ -1,0 +1,128 @@
+"""The loss of a step and of an evaluation are what their definitions say."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from blockgpt.errors import DataError
+from blockgpt.training.objectives import LanguageModeling
+from blockgpt.training.parallel import Machine
+from configurator import load_config
+from model_builder import build_model
+
+BLOCK = 16
+
+
+class Alone(Machine):
+    """A process that hears nothing of the others: its sums are its own, and it finds the datasets itself."""
+
+    asked = 0
+
+    def sum(self, *values):
+        return list(map(float, values))
+
+    def on_main(self, function):
+        self.asked += 1
+        return function()
+
+
+def machine(rank=0, world_size=1):
+    return Alone(rank, rank, world_size, torch.device("cpu"), torch.float32, False, False)
+
+
+@pytest.fixture
+def config(data_dir):
+    """config(**keys) -> the Config of a small model on the test's dataset."""
+    def make(dataset="text", **keys):
+        keys = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": BLOCK, "vocab_size": 320, "batch_size": 4,
+                "device": "cpu", **keys}
+        return load_config([f"--data_dir={data_dir}", f"--dataset={dataset}", *(f"--{k}={v}" for k, v in keys.items())])
+    return make
+
+
+def exact_losses(model, x, y):
+    """Cross-entropy of every token in float64, by the definition."""
+    double = build_model(model.config).double()
+    double.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        return -double.eval()(x)[0].log_softmax(-1).gather(-1, y[..., None])[..., 0]
+
+
+def test_the_shares_of_a_step_sum_to_the_mean_over_its_tokens(config):
+    c = config(batch_size=3, gradient_accumulation_steps=4)
+    model = build_model(c.model)
+    one = LanguageModeling(c, machine())
+    batches = list(one.micro_batches(5))
+    assert len(batches) == one.micro_steps == 4 and one.tokens_per_step == 4 * 3 * BLOCK
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    mean = exact_losses(model, x, y).mean().item()
+    assert sum(one.loss(model, b).item() for b in batches) == pytest.approx(mean, rel=1e-6)
+    shares = []
+    for rank in range(2):  # two processes share the same step
+        part = LanguageModeling(c, machine(rank, 2))
+        assert part.micro_steps == 2 and part.tokens_per_step == one.tokens_per_step
+        shares += [part.loss(model, b).item() for b in part.micro_batches(5)]
+    assert sorted(shares) == sorted(one.loss(model, b).item() for b in batches)
+
+
+def test_an_evaluation_is_the_mean_over_the_whole_split(config):
+    c = config(eval_tokens=0, dropout=0.5)
+    model, objective = build_model(c.model), LanguageModeling(c, machine())
+    data = np.fromfile(objective.dataset.directory / "val.bin", "<u2").astype(np.int64)
+    n = (len(data) - 1) // BLOCK
+    x, y = (torch.from_numpy(data[i:i + n * BLOCK].reshape(n, BLOCK)) for i in (0, 1))
+    mean = exact_losses(model, x, y).mean().item()
+    metrics = objective.evaluate(model)
+    assert metrics["val_loss"] == pytest.approx(mean, rel=1e-6)
+    text_bytes = int((data < 256).sum())  # an end-of-text token has none
+    assert metrics["val_bpb"] == pytest.approx(mean / math.log(2) * len(data) / text_bytes, rel=1e-6)
+
+
+def test_an_evaluation_does_not_depend_on_batches_or_processes(config):
+    c = config(eval_tokens=37 * BLOCK)
+    model = build_model(c.model)
+    whole = LanguageModeling(c, machine()).evaluate(model)["val_loss"]
+    for batch_size in (1, 3, 64):
+        other = LanguageModeling(config(eval_tokens=37 * BLOCK, batch_size=batch_size), machine())
+        assert other.evaluate(model)["val_loss"] == pytest.approx(whole, rel=1e-6)
+    c = config(eval_tokens=37 * BLOCK, gradient_accumulation_steps=2)
+    parts = [LanguageModeling(c, machine(rank, 2)).evaluate(model)["val_loss"] for rank in range(2)]
+    assert (19 * parts[0] + 18 * parts[1]) / 37 == pytest.approx(whole, rel=1e-6)
+
+
+def test_documents_are_kept_apart_as_if_each_were_alone(config):
+    c = config(mask_documents=True, position_encoding="none", n_layer=2, init_std=0.3)
+    model, objective = build_model(c.model).eval(), LanguageModeling(c, machine())
+    eot = objective.eot
+    x = torch.randint(0, 256, (2, BLOCK), generator=torch.Generator().manual_seed(0))
+    x[0, [3, 4, 9]] = eot  # a document that is nothing but its end, too
+    x[1, BLOCK - 1] = eot
+    assert objective.documents(x).tolist() == [[0] * 4 + [1] + [2] * 5 + [3] * 6, [0] * BLOCK]
+    logits = model(x, documents=objective.documents(x))[0]
+    for row, first, last in ((0, 0, 4), (0, 4, 5), (0, 5, 10), (0, 10, BLOCK), (1, 0, BLOCK)):
+        alone = model(x[row:row + 1, first:last])[0]
+        torch.testing.assert_close(logits[row:row + 1, first:last], alone, rtol=1e-4, atol=1e-5)
+    y = x.roll(-1, 1)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
+    objective.step_targets = y.numel()
+    assert objective.loss(model, (x, y)).item() * y.numel() == pytest.approx(expected, rel=1e-6)
+    assert LanguageModeling(config(), machine()).documents(x) is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_evaluation_is_without_dropout_and_leaves_the_mode_as_it_was(config, training):
+    c = config(eval_tokens=64, dropout=0.5)
+    model, objective = build_model(c.model).train(training), LanguageModeling(c, machine())
+    assert objective.evaluate(model) == objective.evaluate(model)
+    assert all(m.training == training for m in model.modules())
+
+
+def test_no_process_waits_for_one_that_found_no_dataset(config):
+    """It is for `on_main` to find, and to tell all: if only the first one raised, the others would wait for it."""
+    for rank in range(2):
+        process = machine(rank, 2)
+        with pytest.raises(DataError, match="does not exist"):
+            LanguageModeling(config("nothing", gradient_accumulation_steps=2), process)
+        assert process.asked == 1
