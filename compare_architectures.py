@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blockgpt.errors import ArgumentParser, UserError, did_you_mean, told_in_one_line
+from blockgpt.console import ArgumentParser
+from blockgpt.errors import UserError, did_you_mean, told_in_one_line
 
 SCHEMA_VERSION = 1  # of run.json; what a newer one means, this program cannot know
 STATES = ("running", "finished", "interrupted", "failed")

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import model_config
+from blockgpt.config_fields import check_fields, check_value, key, key_types
 from blockgpt.errors import ConfigError, UserError, did_you_mean, shown
-from model_config import ModelConfig, check_fields, check_value, key, key_types
+from model_config import ModelConfig
 
 ROOT = Path(__file__).resolve().parent
 

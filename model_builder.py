@@ -177,6 +177,11 @@ class GPT(nn.Module):
             value_embeddings=len(self.value_embeddings), x0_mix=self.blocks[0].x0_mix is not None,
             embedding_norm=not isinstance(self.embedding_norm, nn.Identity))
 
+    def lr_multipliers(self):
+        """{parameter name: what its learning rate is multiplied by}, as `init` has it; vectors: 1."""
+        return {name: self.init.lr_multiplier(part_of(module)) if p.dim() >= 2 else 1.0
+                for name, p, module in owned_parameters(self)}
+
     def parameter_counts(self):
         """{total, trainable, non_embedding}; tied weights count once, non_embedding leaves out tokens and positions."""
         embeddings = {id(m.weight): m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding)}
@@ -257,12 +262,6 @@ def owned_parameters(model):
             if id(p) not in seen:
                 seen.add(id(p))
                 yield f"{prefix}.{attribute}" if prefix else attribute, p, module
-
-
-def lr_multipliers(model):
-    """{parameter name: what its learning rate is multiplied by}, as the model's `init` has it; vectors: 1."""
-    return {name: model.init.lr_multiplier(part_of(module)) if p.dim() >= 2 else 1.0
-            for name, p, module in owned_parameters(model)}
 
 
 def load_weights(model, tensors, source):

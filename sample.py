@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from blockgpt.errors import ArgumentParser, CheckpointError, DataError, UserError, told_in_one_line
+from blockgpt.console import ArgumentParser
+from blockgpt.errors import CheckpointError, DataError, UserError, told_in_one_line
 
 
 def arguments(argv):
@@ -68,7 +69,7 @@ def main(argv):
     args = arguments(argv)
     import torch
 
-    from blockgpt.training.parallel import choose_device
+    from blockgpt.training.device import choose_device
 
     model, tokenizer = load_run(Path(args.run), args.checkpoint, choose_device(args.device, local_rank=0))
     try:

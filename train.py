@@ -24,21 +24,18 @@ import torch
 import blockgpt.training.checkpoint as checkpoint
 import blockgpt.training.parallel as parallel
 from blockgpt.accounting.dry_run import preflight
-from blockgpt.accounting.flops import flops_per_token, peak_flops
+from blockgpt.accounting.flops import flops_per_token
+from blockgpt.accounting.hardware import peak_flops
+from blockgpt.accounting.out_of_memory import memory_advice
 from blockgpt.errors import CheckpointError, ConfigError, NonFiniteError, SaveError, UserError
+from blockgpt.training import checkpoint_saver, launch
+from blockgpt.training.diagnostics import Spikes, gradient_statistics
 from blockgpt.training.faults import Watch
 from blockgpt.training.objectives import LanguageModeling
-from blockgpt.training.optimizers import (
-    Spikes,
-    build_optimizer,
-    clip_gradients,
-    gradient_statistics,
-    learning_rate,
-    set_learning_rate,
-)
-from blockgpt.training.profiling import Profile, memory_advice, memory_history
+from blockgpt.training.optimizers import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from blockgpt.training.profiling import Profile, memory_history
 from model_builder import build_model
-from training_logger import RunLog, environment, print_header, run_directory
+from training_logger import RunLog, begun_before, environment, print_header, run_directory
 
 
 def train(config, machine, watch):
@@ -83,11 +80,11 @@ def train(config, machine, watch):
         "launch": machine.first_launch, **environment(),
     }
     log = RunLog(run_dir, header, config, resumed, quiet=not machine.is_main)
-    machine.on_main(lambda: checkpoint.check_room(run_dir, header["parameters"]["total"], config))
+    machine.on_main(lambda: checkpoint_saver.check_room(run_dir, header["parameters"]["total"], config))
     run_dir = Path(machine.on_main(log.open))  # another one, if a run that began in the same second took that name
     machine.on_main(lambda: checkpoint.clean(run_dir))
     watch.lost, saved = log.lost, state["step"] if path else None
-    saves = checkpoint.Checkpoints(run_dir, machine, config.keep_checkpoints, config.checkpoint_async)
+    saves = checkpoint_saver.Checkpoints(run_dir, machine, config.keep_checkpoints, config.checkpoint_async)
 
     def evaluate():
         """Validation metrics into the log; whether they are the best so far."""
@@ -241,11 +238,11 @@ def main(config):
     machine = None
     try:
         if config.dry_run:
-            sys.exit(preflight(config))
-        machine = parallel.init(config)
-        if name := parallel.begun_before(config, machine):
+            sys.exit(preflight(config, build_model))
+        machine = launch.init(config)
+        if name := begun_before(config, machine):
             config = load_config(sys.argv[1:], restarted=name)
-        parallel.check_alike(config, machine)
+        launch.check_alike(config, machine)
         with Watch(machine, config) as watch:
             train(config, machine, watch)
     except ConfigError as error:
@@ -257,9 +254,9 @@ def main(config):
             told.alike = False  # one process may be the first to run out
             raise told from None
         raise
-    parallel.shut_down()
+    launch.shut_down()
 
 
 if __name__ == "__main__":
-    with told_in_one_line(parallel.leave):
+    with told_in_one_line(launch.leave):
         main(config)

@@ -16,7 +16,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import textwrap
 import time
 import uuid
 from pathlib import Path
@@ -24,9 +23,11 @@ from pathlib import Path
 import numpy
 import torch
 
+from blockgpt.console import human_bytes, human_time, in_columns, on_terminal, tell
 from blockgpt.errors import UserError
 from blockgpt.files import write_json
 from blockgpt.training.tracker import WandbTracker
+from configurator import begun
 
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parent
@@ -318,23 +319,6 @@ def spread(series):
             "max_rank": series.index(max(known))}
 
 
-def tell(text, stream=None, end="\n"):
-    """Print at once. A console that cannot be written, such as a full disk's file, is given up: the run goes on."""
-    stream = stream or sys.stdout
-    try:
-        print(text, file=stream, end=end, flush=True)
-    except BrokenPipeError:  # `| head` has had enough
-        raise
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if stream is not sys.stderr:
-            tell(f"warning: the console cannot be written ({error.strerror}): the run goes on in silence", sys.stderr)
-
-
-def on_terminal():
-    return sys.stdout is not None and sys.stdout.isatty()
-
-
 def finite(value):
     """The same value with every number that JSON has not (nan, inf) as None."""
     if isinstance(value, dict):
@@ -400,25 +384,24 @@ def print_header(header, config, model, flops, run_dir):
         tell(f"note: {config.explicit[name]}: {name} has no effect here: {reason}")
 
 
-def in_columns(name, text):
-    """A row of the header; on a terminal, the text is wrapped in a column of its own."""
-    if not on_terminal():
-        return name + text
-    width = max(20, shutil.get_terminal_size().columns - 1 - len(name))
-    return name + ("\n" + " " * len(name)).join(textwrap.wrap(text, width) or [""])
-
-
 def utc_now():
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def human_bytes(n):
-    return "? memory" if n is None else f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+def begun_before(config, machine):
+    """The name of the run that these processes are to go on with, in place of others that torchrun has lost; or None.
 
+    It is the one that an earlier launch began: a directory that was refused as another run's stays refused.
+    """
+    def find():
+        runs = [Path(config.out_dir, config.run_name)] if config.run_name else sorted(Path(config.out_dir).glob("*"))
+        for run in reversed(runs):
+            try:
+                if json.loads((run / "run.json").read_bytes())["launch"] == machine.first_launch:
+                    return run.name
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                continue
+        return config.run_name if config.run_name and not begun(runs[0]) else None
 
-def human_time(seconds):
-    if seconds is None:
-        return "…"
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}h{m:02}m" if hours else f"{m}m{s:02}s"
+    # Not by torchrun's own count of restarts: each node has another.
+    return machine.on_main(find) if machine.launch != machine.first_launch else None

@@ -4,9 +4,10 @@ Raise a subclass of `UserError` for what the user can mend; use `assert` for wha
 This module imports nothing of ours, so every room may use it.
 """
 
-import argparse
 import contextlib
 import difflib
+import functools
+import importlib
 import os
 import sys
 
@@ -102,15 +103,12 @@ def told_in_one_line(leave=sys.exit):
         sys.exit(141)
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse for the commands beside train.py, telling mistakes as train.py does."""
-
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        _, unrecognized, words = message.partition("unrecognized arguments: ")
-        if unrecognized:
-            names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-            message += did_you_mean(words.split()[0].partition("=")[0], names)
-        raise UserError(message.removeprefix("argument "))
+@functools.cache
+def needed(module):
+    """An optional package, or the `UserError` that says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise UserError(f"this needs the package {package}, which cannot be imported: {first_line(error)} "
+                        f"(pip install {package})") from None

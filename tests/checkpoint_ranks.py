@@ -20,8 +20,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import blockgpt.training.checkpoint as checkpoint
 import blockgpt.training.checkpoint_files as shards
-import blockgpt.training.parallel as parallel
 from blockgpt.errors import CheckpointError, UserError
+from blockgpt.training import launch
+from blockgpt.training.checkpoint_saver import Checkpoints
 from blockgpt.training.optimizers import build_optimizer
 from configurator import load_config
 from model_builder import build_model
@@ -128,7 +129,7 @@ def check_placed(machine):
 
 def main(folder):
     flags = ["--device=cpu", f"--gradient_accumulation_steps={os.environ['WORLD_SIZE']}"]
-    machine = parallel.init(load_config(flags))
+    machine = launch.init(load_config(flags))
     n = machine.world_size
     check_placed(machine)
     modes = ["plain", "zero1", "fsdp"] + (["hsdp", "tp", "fsdp+tp"] if n == 4 else ["tp"] if n == 2 else [])
@@ -151,7 +152,7 @@ def main(folder):
         if machine.is_main:
             run.mkdir()
         dist.barrier()
-        path = checkpoint.Checkpoints(run, machine).save(model, optimizer, state(3))
+        path = Checkpoints(run, machine).save(model, optimizer, state(3))
         index = checkpoint.read_index(path)
         check_equal({key: index.read(key) for key in index.entries}, reference)
         if mode in ("plain", "fsdp"):  # the bytes are shared out
@@ -176,7 +177,7 @@ def main(folder):
         if machine.is_main:
             run.mkdir()
         dist.barrier()
-        checkpoints = checkpoint.Checkpoints(run, machine)
+        checkpoints = Checkpoints(run, machine)
         again = make("plain", 2, "gpt2")
         path = checkpoints.save(model, optimizer, state(0))
         checkpoint.load(path, *again, machine)
@@ -197,8 +198,8 @@ def main(folder):
         one.mkdir()
         two.mkdir()
     dist.barrier()
-    in_background = checkpoint.Checkpoints(two, machine, asynchronous=True)
-    synchronous = checkpoint.Checkpoints(one, machine)
+    in_background = Checkpoints(two, machine, asynchronous=True)
+    synchronous = Checkpoints(one, machine)
     for step in (2, 4):
         path = synchronous.save(model, optimizer, state(step))
         assert in_background.save(model, optimizer, state(step)) is None
@@ -241,7 +242,7 @@ def main(folder):
     dist.barrier()
     assert checkpoint.find_newest(two, machine).name == "step_00000004"
     model = optimizer = None  # what outlives the group could abort the interpreter
-    parallel.shut_down()
+    launch.shut_down()
     print("agreed\n", end="", flush=True)  # one write: they share a pipe
 
 

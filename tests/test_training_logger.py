@@ -19,11 +19,12 @@ from conftest import ROOT, TINY, environment, records, run_python
 from test_checkpoint import largest_file
 
 import training_logger
+from blockgpt.console import human_time
 from blockgpt.errors import NonFiniteError, UserError
 from blockgpt.training import tracker as tracker_module
 from model_builder import build_model
 from model_config import ModelConfig
-from training_logger import RunLog, human_time, run_directory, spread
+from training_logger import RunLog, run_directory, spread
 
 HEADER = {"arch_name": "x", "config": {"init_from": "scratch", "eval_only": False}}
 STEP = {"step": 1, "tokens": 8, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "step_time": 0.1, "tokens_per_sec": 80.0,

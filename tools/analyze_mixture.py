@@ -9,11 +9,11 @@ import sys
 
 import numpy as np
 
-from blockgpt.data.loader import TrainBatches, open_dataset
+from blockgpt.data.dataset import open_dataset
+from blockgpt.data.loader import TrainBatches
 from blockgpt.data.mixture import Mixture, label
 from blockgpt.data.packing import PackedBatches
-from blockgpt.data.tokenizer import needed
-from blockgpt.errors import UserError, told_in_one_line
+from blockgpt.errors import UserError, needed, told_in_one_line
 from configurator import load_config
 
 WIDTH = 40  # characters of a bar

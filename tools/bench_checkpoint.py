@@ -12,7 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from blockgpt.errors import ArgumentParser, told_in_one_line
+from blockgpt.console import ArgumentParser
+from blockgpt.errors import told_in_one_line
 from blockgpt.files import sync
 from configurator import load_config
 
@@ -43,6 +44,7 @@ def main(argv):
     import torch
 
     import blockgpt.training.checkpoint as checkpoint
+    from blockgpt.training.checkpoint_saver import Checkpoints
 
     model, optimizer = trained(config)
     tensors = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
@@ -58,8 +60,8 @@ def main(argv):
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         plain = Path(folder, "plain.pt")
-        waiting = checkpoint.Checkpoints(tempfile.mkdtemp(dir=folder))
-        background = checkpoint.Checkpoints(tempfile.mkdtemp(dir=folder), asynchronous=True)
+        waiting = Checkpoints(tempfile.mkdtemp(dir=folder))
+        background = Checkpoints(tempfile.mkdtemp(dir=folder), asynchronous=True)
         for step in range(1, args.repeat + 1):
             state = {"step": step, "tokens": 0, "best": None}
             path = timed("save", lambda state=state: waiting.save(model, optimizer, state))

@@ -17,13 +17,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from blockgpt.data.loader import Prefetch, TrainBatches, open_dataset
+from blockgpt.console import ArgumentParser
+from blockgpt.data.dataset import open_dataset
+from blockgpt.data.loader import Prefetch, TrainBatches
 from blockgpt.data.mixture import MixedBatches, Mixture
 from blockgpt.data.packing import PackedBatches
 from blockgpt.data.prepare import prepare
 from blockgpt.data.sources import files_parts
 from blockgpt.data.tokenizer import load_tokenizer
-from blockgpt.errors import ArgumentParser, told_in_one_line
+from blockgpt.errors import told_in_one_line
 
 BLOCK, BATCH, SEED = 1024, 16, 1
 ASKED = 2_000_000  # tokens/s that a training step may ask for

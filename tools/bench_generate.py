@@ -12,7 +12,7 @@ import time
 import torch
 
 from blockgpt.errors import UserError, told_in_one_line
-from blockgpt.training.parallel import choose_device
+from blockgpt.training.device import choose_device
 from configurator import load_config
 from model_builder import build_model
 

@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from blockgpt.errors import ArgumentParser, UserError, told_in_one_line
+from blockgpt.console import ArgumentParser
+from blockgpt.errors import UserError, told_in_one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "

@@ -18,7 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from blockgpt.errors import ArgumentParser, UserError, told_in_one_line
+from blockgpt.console import ArgumentParser
+from blockgpt.errors import UserError, told_in_one_line
 from configurator import load_config
 from model_config import PRESETS
 
@@ -63,18 +64,18 @@ def launch(mode, work, folder):
 
 def worker(path):
     """In one of the processes: each run of the list through train.py's own `train`, in one process group."""
-    import blockgpt.training.parallel as parallel
+    from blockgpt.training import launch
     from blockgpt.training.faults import Watch
 
     train = runpy.run_path(str(ROOT / "train.py"))["train"]
     machine = None
     for argv in json.loads(Path(path).read_text()):
         config = load_config(argv)
-        machine = machine or parallel.init(config)
+        machine = machine or launch.init(config)
         with Watch(machine, config) as watch:
             train(config, machine, watch)
         gc.collect()  # models that refer to themselves
-    parallel.shut_down()
+    launch.shut_down()
 
 
 def curve(run):
@@ -116,12 +117,12 @@ def held(argv):
     """In one of the processes: a step of the run, then [bytes of parameters, gradients, optimizer state] by rank."""
     import torch
 
-    import blockgpt.training.parallel as parallel
+    from blockgpt.training import launch, parallel
     from blockgpt.training.optimizers import build_optimizer
     from model_builder import build_model
 
     config = load_config(argv)
-    machine = parallel.init(config)
+    machine = launch.init(config)
     model = build_model(config.for_vocabulary(256).model, config.seed, machine.device,
                         lambda model: parallel.distribute(model, config, machine))
     optimizer = build_optimizer(model, config, machine.device)
@@ -142,7 +143,7 @@ def held(argv):
         count = sum(p.numel() for p in model.parameters())
         print("HELD " + json.dumps({"parameters": count, "rows": rows}), flush=True)
     del wrapped, optimizer, model, moments
-    parallel.shut_down()
+    launch.shut_down()
 
 
 FORMULAS = {  # bytes per parameter of parameters, gradients, optimizer state on one of n processes

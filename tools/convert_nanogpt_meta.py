@@ -11,11 +11,10 @@ import pickletools
 import sys
 from pathlib import Path
 
-from blockgpt.data.loader import open_bare
-from blockgpt.data.prepare import is_bare
+from blockgpt.console import ArgumentParser
+from blockgpt.data.dataset import SPLITS, is_bare, open_bare
 from blockgpt.data.tokenizer import CharTokenizer, load_tokenizer
-from blockgpt.data.writer import SPLITS
-from blockgpt.errors import ArgumentParser, DataError, first_line, told_in_one_line
+from blockgpt.errors import DataError, first_line, told_in_one_line
 from blockgpt.files import write_json
 
 LARGEST = 2**24  # bytes of a meta.pkl: that of all of Unicode is smaller

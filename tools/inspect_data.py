@@ -11,10 +11,12 @@ import sys
 
 import numpy as np
 
-from blockgpt.data.loader import Windows, open_dataset
+from blockgpt.console import ArgumentParser
+from blockgpt.data.dataset import SPLITS, open_dataset
+from blockgpt.data.loader import Windows
 from blockgpt.data.tokenizer import describe, from_meta
-from blockgpt.data.writer import SPLITS, digest_of
-from blockgpt.errors import ArgumentParser, DataError, UserError, told_in_one_line
+from blockgpt.data.writer import digest_of
+from blockgpt.errors import DataError, UserError, told_in_one_line
 from blockgpt.files import sha256_of
 
 

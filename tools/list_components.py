@@ -16,8 +16,9 @@ import torch
 
 from blockgpt.accounting.flops import flops_per_token
 from blockgpt.accounting.memory import MemoryAccount
-from blockgpt.errors import ArgumentParser, UserError, told_in_one_line
-from blockgpt.training.parallel import choose_device
+from blockgpt.console import ArgumentParser
+from blockgpt.errors import UserError, told_in_one_line
+from blockgpt.training.device import choose_device
 from model_builder import build_model
 from model_config import AXES, ModelConfig
 
@@ -84,7 +85,7 @@ def step_ratio(config, baseline, steps, batch_size, device):
 
 def account(config):
     """(parameters, training FLOPs per token, bytes saved for the backward pass per token) of a model not made."""
-    memory = MemoryAccount(config, torch.float32, gpu=True)
+    memory = MemoryAccount(build_model, config, torch.float32, gpu=True)
     return (memory.model.parameter_counts()["total"], flops_per_token(memory.model, config.block_size)["train"],
             memory.saved_in().per_sequence / config.block_size)
 

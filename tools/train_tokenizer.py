@@ -14,9 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+from blockgpt.console import ArgumentParser
 from blockgpt.data.sources import files_parts
-from blockgpt.data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, needed, packed, to_ranks
-from blockgpt.errors import ArgumentParser, DataError, UserError, first_line, told_in_one_line
+from blockgpt.data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, packed, to_ranks
+from blockgpt.errors import DataError, UserError, first_line, needed, told_in_one_line
 from blockgpt.files import write_bytes
 
 SENTENCE_BYTES = 4000  # the trainer's memory is that of its longest sentence; documents are cut at line ends

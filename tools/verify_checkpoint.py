@@ -8,7 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from blockgpt.errors import ArgumentParser, CheckpointError, UserError, told_in_one_line
+from blockgpt.console import ArgumentParser
+from blockgpt.errors import CheckpointError, UserError, told_in_one_line
 
 
 def tell(path, check):

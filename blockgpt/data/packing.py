@@ -8,7 +8,8 @@ is never a target. The plan is made once, at start, which reads the split, and h
 import numpy as np
 import torch
 
-from blockgpt.data.loader import GlobalBatches, advise, check_ids, permute, scramble
+from blockgpt.data.dataset import advise, check_ids
+from blockgpt.data.loader import GlobalBatches, permute, scramble
 from blockgpt.errors import DataError
 
 IGNORED = -1  # the target that the loss leaves out

@@ -15,27 +15,21 @@ import json
 import multiprocessing
 import os
 import secrets
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-from blockgpt.data.filters import parse_filters
-from blockgpt.data.sources import SHAKESPEARE, hub_parts, text_of
-from blockgpt.data.tokenizer import CharTokenizer, from_meta, load_tokenizer
+from blockgpt.data.dataset import DTYPES, SCHEMA_VERSION, SPLITS, dtype_for
+from blockgpt.data.tokenizer import from_meta
 from blockgpt.data.writer import (
-    DTYPES,
     SHARD_TOKENS,
-    SPLITS,
     Recipe,
     Split,
     assemble,
-    dtype_for,
     encode_part,
     find_duplicates,
     finish_part,
@@ -46,62 +40,9 @@ from blockgpt.data.writer import (
     remove_stale,
     tallied,
 )
-from blockgpt.errors import ArgumentParser, DataError, UserError, did_you_mean
+from blockgpt.errors import DataError
 
-ROOT = Path(__file__).resolve().parents[2]
-EMBEDDED = "pycode"  # the corpus that needs no download: every Python brings it
-SCHEMA_VERSION = 1
 MEND = "(make room there, or choose another folder: --out_dir, or train.py's --data_dir)"
-
-
-def dataset_dir(dataset, data_dir=None):
-    """Where a dataset stands; data_dir None: data/ beside this file."""
-    return Path(data_dir or ROOT / "data") / dataset
-
-
-def prepare_command(dataset, data_dir=None):
-    """The command, as typed in the project's folder, that makes a dataset."""
-    elsewhere = f" --out_dir {shlex.quote(str(dataset_dir(dataset, data_dir)))}" if data_dir else ""
-    return f"python data/{dataset}/prepare.py{elsewhere}"
-
-
-def not_prepared(dataset, data_dir=None):
-    """The `DataError` for a dataset that has no meta.json."""
-    scripts = {p.parent.name for p in ROOT.glob("data/*/prepare.py")}
-    if dataset in scripts:
-        return DataError(f"dataset {dataset!r} is not prepared: run {prepare_command(dataset, data_dir)}")
-    prepared = {p.parent.name for p in Path(data_dir or ROOT / "data").glob("*/meta.json")}
-    return DataError(f"dataset {dataset!r} does not exist: no {dataset_dir(dataset, data_dir)}/meta.json"
-                     + did_you_mean(dataset, sorted(scripts | prepared)))
-
-
-def is_bare(directory):
-    """Whether a dataset is two files of tokens that nothing describes, as nanoGPT leaves them.
-
-    What a killed `prepare` leaves may look so too, but for its work directory.
-    """
-    return (all((directory / f"{split}.bin").exists() for split in SPLITS) and not (directory / "meta.json").exists()
-            and not any(directory.glob(".parts.*.tmp")))
-
-
-def ensure(dataset, data_dir=None):
-    """Make the embedded corpus if it is asked for and not there yet; `DataError` for any other dataset not there.
-
-    Of the processes of one run, let one call this and the others wait.
-    """
-    directory = dataset_dir(dataset, data_dir)
-    if (directory / "meta.json").exists():
-        return
-    if dataset != EMBEDDED:
-        if is_bare(directory):
-            return  # `open_dataset` asks what the files hold
-        raise not_prepared(dataset, data_dir)
-    print(f"preparing {dataset} in {directory}: once, a few seconds", flush=True)
-    command = [sys.executable, ROOT / "data" / dataset / "prepare.py", "--out_dir", directory]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise DataError(f"dataset {dataset!r} could not be prepared: {last.removeprefix('error: ')}")
 
 
 def write_dataset(out_dir, tokenizer, documents, *, source, skipped=None, separate=True, **extras):
@@ -336,85 +277,5 @@ def summary(meta, seconds, out_dir):
 
 
 # ---- what the prepare.py scripts have in common ----
-
-def command_parser(description, out_dir, tokenizer="gpt2", val_fraction=0.01):
-    """An `ArgumentParser` with the options of every dataset that `prepare_with` reads."""
-    parser = ArgumentParser(description=description)
-    parser.add_argument("--out_dir", type=Path, default=out_dir, help="where the files go")
-    parser.add_argument("--tokenizer", default=tokenizer,
-                        help="byte, char, gpt2, cl100k_base, o200k_base, or a file: *.model, *.tiktoken, *.json")
-    parser.add_argument("--val_fraction", type=float, default=val_fraction,
-                        help="share of the documents that is for validation")
-    parser.add_argument("--workers", type=int, help="processes; None: one a core")
-    parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens of a file, about")
-    parser.add_argument("--filter", action="append", metavar="NAME=VALUE",
-                        help="keep what passes, e.g. min_chars=200, language=en, callable=module:function; repeatable")
-    parser.add_argument("--keep_duplicates", action="store_true", help="do not drop documents that were there before")
-    return parser
-
-
-def parse(parser):
-    """The parsed command line; `UserError` for a value out of range, before anything is read."""
-    args = parser.parse_args()
-    sys.path.append(os.getcwd())  # where a user's --filter callable=module:function stands
-    args.filters = parse_filters(args.filter)
-    for name, ok, range_ in (("val_fraction", 0 < args.val_fraction < 1, "above 0 and below 1"),
-                             ("workers", args.workers is None or args.workers >= 1, "at least 1"),
-                             ("shard_tokens", args.shard_tokens >= 1, "at least 1")):
-        if not ok:
-            raise UserError(f"--{name}: {getattr(args, name)} is out of range, must be {range_}")
-    return args
-
-
-def prepare_with(args, parts, source, by_position=False, separate=True, **extras):
-    """`prepare` as the parsed options of `command_parser` ask."""
-    recipe = Recipe(args.val_fraction, by_position, separate, not args.keep_duplicates, args.filters)
-    tokenizer = characters_of(parts) if args.tokenizer == "char" else load_tokenizer(args.tokenizer)
-    return prepare(args.out_dir, tokenizer, parts, source=source, recipe=recipe, workers=args.workers,
-                   shard_tokens=args.shard_tokens, command=shlex.join(["python", *sys.argv]), **extras)
-
-
-def prepare_from_hub(description, script, source, *, val_fraction, splits=(("train", None),), samples=None):
-    """What a prepare.py does whose text stands on the Hugging Face hub, there as `source`.
-
-    script: its __file__. splits: (the hub's, the one of ours that it fills) each; None: a document's hash decides.
-    samples: {value of --sample: the hub's name of it}, the default first.
-    """
-    how = ("Streamed through `datasets`, a file of it at a time by each process. Killed, or cut off from the network, "
-           "the same command goes on. --source: another name on the hub, or a local copy of the repository.")
-    parser = command_parser(f"{description} {how}", Path(script).resolve().parent, val_fraction=val_fraction)
-    parser.add_argument("--source", default=source, help="on the hub, or a local folder")
-    if samples:
-        parser.add_argument("--sample", choices=samples, default=next(iter(samples)), help="how much of it")
-    args = parse(parser)
-    name = samples[args.sample] if samples else None
-    parts = [part for split, into in splits for part in hub_parts(args.source, name, split, into=into)]
-    prepare_with(args, parts, f"{args.source} {name}" if name else args.source)
-
-
-def prepare_shakespeare(description, script, tokenizer):
-    """What a prepare.py of Tiny Shakespeare does: the first 90 % of the text train, the rest val, as nanoGPT has it.
-
-    script: its __file__. tokenizer: what --tokenizer is by default.
-    """
-    parser = ArgumentParser(description=description)
-    parser.add_argument("--source", type=Path, help="a local input.txt; None: download")
-    parser.add_argument("--out_dir", type=Path, default=Path(script).resolve().parent, help="where the files go")
-    parser.add_argument("--tokenizer", default=tokenizer, help="byte, char, gpt2, … or a file, as data/files has it")
-    args = parser.parse_args()
-    tokenizer = None if args.tokenizer == "char" else load_tokenizer(args.tokenizer)  # a slip is told before a download
-    text = text_of(args.source, *SHAKESPEARE)
-    cut = int(len(text) * 0.9)
-    write_dataset(args.out_dir, tokenizer or CharTokenizer(text), [("train", text[:cut]), ("val", text[cut:])],
-                  source=str(args.source or SHAKESPEARE[0]), separate=False)
-
-
-def characters_of(parts):
-    """A `CharTokenizer` of every character in the parts, which are read once for it."""
-    characters = set()
-    for part in parts:
-        for _, text in part.documents(collections.Counter()):
-            characters.update(text)
-    return CharTokenizer("".join(characters))
 
 

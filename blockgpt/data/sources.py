@@ -19,8 +19,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from blockgpt.data.tokenizer import needed
-from blockgpt.errors import DataError, UserError, did_you_mean, first_line
+from blockgpt.errors import DataError, UserError, did_you_mean, first_line, needed
 
 PART_BYTES = 32 * 2**20  # of files: what a process reads at a time, and at most loses when it is killed
 MAX_DOCUMENT = 16 * 2**20  # bytes; a longer text file is cut at line ends into several documents

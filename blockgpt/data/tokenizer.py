@@ -9,15 +9,13 @@ To add one: a class with these and a line in `TOKENIZERS`. Torch is never import
 
 import base64
 import binascii
-import functools
 import hashlib
-import importlib
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from blockgpt.errors import DataError, UserError, did_you_mean, first_line, shown
+from blockgpt.errors import DataError, UserError, did_you_mean, first_line, needed, shown
 
 ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")  # tiktoken's, fetched once, then cached
 # How an exported SentencePiece BPE is split before merging: in front of spaces, across which it has no pieces either.
@@ -326,12 +324,3 @@ def to_ranks(tokenizer):
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
 
 
-@functools.cache
-def needed(module):
-    """An optional package, or the `UserError` that says how to get it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise UserError(f"this needs the package {package}, which cannot be imported: {first_line(error)} "
-                        f"(pip install {package})") from None

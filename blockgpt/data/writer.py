@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from blockgpt.data.dataset import DTYPES, SPLITS, dtype_for
 from blockgpt.data.filters import compiled, removed_by
 from blockgpt.data.tokenizer import utf8
 from blockgpt.errors import DataError, first_line
 from blockgpt.files import sync, write_json
 
-SPLITS = ("train", "val")
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 ROW = np.dtype([("digest", "<u8", 2), ("tokens", "<u8"), ("bytes", "<u8"), ("split", "u1")])
 SHARD_TOKENS = 2**28  # of one file: half a gigabyte of uint16
 COPY_TOKENS = 2**22  # copied at a time
@@ -59,10 +58,6 @@ class Recipe:
 def digest_of(data):
     """16 bytes that tell documents apart: enough for any corpus, half the room of a full digest."""
     return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def dtype_for(vocab_size):
-    return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def encode_part(path, documents, tokenizer, recipe, skipped, advance=None):

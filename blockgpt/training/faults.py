@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from blockgpt.errors import DataError, PeerLostError, first_line
-from blockgpt.training.parallel import START_LIMIT, launchers_store, leave
+from blockgpt.training.launch import START_LIMIT, launchers_store, leave
 
 BEAT = 0.5  # seconds between two signs of life
 SILENCE = 4 * BEAT  # how long no sign must come from a peer that is to be called silent

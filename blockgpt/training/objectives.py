@@ -9,10 +9,10 @@ import math
 
 import torch
 
-from blockgpt.data.loader import Prefetch, TrainBatches, open_dataset, pinned, to_device, val_batches, val_windows
+from blockgpt.data.dataset import ensure, open_dataset
+from blockgpt.data.loader import Prefetch, TrainBatches, pinned, to_device, val_batches, val_windows
 from blockgpt.data.mixture import MixedBatches, Mixture, check_epochs, label, source_seed
 from blockgpt.data.packing import IGNORED, PackedBatches
-from blockgpt.data.prepare import ensure
 from blockgpt.data.tokenizer import describe
 from blockgpt.errors import ConfigError, DataError
 

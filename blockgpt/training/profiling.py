@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from training_logger import tell
+from blockgpt.console import tell
 
 # Which steps of a run of several processes have their communication measured: a function of the step alone, so that
 # all ranks do. One costs 8 µs an event (16 ms for the smallest models' 2000) and some 5 ms of a slower step.
@@ -251,28 +251,6 @@ def memory_history(config, machine, log):
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-
-
-def memory_advice(batch_size, accumulation, processes, checkpointing, zero1, fsdp):
-    """What to do when memory runs out, in one line: the cheapest first, without what is on already or cannot be.
-
-    batch_size, accumulation: batch_size and gradient_accumulation_steps; checkpointing: activation_checkpointing;
-    zero1, fsdp: whether they are on. Smaller batches with more of them leave the step, and so the run, what it is.
-    """
-    advice = []
-    parts = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), None)
-    if parts == 2:
-        advice += [f"halve batch_size (--batch_size={batch_size // 2})",
-                   f"double gradient_accumulation_steps (--gradient_accumulation_steps={2 * accumulation})"]
-    elif parts:
-        advice += [f"--batch_size={batch_size // parts} with --gradient_accumulation_steps={parts * accumulation}"]
-    if checkpointing != "full":
-        advice.append("--activation_checkpointing=full")
-    if processes > 1 and not (zero1 or fsdp):
-        advice.append("--use_zero1=True")
-    if processes > 1 and not fsdp:
-        advice.append("--use_fsdp=True")
-    return "out of memory: " + ", then ".join(advice or ["a smaller block_size, n_embd or n_layer, or more processes"])
 
 
 def warn(machine, log, text):

@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
 
-from blockgpt.data.prepare import ROOT, command_parser, parse, prepare_with
+from blockgpt.data.commands import command_parser, parse, prepare_with
+from blockgpt.data.dataset import ROOT
 from blockgpt.data.sources import files_parts
 from blockgpt.errors import UserError, told_in_one_line
 

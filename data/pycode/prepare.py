@@ -16,9 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
 
+from blockgpt.console import ArgumentParser
 from blockgpt.data.prepare import write_dataset
 from blockgpt.data.tokenizer import load_tokenizer
-from blockgpt.errors import ArgumentParser, DataError, told_in_one_line
+from blockgpt.errors import DataError, told_in_one_line
 
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
 
-from blockgpt.data.prepare import prepare_shakespeare
+from blockgpt.data.commands import prepare_shakespeare
 from blockgpt.errors import told_in_one_line
 
 

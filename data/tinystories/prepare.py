@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
 
-from blockgpt.data.prepare import prepare_from_hub
+from blockgpt.data.commands import prepare_from_hub
 from blockgpt.errors import told_in_one_line
 
 

@@ -17,25 +17,21 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from blockgpt.accounting import dry_run as dry_run_module
-from blockgpt.accounting.dry_run import (
-    RESERVE,
+from blockgpt.accounting.dry_run import RESERVE, find_target, largest, machine_memory, preflight, table
+from blockgpt.accounting.flops import flops_per_token
+from blockgpt.accounting.hardware import GPUS, gpu_called
+from blockgpt.accounting.memory import MemoryAccount
+from blockgpt.accounting.requirements import (
     SINGLE,
     Mode,
     chosen,
-    find_target,
     gathered_bytes,
-    largest,
-    machine_memory,
     modes,
     most_owned,
     need,
     part_of_model,
-    preflight,
     state_of,
-    table,
 )
-from blockgpt.accounting.flops import GPUS, flops_per_token, gpu_called
-from blockgpt.accounting.memory import MemoryAccount
 from blockgpt.errors import UserError
 from blockgpt.training.optimizers import build_optimizer
 from blockgpt.training.recompute import KINDS, recompute
@@ -50,7 +46,7 @@ SMALL = ["config/arch_llama.py", "--n_layer=4", "--n_head=4", "--n_embd=256", "-
 @pytest.fixture(scope="module")
 def account():
     config = get_preset("llama", n_layer=4, n_head=2, n_embd=64, block_size=32, vocab_size=512)
-    return MemoryAccount(config, torch.bfloat16, gpu=True)
+    return MemoryAccount(build_model, config, torch.bfloat16, gpu=True)
 
 
 def tell(*flags):
@@ -59,7 +55,7 @@ def tell(*flags):
     lines = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dry_run_module, "tell", lines.append)
-        code = preflight(config)
+        code = preflight(config, build_model)
     return code, "\n".join(lines)
 
 
@@ -136,7 +132,7 @@ def test_zero1s_share_is_that_of_torchs_partition(processes, overrides):
         shared = ZeroRedundancyOptimizer([{"params": group["params"]} for group in groups], torch.optim.AdamW)
         held = [sum(8 * p.numel() + 4 for group in owned for p in group["params"])
                 for owned in shared._partition_parameters()]
-    account = MemoryAccount(config, torch.float32, gpu=False)
+    account = MemoryAccount(build_model, config, torch.float32, gpu=False)
     assert most_owned(account, processes) == max(held) >= account.optimizer_bytes / processes
 
 
@@ -145,7 +141,7 @@ def test_zero1s_share_is_that_of_torchs_partition(processes, overrides):
 def test_fsdps_share_is_that_of_torchs_first_process(processes, tied):
     config = get_preset("llama", n_layer=2, n_head=1, n_embd=46, d_ff=61, block_size=8, vocab_size=33,
                         weight_tying=tied)
-    account = MemoryAccount(config, torch.float32, gpu=False)
+    account = MemoryAccount(build_model, config, torch.float32, gpu=False)
     with pretended(processes), torch.device("meta"):
         model, mesh = build_model(config), init_device_mesh("cpu", (processes,))
         for part in (*model.blocks, model):
@@ -174,7 +170,7 @@ def test_fsdp_gathers_blocks_in_the_products_precision_and_the_rest_in_float32(a
 def test_fsdps_peak_is_at_most_what_is_told(checkpointing, sequences, n_layer, width, vocab_size, reshards):
     config = get_preset("llama", n_layer=n_layer, n_head=4, n_embd=width, block_size=64, vocab_size=vocab_size)
     idx = torch.zeros(sequences, 64, dtype=torch.long)
-    account = MemoryAccount(config, torch.float32, gpu=False)
+    account = MemoryAccount(build_model, config, torch.float32, gpu=False)
     with pretended(4):
         model, mesh = recompute(build_model(config), checkpointing), init_device_mesh("cpu", (4,))
         for part in (*model.blocks, model):
@@ -205,14 +201,14 @@ def test_fsdps_peak_is_at_most_what_is_told(checkpointing, sequences, n_layer, w
 def test_offloaded_state_is_not_on_the_device(account):
     here, there = (need(account, fsdp(8, offloads=o), "none", 4, False) for o in (False, True))
     assert there == dataclasses.replace(here, parameters=0, gradients=0, optimizer=0)
-    with_cpu = MemoryAccount(account.model.config, torch.float32, gpu=False)  # whose memory is the host's
+    with_cpu = MemoryAccount(build_model, account.model.config, torch.float32, gpu=False)  # whose memory is the host's
     assert need(with_cpu, fsdp(8, offloads=True), "none", 4, False).parameters > 0
 
 
 def test_tensor_parallelism_shares_out_matrices_and_what_they_make():
     config = get_preset("llama3", n_layer=2, n_head=4, n_kv_head=2, n_embd=64, d_ff=128, block_size=32, vocab_size=512)
-    whole = MemoryAccount(config, torch.bfloat16, gpu=True)
-    part = MemoryAccount(part_of_model(config, 2), torch.bfloat16, gpu=True)
+    whole = MemoryAccount(build_model, config, torch.bfloat16, gpu=True)
+    part = MemoryAccount(build_model, part_of_model(config, 2), torch.bfloat16, gpu=True)
     vectors = 4 * sum(p.numel() for p in whole.model.parameters() if p.dim() < 2)
     assert state_of(part, Mode("TP2", tensor=2)).parameters == (whole.parameter_bytes - vectors) // 2 + vectors
     before, after = (need(account, mode, "none", 8, True) for account, mode in
@@ -306,7 +302,7 @@ def test_torchruns_processes_are_those_told_of(monkeypatch):
 def test_the_account_of_a_run(data_dir):
     config = load_config([*SMALL, "--dry_run_gpu=A100", "--batch_size=8", "--max_iters=100", "--dry_run_mfu=0.5"])
     code, text = tell("--dry_run_gpu=A100", "--batch_size=8", "--max_iters=100", "--dry_run_mfu=0.5")
-    account = MemoryAccount(config.model, torch.bfloat16, gpu=True)
+    account = MemoryAccount(build_model, config.model, torch.bfloat16, gpu=True)
     flops, tokens = flops_per_token(account.model, 256), 8 * 256 * 100
     assert code == 0
     for part in ("4L-4H-256D-RoPE-RMS-SwiGLU-PreNorm", f"{account.model.parameter_counts()['total']:,}",
@@ -337,7 +333,7 @@ def test_epochs_are_those_of_the_prepared_data(data_dir):
 
 def test_a_dry_run_without_data_needs_the_vocabulary():
     with pytest.raises(UserError, match=r"dataset 'shakespeare_char' is not prepared: run python data/"):
-        preflight(load_config(["--dry_run", "--dataset=shakespeare_char", "--data_dir=nowhere", "--device=cpu"]))
+        preflight(load_config(["--dry_run", "--dataset=shakespeare_char", "--data_dir=nowhere", "--device=cpu"]), build_model)
 
 
 # ---- advice

@@ -6,7 +6,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from blockgpt.accounting.flops import flops_per_token, forward_flops, look_up_peak, peak_flops
+from blockgpt.accounting.flops import flops_per_token, forward_flops
+from blockgpt.accounting.hardware import look_up_peak, peak_flops
 from model_builder import build_model
 from model_config import PRESETS, ModelConfig, get_preset
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import model_components
-from blockgpt.accounting import memory
-from blockgpt.accounting.memory import PARTS, Line, MemoryAccount
+from blockgpt.accounting.memory import Line, MemoryAccount
+from blockgpt.accounting.memory_trace import PARTS
 from blockgpt.training.optimizers import build_optimizer
 from blockgpt.training.recompute import KINDS, recompute
 from configurator import load_config
@@ -90,7 +90,7 @@ def peak(account, sequences, accumulating=False, checkpointing="none"):
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameters_gradients_and_optimizer_state_are_those_of_a_step(name, tied):
     config = get_preset(name, **SIZES[0], weight_tying=tied)
-    account, model = MemoryAccount(config, torch.float32, gpu=False), build_model(config)
+    account, model = MemoryAccount(build_model, config, torch.float32, gpu=False), build_model(config)
     optimizer = build_optimizer(model, load_config(["--device=cpu"]), torch.device("cpu"))
     idx = batch(config, 2)
     model(idx, idx)[1].backward()
@@ -107,7 +107,7 @@ def test_parameters_gradients_and_optimizer_state_are_those_of_a_step(name, tied
 
 def test_parameters_are_told_by_their_place():
     config = get_preset("llama", n_layer=2, n_head=2, n_embd=8, d_ff=16, block_size=4, vocab_size=10)
-    parts = MemoryAccount(config, torch.float32, gpu=False).parameters_by_part()
+    parts = MemoryAccount(build_model, config, torch.float32, gpu=False).parameters_by_part()
     assert parts == dict(zip(PARTS, (80, 2 * 4 * 64, 2 * 3 * 128, 2 * 2 * 8 + 8, 80), strict=True))
 
 
@@ -123,7 +123,7 @@ def test_saved_bytes_are_those_that_autograd_keeps(name, dtype, backend, dropout
     if backend not in get_preset(name).able_backends():
         backend = "auto"  # Gemma 2's softcaps
     config = get_preset(name, **size, attention_backend=backend, dropout=dropout)
-    account = MemoryAccount(config, dtype, gpu=False)
+    account = MemoryAccount(build_model, config, dtype, gpu=False)
     for sequences in (1, 5):
         assert account.saved_in()(sequences) == really_saved(config, dtype, sequences)
 
@@ -133,7 +133,7 @@ def test_parameters_and_saved_bytes_are_true_for_all_pairs_of_options(part):
     space = {**architectures.SPACE, "attention_backend": ("sdpa", "manual")}  # flex has no backward pass on a CPU
     for i, chosen in enumerate(architectures.covering(space, at_least=200)[0][part::8]):
         config = ModelConfig(**architectures.TINY | chosen)
-        account, dtype = MemoryAccount(config, DTYPES[i % 2], gpu=False), DTYPES[i % 2]
+        account, dtype = MemoryAccount(build_model, config, DTYPES[i % 2], gpu=False), DTYPES[i % 2]
         assert sum(account.parameters_by_part().values()) == sum(p.numel() for p in build_model(config).parameters())
         # Equal, but for a LayerNorm in bfloat16: its kernel keeps its statistics in float32, its fake one does not say.
         assert account.saved_in()(2) == pytest.approx(really_saved(config, dtype, 2), rel=0.02), chosen
@@ -141,7 +141,7 @@ def test_parameters_and_saved_bytes_are_true_for_all_pairs_of_options(part):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_parents_add_up(name):
-    account = MemoryAccount(get_preset(name, **SIZES[0]), torch.bfloat16, gpu=False)
+    account = MemoryAccount(build_model, get_preset(name, **SIZES[0]), torch.bfloat16, gpu=False)
     whole = account.saved_in()
     assert whole.per_sequence > 0
     assert sum(account.saved_by_part().values(), Line()) == whole
@@ -159,7 +159,7 @@ def test_parents_add_up(name):
 
 def test_each_part_of_a_known_block_is_what_can_be_counted_by_hand():
     T, C, F, V = 8, 16, 40, 12
-    account = MemoryAccount(get_preset("gpt2_openai", n_layer=2, n_head=2, n_embd=C, d_ff=F, block_size=T, vocab_size=V,
+    account = MemoryAccount(build_model, get_preset("gpt2_openai", n_layer=2, n_head=2, n_embd=C, d_ff=F, block_size=T, vocab_size=V,
                                        bias=False), torch.float32, gpu=False)
     parts = {part: line.per_sequence for part, line in account.saved_by_part().items()}
     assert parts["ffn"] == 2 * 4 * T * (C + F + F)  # what comes in; before and behind the activation
@@ -175,9 +175,9 @@ def test_a_component_that_nobody_told_of_is_counted(monkeypatch):
             return x.exp().sin()  # saves both of what it computes on the way
 
     config = get_preset("gpt2", **SIZES[0], activation="relu")
-    before = MemoryAccount(config, torch.float32, gpu=False).saved_by_part()
+    before = MemoryAccount(build_model, config, torch.float32, gpu=False).saved_by_part()
     monkeypatch.setattr(model_components, "ReLU", Cubed)
-    after = MemoryAccount(config, torch.float32, gpu=False).saved_by_part()
+    after = MemoryAccount(build_model, config, torch.float32, gpu=False).saved_by_part()
     assert after.pop("ffn") - before.pop("ffn") == Line(0, 3 * 4 * 32 * 256)  # a layer: one d_ff wide tensor more
     assert after == before
 
@@ -191,7 +191,7 @@ def test_the_peak_is_that_of_torchs_tracker(name, dtype):
     for sequences, overrides in ((6, dict(n_layer=3, n_head=4, n_embd=128, block_size=64, vocab_size=512)),
                                  (1, dict(n_layer=5, n_head=2, n_embd=256, block_size=16, vocab_size=99, dropout=0.1))):
         config = get_preset(name, **overrides)
-        account = MemoryAccount(config, dtype, gpu=False)
+        account = MemoryAccount(build_model, config, dtype, gpu=False)
         for accumulating, checkpointing in itertools.product((False, True), KINDS):
             measured = really_needed(config, dtype, sequences, accumulating, checkpointing)
             assert peak(account, sequences, accumulating, checkpointing) == pytest.approx(measured, rel=1e-3)
@@ -207,8 +207,7 @@ def test_blocks_of_several_kinds_are_each_run(monkeypatch):
         return model
 
     config = get_preset("gpt2", n_layer=4, n_head=2, n_embd=64, vocab_size=32, block_size=32)
-    monkeypatch.setattr(memory, "build_model", uneven)
-    account = MemoryAccount(config, torch.float32, gpu=False)
+    account = MemoryAccount(uneven, config, torch.float32, gpu=False)
     kinds = [block.kind for block in account.blocks]
     assert kinds[0] == kinds[2] == kinds[3] != kinds[1]
     monkeypatch.setitem(globals(), "build_model", uneven)
@@ -226,8 +225,8 @@ sizes = st.fixed_dictionaries(dict(n_layer=st.integers(1, 3), n_head=st.sampled_
        checkpointing=st.sampled_from(sorted(KINDS)), dtype=st.sampled_from(DTYPES))
 def test_memory_grows_with_the_batch_and_the_layers(name, size, sequences, accumulating, checkpointing, dtype):
     how = (accumulating, checkpointing)
-    account = MemoryAccount(get_preset(name, **size), dtype, gpu=True)
-    deeper = MemoryAccount(get_preset(name, **{**size, "n_layer": size["n_layer"] + 1}), dtype, gpu=True)
+    account = MemoryAccount(build_model, get_preset(name, **size), dtype, gpu=True)
+    deeper = MemoryAccount(build_model, get_preset(name, **{**size, "n_layer": size["n_layer"] + 1}), dtype, gpu=True)
     assert peak(account, sequences, *how) <= peak(account, sequences + 1, *how)  # equal: in the optimizer's step
     assert account.saved_in()(sequences) < account.saved_in()(sequences + 1)
     assert peak(account, sequences, *how) < peak(deeper, sequences, *how)
@@ -238,7 +237,7 @@ def test_memory_grows_with_the_batch_and_the_layers(name, size, sequences, accum
 
 def llama(dtype, **overrides):
     sizes = dict(n_layer=1, n_head=2, n_embd=32, d_ff=48, block_size=64, vocab_size=16)
-    return MemoryAccount(get_preset("llama", **{**sizes, **overrides}), dtype, gpu=True)
+    return MemoryAccount(build_model, get_preset("llama", **{**sizes, **overrides}), dtype, gpu=True)
 
 
 def test_a_gpus_attention_keeps_no_weights_for_dropout():
@@ -269,7 +268,7 @@ def test_flex_attention_costs_what_the_fused_kernel_does():
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_estimate_is_within_a_tenth_of_a_gpus_peak(name, checkpointing):
     config = get_preset(name, n_layer=6, n_head=12, n_embd=768, block_size=1024, vocab_size=50304)
-    account, device = MemoryAccount(config, torch.bfloat16, gpu=True), torch.device("cuda")
+    account, device = MemoryAccount(build_model, config, torch.bfloat16, gpu=True), torch.device("cuda")
     model = build_model(config, device=device)
     optimizer = build_optimizer(model, load_config(["--device=cuda"]), device)
     idx = batch(config, 8).to(device)

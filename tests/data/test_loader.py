@@ -15,18 +15,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from blockgpt.data import dataset as dataset_module
 from blockgpt.data import loader
-from blockgpt.data.loader import (
-    Dataset,
-    Prefetch,
-    TrainBatches,
-    open_dataset,
-    permute,
-    scramble,
-    to_device,
-    val_batches,
-    val_windows,
-)
+from blockgpt.data.dataset import Dataset, open_dataset
+from blockgpt.data.loader import Prefetch, TrainBatches, permute, scramble, to_device, val_batches, val_windows
 from blockgpt.data.tokenizer import from_meta
 from blockgpt.errors import DataError
 
@@ -416,7 +408,7 @@ DAMAGES = {
     "no file name": (rename_file("train\0.bin"), "meta.json", "not the name"),
     "the other split": (rename_file("val.bin"), "meta.json", "not the name"),
 }
-for field in loader.META:
+for field in dataset_module.META:
     DAMAGES[f"no {field}"] = (in_meta(field, value=KeyError), "meta.json", f"{field} is missing")
     DAMAGES[f"{field} of another type"] = (in_meta(field, value=[1]), "meta.json", f"{field} is [1], not of type")
 
@@ -441,7 +433,7 @@ def test_no_dataset_is_one_line(tmp_path):
 def test_of_large_files_the_batches_are_checked_instead(tmp_path, monkeypatch):
     write_dataset(tmp_path / "x", {"train.bin": [*range(39), 100], "val.bin": range(9)})
     assert "token id 100" in refusal(open_dataset, "x", tmp_path)
-    monkeypatch.setattr(loader, "VERIFY_BYTES", 20)
+    monkeypatch.setattr(dataset_module, "VERIFY_BYTES", 20)
     b = TrainBatches(open_dataset("x", tmp_path), 0, 39, 2)
     message = refusal(b.micro_batch, 0)
     assert "train: has the token id 100" in message and "prepare.py" in message

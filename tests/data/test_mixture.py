@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_loader import dataset, same
 
-from blockgpt.data.loader import TrainBatches, open_dataset
+from blockgpt.data.dataset import open_dataset
+from blockgpt.data.loader import TrainBatches
 from blockgpt.data.mixture import MixedBatches, Mixture, balanced_table, check_epochs, exact_shares, label, source_seed
 from blockgpt.data.prepare import write_dataset
 from blockgpt.data.tokenizer import ByteTokenizer

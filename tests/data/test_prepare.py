@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockgpt.data import prepare
-from blockgpt.data.loader import open_dataset
-from blockgpt.data.prepare import ensure, write_dataset
+from blockgpt.data import dataset as dataset_module
+from blockgpt.data.dataset import ensure, open_dataset
+from blockgpt.data.prepare import write_dataset
 from blockgpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from blockgpt.errors import DataError
 
-ROOT = prepare.ROOT
+ROOT = dataset_module.ROOT
 DOCUMENTS = [("train", "First.\n"), ("val", "Żółw"), ("train", "Zweites."), ("train", "")]
 
 
@@ -243,7 +243,7 @@ def project(tmp_path, monkeypatch):
             "if os.environ.get('FAIL'): print('noise\\nerror: /x: disk full', file=sys.stderr); sys.exit(2)\n"
             "out = Path(sys.argv[2]); out.mkdir(exist_ok=True); (out / 'meta.json').write_text(str(sys.argv[1:]))\n"
             "print('summary')\n")
-    monkeypatch.setattr(prepare, "ROOT", root)
+    monkeypatch.setattr(dataset_module, "ROOT", root)
     return root
 
 

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from blockgpt.data import sources as sources_module
 from blockgpt.data import writer
-from blockgpt.data.loader import TrainBatches, open_dataset
+from blockgpt.data.dataset import open_dataset
+from blockgpt.data.loader import TrainBatches
 from blockgpt.data.prepare import Progress, prepare, write_dataset
 from blockgpt.data.sources import files_parts
 from blockgpt.data.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from blockgpt.errors import UserError
-from model_builder import build_model, load_weights, lr_multipliers, sample_token
+from model_builder import build_model, load_weights, sample_token
 from model_components import ResidualProjection
 from model_config import AXES, PRESETS, ModelConfig, get_preset
 
@@ -170,7 +170,7 @@ def test_every_key_changes_the_model_or_is_reported_as_having_no_effect(base, ke
         torch.manual_seed(0)
         logits = model(idx, documents=DOCUMENTS)[0]
         return ([(n, tuple(p.shape), p.sum().item()) for n, p in model.named_parameters()],
-                [type(m) for m in model.modules()], logits.tolist(), lr_multipliers(model))
+                [type(m) for m in model.modules()], logits.tolist(), model.lr_multipliers())
 
     before = {**TINY, "n_head": 4, "init_std": 0.2, **BASES[base]}
     now = get_preset(base, **before).resolve()
@@ -284,7 +284,7 @@ assert flops_per_token(model, 8)["train"] > 0
 assert config.unused_keys().get("norm_eps") is None
 import torch
 from blockgpt.accounting.memory import MemoryAccount
-saved = MemoryAccount(config, torch.float32, gpu=False).saved_in("final_norm")
+saved = MemoryAccount(build_model, config, torch.float32, gpu=False).saved_in("final_norm")
 assert saved.per_sequence > 0
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,

@@ -11,7 +11,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import model_components as parts
-from model_builder import Block, ParallelBlock, ParallelBlockOneNorm, build_model, lr_multipliers
+from model_builder import Block, ParallelBlock, ParallelBlockOneNorm, build_model
 from model_config import NORMALIZATION
 
 # ---------------------------------------------------------------- norms
@@ -222,7 +222,7 @@ def test_mup_is_table_8_of_its_paper():
     keys = dict(n_head=8, n_embd=256, vocab_size=512, block_size=256, init="mup", init_std=0.03, weight_tying=False)
     wide, base = (build_model(config(**keys, mup_base_width=w)) for w in (64, 256))
     plain = build_model(config(**{**keys, "init": "gpt2"}))
-    widened, unwidened = lr_multipliers(wide), lr_multipliers(base)
+    widened, unwidened = wide.lr_multipliers(), base.lr_multipliers()
     assert set(unwidened.values()) == {1.0}
     for (name, w), b, p in zip(wide.named_parameters(), base.parameters(), plain.parameters(), strict=True):
         assert torch.equal(b, p), name

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blockgpt.training.optimizers import build_optimizer, set_learning_rate
-from model_builder import build_model, lr_multipliers
+from model_builder import build_model
 from model_config import get_preset
 
 WIDTHS = (64, 128, 256, 512)
@@ -55,7 +55,7 @@ def test_mup_at_its_base_width_starts_as_gpt2():
     mup, gpt2 = (build_model(get_preset("llama", **shape, **o)) for o in (dict(init="mup", mup_base_width=64), {}))
     for (name, p), q in zip(mup.named_parameters(), gpt2.parameters(), strict=True):
         assert torch.equal(p, q), name
-    assert set(lr_multipliers(mup).values()) == {1.0}
+    assert set(mup.lr_multipliers().values()) == {1.0}
     assert mup.lm_head.scale == 1.0
 
 

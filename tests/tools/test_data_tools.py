@@ -11,7 +11,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockgpt.data.loader import open_dataset
+from blockgpt.data.dataset import open_dataset
 from blockgpt.data.prepare import write_dataset
 from blockgpt.data.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer
 from blockgpt.errors import DataError, UserError
@@ -129,11 +129,11 @@ def test_inspect_shows_what_there_is(tmp_path, capsys):
 
 
 def test_inspect_finds_a_damaged_file(tmp_path, capsys, monkeypatch):
-    from blockgpt.data import loader
+    from blockgpt.data import dataset
     write_dataset(tmp_path / "x", ByteTokenizer(), [("train", "abc" * 9), ("val", "abc")], source="a test")
     path = tmp_path / "x/train.bin"
     path.write_bytes(b"\1" + path.read_bytes()[1:])
-    monkeypatch.setattr(loader, "VERIFY_BYTES", 1)
+    monkeypatch.setattr(dataset, "VERIFY_BYTES", 1)
     inspect_data.main(["x", "--data_dir", str(tmp_path), "--block_size=4"])  # nobody looked
     assert "is damaged" in refusal(inspect_data.main, ["x", "--data_dir", str(tmp_path), "--block_size=4", "--verify"])
 

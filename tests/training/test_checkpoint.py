@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 import blockgpt.training.checkpoint as checkpoint
 from blockgpt.errors import CheckpointError, UserError, told_in_one_line
 from blockgpt.files import ReservedFile, sha256_of
+from blockgpt.training import checkpoint_saver
+from blockgpt.training.checkpoint_saver import Checkpoints
 from blockgpt.training.optimizers import build_optimizer
 from model_builder import build_model
 from model_config import get_preset
@@ -40,7 +42,7 @@ def make(preset="llama", seed=1):
 
 
 def save(run_dir, model, optimizer, state, **options):
-    return checkpoint.Checkpoints(run_dir, **options).save(model, optimizer, state)
+    return Checkpoints(run_dir, **options).save(model, optimizer, state)
 
 
 @pytest.fixture
@@ -358,7 +360,7 @@ def test_a_state_of_another_version_is_refused(run):
 
 def test_the_newest_two_and_the_best_are_kept_and_nothing_goes_before_the_new_one_is_verified(run, monkeypatch):
     seen = []
-    monkeypatch.setattr(checkpoint, "reread", lambda *_: seen.append(names(run.folder)))
+    monkeypatch.setattr(checkpoint_saver, "reread", lambda *_: seen.append(names(run.folder)))
     for step, best, kept in ((6, 2, [2, 4, 6]), (8, 8, [6, 8]), (10, 6, [6, 8, 10]), (12, 6, [6, 10, 12]),
                              (14, None, [12, 14])):
         before = names(run.folder)
@@ -374,7 +376,7 @@ def test_the_newest_two_and_the_best_are_kept_and_nothing_goes_before_the_new_on
 
 def test_what_reads_back_otherwise_is_no_checkpoint_and_the_older_ones_stay(run, monkeypatch):
     before = contents(run.folder)
-    monkeypatch.setattr(checkpoint, "forget_cached", lambda path: path.name == MODEL and flip(path, -1))
+    monkeypatch.setattr(checkpoint_saver, "forget_cached", lambda path: path.name == MODEL and flip(path, -1))
     with pytest.raises(OSError, match=f"{MODEL}: reads back otherwise than it was written"):
         save(run.dir, run.model, run.optimizer, state(6))
     assert contents(run.folder) == before
@@ -499,7 +501,7 @@ def test_whatever_a_disk_refuses_the_last_good_checkpoint_stays_and_nothing_else
         shutil.copytree(run.dir / "checkpoints", folder / "checkpoints")
         before, left[0] = contents(folder), i
         try:
-            path = checkpoint.Checkpoints(folder).save(model, optimizer, state(6))
+            path = Checkpoints(folder).save(model, optimizer, state(6))
         except OSError as error:
             assert "No space left on device" in str(error)
             assert contents(folder) == before and len(names(folder / "checkpoints")) == 2, i
@@ -616,7 +618,7 @@ def test_the_command_finds_nothing(tmp_path, capsys):
 
 def test_a_save_in_the_background_holds_what_was_there_when_it_was_asked_for(tmp_path, run):
     (tmp_path / "other").mkdir()
-    checkpoints = checkpoint.Checkpoints(tmp_path / "other", asynchronous=True)
+    checkpoints = Checkpoints(tmp_path / "other", asynchronous=True)
     assert checkpoints.poll() is None and checkpoints.wait() is None
     now = state(4, best=2)
     assert checkpoints.save(run.model, run.optimizer, now) is None
@@ -627,7 +629,7 @@ def test_a_save_in_the_background_holds_what_was_there_when_it_was_asked_for(tmp
 
 
 def test_a_failure_in_the_background_is_polled_and_the_next_save_waits_for_it(run):
-    checkpoints = checkpoint.Checkpoints(run.dir, asynchronous=True)
+    checkpoints = Checkpoints(run.dir, asynchronous=True)
     before = contents(run.folder)
     with largest_file(1000):
         checkpoints.save(run.model, run.optimizer, state(6))
@@ -640,8 +642,8 @@ def test_a_failure_in_the_background_is_polled_and_the_next_save_waits_for_it(ru
 
 
 def test_a_bug_in_the_background_is_no_failure_of_a_disk(run, monkeypatch):
-    checkpoints = checkpoint.Checkpoints(run.dir, asynchronous=True)
-    monkeypatch.setattr(checkpoint, "finish", lambda *_: 1 / 0)
+    checkpoints = Checkpoints(run.dir, asynchronous=True)
+    monkeypatch.setattr(checkpoint_saver, "finish", lambda *_: 1 / 0)
     checkpoints.save(run.model, run.optimizer, state(6))
     with pytest.raises(ZeroDivisionError):
         checkpoints.wait()

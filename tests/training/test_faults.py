@@ -11,7 +11,7 @@ from conftest import records
 import blockgpt.training.faults as faults
 from blockgpt.errors import DataError, PeerLostError
 from blockgpt.training.faults import Watch, is_broken_connection
-from blockgpt.training.parallel import Machine
+from blockgpt.training.launch import Machine
 from configurator import load_config
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from blockgpt.errors import DataError
+from blockgpt.training.launch import Machine
 from blockgpt.training.objectives import LanguageModeling
-from blockgpt.training.parallel import Machine
 from configurator import load_config
 from model_builder import build_model
 

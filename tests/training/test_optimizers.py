@@ -11,14 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockgpt.training.optimizers import (
-    Spikes,
-    build_optimizer,
-    clip_gradients,
-    gradient_statistics,
-    learning_rate,
-    set_learning_rate,
-)
+from blockgpt.training.diagnostics import Spikes, gradient_statistics
+from blockgpt.training.optimizers import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from model_builder import build_model
 from model_config import get_preset
 

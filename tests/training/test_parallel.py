@@ -13,19 +13,13 @@ import torch.distributed as dist
 from conftest import ROOT, records, run_python
 
 from blockgpt.errors import ConfigError, PeerLostError, UserError
-from blockgpt.training.parallel import (
-    Machine,
-    begun_before,
-    check_alike,
-    choose_device,
-    choose_dtype,
-    process_memory,
-    seed_micro_batch,
-    this_launch,
-)
+from blockgpt.training.device import choose_device, choose_dtype, process_memory
+from blockgpt.training.launch import Machine, check_alike, this_launch
+from blockgpt.training.parallel import seed_micro_batch
 from configurator import load_config
 from model_config import PRESETS
 from tools import bench_parallel
+from training_logger import begun_before
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_checkpoint import largest_file
 
+from blockgpt.accounting.out_of_memory import memory_advice
 from blockgpt.training import profiling
-from blockgpt.training.profiling import Profile, memory_advice, memory_history, merged, shares, without
+from blockgpt.training.profiling import Profile, memory_history, merged, shares, without
 
 CPU = torch.device("cpu")
 EQUAL = ("loss", "grad_norm", "lr", "tokens")

@@ -22,7 +22,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from blockgpt.errors import ArgumentParser, did_you_mean, told_in_one_line
+from blockgpt.console import ArgumentParser
+from blockgpt.errors import did_you_mean, told_in_one_line
 from tools.torture.files import damage, malicious
 from tools.torture.ranks import PHASES
 from tools.torture.runs import EVERY, MODES, STEPS, Tool

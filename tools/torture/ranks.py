@@ -25,13 +25,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # The phases of a save: where each begins and ends. "rename" is what `finish` does from its os.rename on.
 WRAPPED = {
-    "save": ("blockgpt.training.checkpoint", "Checkpoints._write"),
+    "save": ("blockgpt.training.checkpoint_saver", "Checkpoints._write"),
     "reserve": ("blockgpt.training.checkpoint_files", "TensorFile.__init__"),
-    "tensors": ("blockgpt.training.checkpoint", "write_pieces"),
-    "exchange": ("blockgpt.training.checkpoint", "together"),
-    "index": ("blockgpt.training.checkpoint", "finish"),
-    "verify": ("blockgpt.training.checkpoint", "reread"),
-    "prune": ("blockgpt.training.checkpoint", "Checkpoints._prune"),
+    "tensors": ("blockgpt.training.checkpoint_saver", "write_pieces"),
+    "exchange": ("blockgpt.training.checkpoint_saver", "together"),
+    "index": ("blockgpt.training.checkpoint_saver", "finish"),
+    "verify": ("blockgpt.training.checkpoint_saver", "reread"),
+    "prune": ("blockgpt.training.checkpoint_saver", "Checkpoints._prune"),
     "export": ("blockgpt.training.checkpoint", "write_export"),
 }
 PHASES = ("reserve", "tensors", "exchange", "index", "rename", "verify", "prune", "export")
