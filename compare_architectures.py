@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blockgpt.console import ArgumentParser
-from blockgpt.errors import UserError, did_you_mean, told_in_one_line
+from blockgpt.errors import UserError, did_you_mean, exit_on_user_error
 
 SCHEMA_VERSION = 1  # of run.json; what a newer one means, this program cannot know
 STATES = ("running", "finished", "interrupted", "failed")
@@ -452,5 +452,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a run's name may not exist in the terminal's encoding
-    with told_in_one_line():
+    with exit_on_user_error():
         main()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import model_config
 from blockgpt.config_fields import check_fields, check_value, key, key_types
-from blockgpt.errors import ConfigError, UserError, did_you_mean, shown
+from blockgpt.errors import ConfigError, UserError, did_you_mean, short_repr
 from model_config import ModelConfig
 
 ROOT = Path(__file__).resolve().parent
@@ -151,9 +151,9 @@ class Config:
         self.check_sources()
         self.profiled_steps()
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
-            raise ConfigError("device", f"{shown(self.device)} is unknown (one of auto, cpu, cuda, cuda:1, mps)")
+            raise ConfigError("device", f"{short_repr(self.device)} is unknown (one of auto, cpu, cuda, cuda:1, mps)")
         if isinstance(self.mfu_peak, str) and self.mfu_peak not in ("dense", "sparse"):
-            raise ConfigError("mfu_peak", f"{shown(self.mfu_peak)} is unknown (dense, sparse, or TFLOP/s as a number)")
+            raise ConfigError("mfu_peak", f"{short_repr(self.mfu_peak)} is unknown (dense, sparse, or TFLOP/s as a number)")
         if not isinstance(self.mfu_peak, str) and self.mfu_peak <= 0:
             raise ConfigError("mfu_peak", f"{self.mfu_peak} is out of range, must be above 0")
 
@@ -207,7 +207,7 @@ class Config:
         if self.profile is None:
             return range(0)
         if not re.fullmatch("[0-9]{1,12}:[0-9]{1,12}", self.profile):
-            raise ConfigError("profile", f"{shown(self.profile)} is not START:STOP (10:13 is the steps 10, 11, 12)")
+            raise ConfigError("profile", f"{short_repr(self.profile)} is not START:STOP (10:13 is the steps 10, 11, 12)")
         start, stop = map(int, self.profile.split(":"))
         if not 1 <= start < stop:
             raise ConfigError("profile", f"{self.profile} holds no step (START from 1 on, STOP above it)")
@@ -223,23 +223,23 @@ class Config:
         name = "dataset" if self.dataset_schedule is None else "dataset_schedule"
         for phase in self.dataset_schedule or ():
             if type(phase) is not list or [type(part) for part in phase] not in ([int, dict], [int, str]):
-                raise ConfigError(name, f"{shown(phase)} is not a phase: (step, {{name: share, …}})")
+                raise ConfigError(name, f"{short_repr(phase)} is not a phase: (step, {{name: share, …}})")
         steps = [step for step, _ in self.phases()]
         if not steps or steps[0] != 0 or sorted(set(steps)) != steps or steps[-1] > 10**12:
             raise ConfigError(name, f"the phases start at the steps {steps}, not at 0 and then later and later")
         for _, shares in self.phases():
             for source, share in shares.items():
                 if type(source) is not str or not source or not source.isprintable():
-                    raise ConfigError(name, f"{shown(source)} is not the name of a dataset")
+                    raise ConfigError(name, f"{short_repr(source)} is not the name of a dataset")
                 check_folder_name(name, source)
                 if type(share) not in (int, float) or not 0 <= share < float("inf"):
-                    raise ConfigError(name, f"the share of {source} is {shown(share)}, not a number from 0 on")
+                    raise ConfigError(name, f"the share of {source} is {short_repr(share)}, not a number from 0 on")
             if not any(shares.values()):
-                raise ConfigError(name, f"{shown(shares)} leaves nothing to read (a share above 0)")
+                raise ConfigError(name, f"{short_repr(shares)} leaves nothing to read (a share above 0)")
         most = self.max_epochs
         for number in most.values() if isinstance(most, dict) else () if most is None else (most,):
             if type(number) not in (int, float) or not 0 < number < float("inf"):
-                raise ConfigError("max_epochs", f"{shown(number)} is not a number above 0")
+                raise ConfigError("max_epochs", f"{short_repr(number)} is not a number above 0")
 
     def phases(self):
         """[(first step, {dataset: share of the tokens})] of the run, the first from step 0."""
@@ -261,7 +261,7 @@ class Config:
         keys = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata}
         return {**keys, **self.model.flat()}
 
-    def without_effect(self):
+    def keys_without_effect(self):
         """{key: reason} of the keys set by hand that change nothing in this combination."""
         unused = dict(self.model.unused_keys())
         if not self.dry_run:
@@ -302,7 +302,7 @@ class Config:
 def check_folder_name(key, value):
     """`ConfigError` for the key if `value` is not the name of a folder."""
     if set(value) & set("/\\") or value.startswith(".") or value != value.strip() or len(value.encode()) > 255:
-        raise ConfigError(key, f"{shown(value)} is not the name of a folder (no slash, no dot in front, no "
+        raise ConfigError(key, f"{short_repr(value)} is not the name of a folder (no slash, no dot in front, no "
                                "space around it, at most 255 bytes)")
 
 
@@ -322,11 +322,11 @@ def world_size():
     """The number of processes that train together, from torchrun's variables."""
     size = os.environ.get("WORLD_SIZE", "1")
     if not re.fullmatch("[1-9][0-9]{0,6}", size):
-        raise UserError(f"WORLD_SIZE: {shown(size)} is not a number of processes (torchrun sets it; else unset it)")
+        raise UserError(f"WORLD_SIZE: {short_repr(size)} is not a number of processes (torchrun sets it; else unset it)")
     for name in ("RANK", "LOCAL_RANK"):
         rank = os.environ.get(name, "0")
         if not re.fullmatch("[0-9]{1,7}", rank) or int(rank) >= int(size):
-            raise UserError(f"{name}: {shown(rank)} is not the number of one of WORLD_SIZE={size} processes (torchrun "
+            raise UserError(f"{name}: {short_repr(rank)} is not the number of one of WORLD_SIZE={size} processes (torchrun "
                             f"sets both; else unset {name})")
     return int(size)
 
@@ -341,34 +341,34 @@ def load_config(argv, restarted=None):
     given, explicit = {}, {}
     for path in files:
         for name, value in read_config_file(path).items():
-            given[name], explicit[name] = typed(name, value, path), path
+            given[name], explicit[name] = coerce(name, value, path), path
     for name, text in flags:
         where = f"--{name}"
-        given[name], explicit[name] = typed(name, parse_value(name, text, where), where), where
+        given[name], explicit[name] = coerce(name, parse_value(name, text, where), where), where
     recorded, elsewhere = {}, "defaults"
     if restarted:
         given["run_name"], given["resume"] = restarted, "auto"
         explicit.setdefault("run_name", "torchrun")
     if given.get("run_name"):
         run = Path(given.get("out_dir", Config.out_dir), given["run_name"])
-        if given.get("resume") == "auto" and begun(run):
+        if given.get("resume") == "auto" and run_exists(run):
             given["init_from"] = "resume"
         if given.get("init_from") == "resume":
             elsewhere = run / "run.json"
-            recorded = recorded_keys(elsewhere, explicit["run_name"])
+            recorded = recorded_config(elsewhere, explicit["run_name"])
             # The vocabulary it was built with then is not for the dataset to decide again.
             explicit.setdefault("vocab_size", explicit["run_name"])
     try:
         config = make_config({**recorded, **given}, explicit)
     except ConfigError as error:
-        raise located(error, explicit, elsewhere) from None
+        raise with_location(error, explicit, elsewhere) from None
     forced = check_resumable(config, given, recorded)
     now = config.flat()
     changed = {k: [recorded[k], now[k]] for k in now if k in recorded and recorded[k] != now[k]}
     return dataclasses.replace(config, changed=changed, forced=forced)
 
 
-def begun(run):
+def run_exists(run):
     """Whether the directory of a run holds something to go on with: a checkpoint, or the record of how it began."""
     return (run / "run.json").exists() or any((run / "checkpoints").glob("step_*"))
 
@@ -379,11 +379,11 @@ def make_config(given, explicit):
     everything = {**LAPTOP_SIZE, **given}
     model = model_config.apply_preset({k: v for k, v in everything.items() if k in architecture})
     if "activation" in explicit and model.activation and len(model.implied().get("activation", "ab")) == 1:
-        raise model.no_place_for("activation")  # even if it is the same: who sets it expects a choice
+        raise model.incompatible_key("activation")  # even if it is the same: who sets it expects a choice
     return Config(model=model, explicit=explicit, **{k: v for k, v in everything.items() if k not in architecture})
 
 
-def located(error, explicit, elsewhere="defaults"):
+def with_location(error, explicit, elsewhere="defaults"):
     """The `ConfigError` with the place in front where its key was set; `elsewhere`: that of keys not in `explicit`."""
     # A default can be wrong only beside another key that was set: name that one's place.
     at_fault = [error.key, *(k for k in explicit if re.search(rf"\b{k}=", str(error)))]
@@ -404,18 +404,18 @@ def split_arguments(argv):
         name, equals, text = argument.lstrip("-–—").partition("=")  # an editor's dash is no --, but tells what is meant
         if argument[:2] != "--" or not name:
             meant = f" (did you mean --{name}=…?)" if name in KEYS else ""
-            raise UserError(f"{shown(argument)}: neither a config file (*.py) nor --key=value{meant}")
+            raise UserError(f"{short_repr(argument)}: neither a config file (*.py) nor --key=value{meant}")
         if name not in KEYS:
             raise UserError(f"--{name}: {name}: no such key{did_you_mean(name, KEYS)}")
         if not equals:
             text = None
-            if rest and takes(name, rest[0]):
+            if rest and is_value_of(name, rest[0]):
                 text = rest.pop(0)
         flags.append((name, text))
     return files, flags
 
 
-def takes(name, text):
+def is_value_of(name, text):
     """Whether `text`, standing behind a bare --name, is its value and not the next argument."""
     return not text.startswith("--") and (str in TYPES[name] or not text.endswith(".py"))
 
@@ -433,18 +433,18 @@ def parse_value(name, text, where):
     if text in ("None", "none") and type(None) in accepted:
         return None
     if is_nested(name, text):
-        return text  # `typed` reads it
+        return text  # `coerce` reads it
     if bool in accepted:
         if text.lower() in BOOLEANS:
             return BOOLEANS[text.lower()]
-        raise UserError(f"{where}: {name}: {shown(text)} is not a boolean (True or False)")
+        raise UserError(f"{where}: {name}: {short_repr(text)} is not a boolean (True or False)")
     if int in accepted or float in accepted:
         try:
-            return float(text) if float in accepted else whole(text)
+            return float(text) if float in accepted else parse_int(text)
         except ValueError:
             if str not in accepted:
                 kind = "a number" if float in accepted else "a whole number"
-                raise UserError(f"{where}: {name}: {shown(text)} is not {kind}") from None
+                raise UserError(f"{where}: {name}: {short_repr(text)} is not {kind}") from None
     return text
 
 
@@ -453,7 +453,7 @@ def is_nested(name, text):
     return (text[:1] == "{" and dict in TYPES[name]) or (text[:1] in ("[", "(") and list in TYPES[name])
 
 
-def whole(text):
+def parse_int(text):
     """int of '12', '1_000' or '1e4'; ValueError for anything with a fraction."""
     try:
         return int(text)
@@ -489,7 +489,7 @@ def read_config_file(path):
     return values
 
 
-def typed(name, value, where):
+def coerce(name, value, where):
     """`value` as the key's type has it, where a file says max_iters = 1e4 or learning_rate = 1; checked."""
     if int in TYPES[name] and type(value) is float and value.is_integer():
         value = int(value)
@@ -497,7 +497,7 @@ def typed(name, value, where):
         try:
             value = ast.literal_eval(value)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            raise UserError(f"{where}: {name}: {shown(value)} is not a Python dict or list (for the shell, in quotes: "
+            raise UserError(f"{where}: {name}: {short_repr(value)} is not a Python dict or list (for the shell, in quotes: "
                             f"--{name}=\"{{'a': 0.7, 'b': 0.3}}\")") from None
     if type(value) in (dict, list, tuple):
         try:
@@ -518,7 +518,7 @@ def as_json(value):
     return [as_json(v) for v in value] if type(value) in (list, tuple) else value
 
 
-def recorded_keys(path, where):
+def recorded_config(path, where):
     """{key: value} as the run whose run.json this is recorded them."""
     try:
         items = json.loads(path.read_bytes())["config"].items()
@@ -529,7 +529,7 @@ def recorded_keys(path, where):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{where}: run_name: {path} cannot be read ({type(error).__name__}): the run cannot be resumed "
                         "(start another)") from None
-    return {k: typed(k, v, path) for k, v in items
+    return {k: coerce(k, v, path) for k, v in items
             if k in KEYS and k not in ("run_name", "out_dir", "init_from", "resume", "resume_force", "eval_only",
                                        "profile")
             and KEYS[k].metadata["group"] != "dry run"}

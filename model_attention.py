@@ -1,7 +1,7 @@
 """Attention: projections, what queries may see, the backends that do the products, the cache of generation.
 
 All backends compute the same: softmax(cap(scale * q k^T) + ALiBi, over the keys in sight) v. What is in sight is said
-once, in `Sight`; a backend turns it into the mask that its kernel takes (`mask`, once a forward pass for each kind of
+once, in `AttentionMaskSpec`; a backend turns it into the mask that its kernel takes (`mask`, once a forward pass for each kind of
 layer) and does the products (`attend`). To add a backend: a subclass of `ManualAttention` with these two, and a line in
 its table that says what it cannot do. Shapes as in model_components.py.
 """
@@ -20,7 +20,7 @@ from model_components import ResidualProjection, build_norm, component, softcap
 # ---------------------------------------------------------------- what is in sight
 
 
-class Sight(typing.NamedTuple):
+class AttentionMaskSpec(typing.NamedTuple):
     """What the queries of one forward pass see, in the layers of one kind.
 
     queries (T,) and keys (S,): positions, int64, the last T keys being the queries' own; window: as
@@ -33,30 +33,30 @@ class Sight(typing.NamedTuple):
     window: int | None
     causal: bool
     documents: torch.Tensor | None
-    slopes: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
 
-    def reach(self, distance):
+    def is_visible(self, distance):
         """bool, the shape of `distance` = query's position - key's: whether the query sees so far, and back."""
         seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if self.window is not None:
             seen = seen & (distance < self.window) & (distance > -self.window)
         return seen
 
-    def is_plain_causal(self):
+    def is_causal_only(self):
         """Whether the causal triangle is all there is to it, which every kernel knows without a mask."""
         T, S = len(self.queries), len(self.keys)
         return self.causal and T == S and self.documents is None and (self.window is None or self.window >= S)
 
-    def is_everything(self):
+    def is_full(self):
         """Whether every query sees every key: a token at a time, or no mask at all."""
         T, S = len(self.queries), len(self.keys)
         return self.documents is None and (self.window is None or self.window >= S) and (T == 1 or not self.causal)
 
-    def allowed(self):
+    def bool_mask(self):
         """(T, S) or (B, 1, T, S) bool, True where a query sees a key; None if that is everywhere."""
-        if self.is_everything():
+        if self.is_full():
             return None
-        seen = self.reach(self.queries[:, None] - self.keys[None, :])  # (T, S)
+        seen = self.is_visible(self.queries[:, None] - self.keys[None, :])  # (T, S)
         if self.documents is not None:
             same = self.documents[:, :, None] == self.documents[:, None, :]  # (B, T, T)
             seen = (seen & same)[:, None]
@@ -64,10 +64,10 @@ class Sight(typing.NamedTuple):
 
     def bias(self):
         """(H, T, S) float32 to be added to the scores; None: nothing."""
-        if self.slopes is None:
+        if self.alibi_slopes is None:
             return None
         distance = (self.queries[:, None] - self.keys[None, :]).abs()
-        return -self.slopes[:, None, None] * distance
+        return -self.alibi_slopes[:, None, None] * distance
 
 
 # ---------------------------------------------------------------- the backends
@@ -80,7 +80,7 @@ class ManualAttention(nn.Module):
     window: tokens that this layer sees (`ModelConfig.window`). Windows are masked here, not skipped.
     """
 
-    tensor_plan = {"q_proj": "columns", "k_proj": "columns", "v_proj": "columns", "o_proj": "rows",
+    tp_plan = {"q_proj": "columns", "k_proj": "columns", "v_proj": "columns", "o_proj": "rows",
                    "qk_norm": "shards", "value_mix": "shards"}
 
     def __init__(self, config, layer):
@@ -98,8 +98,8 @@ class ManualAttention(nn.Module):
         self.gate = component("attn_gate", config)(config)
         self.o_proj = ResidualProjection(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
 
-    def forward(self, x, rotate, mask, cache=None, value_embedding=None):
-        """x (B, T, C); rotate(q, k) -> q, k; mask: this class's `mask` of the layer's `Sight`.
+    def forward(self, x, apply_rotary_emb, mask, cache=None, value_embedding=None):
+        """x (B, T, C); rotate(q, k) -> q, k; mask: this class's `mask` of the layer's `AttentionMaskSpec`.
 
         cache: a `KVCache` to extend, when generating; value_embedding (B, T, G D), where the layer has a table.
         """
@@ -111,27 +111,27 @@ class ManualAttention(nn.Module):
         if value_embedding is not None:
             v = self.value_mix(v, value_embedding.view(v.shape))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D) twice
-        q, k = rotate(q, k)
+        q, k = apply_rotary_emb(q, k)
         if cache is not None:
             k, v = cache.append(k, v, self.block_size)  # (B, G, S, D)
         y = self.attend(q, k, v, mask).transpose(1, 2)  # (B, T, H, D)
         return self.o_proj(self.gate(y, x).flatten(2))
 
     @staticmethod
-    def mask(sight):
-        """(allowed, bias), see `Sight`."""
-        return sight.allowed(), sight.bias()
+    def mask(mask_spec):
+        """(allowed, bias), see `AttentionMaskSpec`."""
+        return mask_spec.bool_mask(), mask_spec.bias()
 
     def attend(self, q, k, v, mask):
         """q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D)."""
-        allowed, bias = mask
+        bool_mask, bias = mask
         if self.n_kv_head != self.n_head:
             k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
         scores = softcap(q @ k.transpose(-2, -1) * self.scale, self.softcap)  # (B, H, T, S)
         if bias is not None:
             scores = scores + bias
-        if allowed is not None:
-            scores = scores.masked_fill(~allowed, float("-inf"))
+        if bool_mask is not None:
+            scores = scores.masked_fill(~bool_mask, float("-inf"))
         p = scores.softmax(dim=-1).to(v.dtype)
         return F.dropout(p, self.dropout, self.training) @ v
 
@@ -164,16 +164,16 @@ class SDPAttention(ManualAttention):
     """The product left to torch's fused kernels, of which torch chooses one: see `kernel`. Takes no softcap."""
 
     @staticmethod
-    def mask(sight):
+    def mask(mask_spec):
         """(attn_mask or None, is_causal) of scaled_dot_product_attention."""
-        bias = sight.bias()
-        if sight.is_plain_causal() and bias is None:
+        bias = mask_spec.bias()
+        if mask_spec.is_causal_only() and bias is None:
             return None, True
-        allowed = sight.allowed()
+        bool_mask = mask_spec.bool_mask()
         if bias is None:
-            return allowed, False
+            return bool_mask, False
         bias = bias[None]  # (1, H, T, S): the fused kernels take masks of two or four dimensions, not of three
-        return bias if allowed is None else bias.masked_fill(~allowed, float("-inf")), False
+        return bias if bool_mask is None else bias.masked_fill(~bool_mask, float("-inf")), False
 
     def attend(self, q, k, v, mask):
         return self.product(F.scaled_dot_product_attention, q, k, v, mask)
@@ -185,11 +185,11 @@ class SDPAttention(ManualAttention):
         return function(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=self.scale,
                         dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head)
 
-    def kernel(self, sight, dtype):
-        """The name of the kernel that torch chooses to train on a sequence like `sight`, in `dtype`, on its device."""
-        like = dict(dtype=dtype, device=sight.queries.device, requires_grad=True)  # the choice may depend on gradients
-        q, k = (torch.empty(1, n, len(sight.queries), self.head_dim, **like) for n in (self.n_head, self.n_kv_head))
-        return SDPBackend(self.product(torch._fused_sdp_choice, q, k, k, self.mask(sight))).name.lower()
+    def kernel(self, mask_spec, dtype):
+        """The name of the kernel that torch chooses to train on a sequence like `mask_spec`, in `dtype`, on its device."""
+        like = dict(dtype=dtype, device=mask_spec.queries.device, requires_grad=True)  # the choice may depend on gradients
+        q, k = (torch.empty(1, n, len(mask_spec.queries), self.head_dim, **like) for n in (self.n_head, self.n_kv_head))
+        return SDPBackend(self.product(torch._fused_sdp_choice, q, k, k, self.mask(mask_spec))).name.lower()
 
 
 class FlexAttention(ManualAttention):
@@ -198,29 +198,29 @@ class FlexAttention(ManualAttention):
     BLOCK = 128  # flex_attention's own default
 
     @staticmethod
-    def mask(sight):
+    def mask(mask_spec):
         """(BlockMask or None, slopes)."""
-        if sight.is_everything():
-            return None, (sight.queries, sight.keys, sight.slopes)
+        if mask_spec.is_full():
+            return None, (mask_spec.queries, mask_spec.keys, mask_spec.alibi_slopes)
 
         def mask_mod(b, h, i, j):
-            seen = sight.reach(sight.queries[i] - sight.keys[j])
-            return seen if sight.documents is None else seen & (sight.documents[b, i] == sight.documents[b, j])
+            seen = mask_spec.is_visible(mask_spec.queries[i] - mask_spec.keys[j])
+            return seen if mask_spec.documents is None else seen & (mask_spec.documents[b, i] == mask_spec.documents[b, j])
 
-        B = None if sight.documents is None else sight.documents.shape[0]
-        make = compiled(create_block_mask) if sight.queries.is_cuda else create_block_mask
-        block_mask = make(mask_mod, B, None, len(sight.queries), len(sight.keys), device=sight.queries.device)
-        return block_mask, (sight.queries, sight.keys, sight.slopes)
+        B = None if mask_spec.documents is None else mask_spec.documents.shape[0]
+        make = compile_once(create_block_mask) if mask_spec.queries.is_cuda else create_block_mask
+        block_mask = make(mask_mod, B, None, len(mask_spec.queries), len(mask_spec.keys), device=mask_spec.queries.device)
+        return block_mask, (mask_spec.queries, mask_spec.keys, mask_spec.alibi_slopes)
 
     def attend(self, q, k, v, mask):
-        block_mask, (queries, keys, slopes) = mask
+        block_mask, (queries, keys, alibi_slopes) = mask
 
         def score_mod(score, b, h, i, j):
             score = softcap(score, self.softcap)
-            return score if slopes is None else score - slopes[h] * (queries[i] - keys[j]).abs()
+            return score if alibi_slopes is None else score - alibi_slopes[h] * (queries[i] - keys[j]).abs()
 
-        changed = self.softcap is not None or slopes is not None
-        kernel = compiled(flex_attention) if q.is_cuda else flex_attention
+        changed = self.softcap is not None or alibi_slopes is not None
+        kernel = compile_once(flex_attention) if q.is_cuda else flex_attention
         return kernel(q, k, v, score_mod=score_mod if changed else None, block_mask=block_mask, scale=self.scale,
                       enable_gqa=self.n_kv_head != self.n_head)
 
@@ -233,7 +233,7 @@ class FlexAttention(ManualAttention):
 
 
 @functools.cache
-def compiled(function):
+def compile_once(function):
     """torch.compile(function), once; inside a compiled model torch sees through it."""
     return torch.compile(function)
 
@@ -292,7 +292,7 @@ class NoGate(nn.Module):
 class ElementwiseGate(NoGate):
     """y * sigmoid(W x), a gate for every channel of every head. Qiu et al. 2025."""
 
-    tensor_plan = {"gate_proj": "columns"}
+    tp_plan = {"gate_proj": "columns"}
 
     def __init__(self, config):
         super().__init__(config)
@@ -319,7 +319,7 @@ class HeadwiseGate(ElementwiseGate):
 class ValueMix(nn.Module):
     """own * v + other * e: a layer's values and the tokens' value embeddings, both (B, T, G, D). modded-nanogpt."""
 
-    start = {"own": 0.5, "other": 0.5}
+    init_constants = {"own": 0.5, "other": 0.5}
 
     def __init__(self):
         super().__init__()

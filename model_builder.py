@@ -12,10 +12,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from blockgpt.errors import UserError
-from model_attention import KVCache, Sight
+from model_attention import AttentionMaskSpec, KVCache
 from model_components import OutputHead, X0Mix, build_norm, component
 from model_config import AXES
-from model_init import part_of
+from model_init import init_role
 
 
 class Block(nn.Module):
@@ -32,11 +32,11 @@ class Block(nn.Module):
         self.ffn = component("ffn_type", config)(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, x0, rotate, mask, cache=None, value_embedding=None):
+    def forward(self, x, x0, apply_rotary_emb, mask, cache=None, value_embedding=None):
         """x, x0 (B, T, C): the residual stream and, for x0_mix, how it began; the rest: see the attention's forward."""
         if self.x0_mix is not None:
             x = self.x0_mix(x, x0)
-        return self.combine(x, lambda h: self.dropout(self.attn(h, rotate, mask, cache, value_embedding)),
+        return self.combine(x, lambda h: self.dropout(self.attn(h, apply_rotary_emb, mask, cache, value_embedding)),
                             lambda h: self.dropout(self.ffn(h)))
 
     def combine(self, x, attn, ffn):
@@ -65,7 +65,7 @@ class ParallelBlockOneNorm(Block):
 class GPT(nn.Module):
     """A transformer. Built by `build_model`, which also gives it its weights."""
 
-    tensor_plan = {"token_embedding": "vocabulary", "value_embeddings.*": "columns", "lm_head": "logits"}
+    tp_plan = {"token_embedding": "vocabulary", "value_embeddings.*": "columns", "lm_head": "logits"}
 
     def __init__(self, config):
         super().__init__()
@@ -113,22 +113,22 @@ class GPT(nn.Module):
 
     def view(self, window, positions, start, documents=None):
         """(rotate, mask) for the layers with this window; `positions` (T,) follow `start` tokens in a cache."""
-        rotate = partial(self.position.rotate, tables=self.position.tables(positions, window))
-        return rotate, self.blocks[0].attn.mask(self.sight(window, positions, start, documents))
+        apply_rotary_emb = partial(self.position.apply_rotary_emb, cos_sin=self.position.cos_sin(positions, window))
+        return apply_rotary_emb, self.blocks[0].attn.mask(self.mask_spec(window, positions, start, documents))
 
-    def sight(self, window, positions, start=0, documents=None):
-        """The `Sight` of the layers with this window; a cache holds as many tokens as the next one sees."""
+    def mask_spec(self, window, positions, start=0, documents=None):
+        """The `AttentionMaskSpec` of the layers with this window; a cache holds as many tokens as the next one sees."""
         cached = start if window is None else min(start, window - 1)
         keys = torch.arange(start - cached, start + len(positions), device=positions.device) if cached else positions
-        return Sight(positions, keys, window, self.config.causal, documents if self.config.mask_documents else None,
-                     self.position.slopes(positions.device))
+        return AttentionMaskSpec(positions, keys, window, self.config.causal, documents if self.config.mask_documents else None,
+                     self.position.alibi_slopes(positions.device))
 
     def attention_kernels(self, dtype):
         """{"full" or the window: torch's choice of kernel for it at block_size}, where the backend leaves one."""
         positions = torch.arange(self.config.block_size, device=self.lm_head.weight.device)
         documents = torch.zeros_like(positions)[None]  # (1, T)
         attn = self.blocks[0].attn
-        return {str(w or "full"): attn.kernel(self.sight(w, positions, documents=documents), dtype)
+        return {str(w or "full"): attn.kernel(self.mask_spec(w, positions, documents=documents), dtype)
                 for w in self.windows if hasattr(attn, "kernel")}
 
     @torch.no_grad()
@@ -159,7 +159,7 @@ class GPT(nn.Module):
         self.train(was_training)
         return idx
 
-    def built(self):
+    def infer_config(self):
         """What stands here, read from the modules and the tensors themselves and not from the config.
 
         Returns a `ModelConfig` whose axes, sizes, bias and tying are those of the built model.
@@ -179,8 +179,8 @@ class GPT(nn.Module):
 
     def lr_multipliers(self):
         """{parameter name: what its learning rate is multiplied by}, as `init` has it; vectors: 1."""
-        return {name: self.init.lr_multiplier(part_of(module)) if p.dim() >= 2 else 1.0
-                for name, p, module in owned_parameters(self)}
+        return {name: self.init.lr_multiplier(init_role(module)) if p.dim() >= 2 else 1.0
+                for name, p, module in named_parameters_with_module(self)}
 
     def parameter_counts(self):
         """{total, trainable, non_embedding}; tied weights count once, non_embedding leaves out tokens and positions."""
@@ -208,7 +208,7 @@ def sample_token(logits, temperature, top_k, top_p, vocab_size, generator):
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 
 
-def build_model(config, seed=1337, device=None, distribute=None):
+def build_model(config, seed=1337, device=None, parallelize=None):
     """The model that `config` describes, with its initial weights on `device`.
 
     config: a `ModelConfig`. Under `torch.device('meta')` the model has shapes and no weights.
@@ -219,8 +219,8 @@ def build_model(config, seed=1337, device=None, distribute=None):
         model = GPT(config.resolve())
     if torch.get_default_device().type == "meta":
         return model
-    if distribute:
-        distribute(model)
+    if parallelize:
+        parallelize(model)
     model.to_empty(device=device or torch.get_default_device())
     if config.weight_tying:  # to_empty parts what was tied
         model.lm_head.weight = model.token_embedding.weight
@@ -235,26 +235,26 @@ def init_weights(model, seed):
     Each matrix is drawn on the CPU from a generator seeded by (seed, its name), so two architectures start
     the parameters they share equal, on every device and however the model is distributed.
     """
-    for name, p, module in owned_parameters(model):
+    for name, p, module in named_parameters_with_module(model):
         attribute = name.rpartition(".")[2]
-        constant = getattr(module, "start", {}).get(attribute)
+        constant = getattr(module, "init_constants", {}).get(attribute)
         if constant is None and p.dim() >= 2:
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            whole = torch.empty(p.shape).normal_(0.0, model.init.std(part_of(module)), generator=generator)
-            p.copy_(whole if type(p) is nn.Parameter else part_like(p, whole))
+            whole = torch.empty(p.shape).normal_(0.0, model.init.init_std(init_role(module)), generator=generator)
+            p.copy_(whole if type(p) is nn.Parameter else local_shard_of(p, whole))
         else:
             p.fill_((0.0 if attribute == "bias" else 1.0) if constant is None else constant)
 
 
-def part_like(p, whole):
+def local_shard_of(p, whole):
     """Of `whole`, which every process has, what it keeps where p is a DTensor; no process hears of another."""
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def owned_parameters(model):
+def named_parameters_with_module(model):
     """(name, parameter, the module that holds it) of each; tied weights once, as the embedding's."""
     seen = set()
     for prefix, module in model.named_modules():

@@ -16,7 +16,7 @@ Shapes: B batch, T time, S keys, C channels = n_embd, H query heads, G key/value
 A part that multiplies matrices states its forward cost in `flops(seq_len)`: {account: FLOPs per token}, a
 multiply-add counting as two. Parameters start by `model_init.py`'s rules, unless a part's `start` gives them a
 constant. Linear layers whose output joins the residual stream are `ResidualProjection`s, whatever part holds them.
-Under tensor parallelism a part is split as its `tensor_plan` says (see training/parallel.py); one without a plan does
+Under tensor parallelism a part is split as its `tp_plan` says (see training/parallel.py); one without a plan does
 the same work on every process.
 To add a part: write its class here, name it in the axis table, test it in tests/test_model_components.py.
 """
@@ -72,7 +72,7 @@ class RMSNorm(nn.RMSNorm):
 class GemmaRMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x²) + eps) * (1 + weight): weight decay pulls the gain to one. Gemma Team 2024."""
 
-    start = {"weight": 0.0}
+    init_constants = {"weight": 0.0}
 
     def __init__(self, config, dim):
         super().__init__(dim, eps=config.norm_eps)
@@ -84,7 +84,7 @@ class GemmaRMSNorm(nn.RMSNorm):
 class DynamicTanh(nn.Module):
     """tanh(alpha x) * weight + bias: squashes as a norm does, without its statistics. Zhu et al. 2025."""
 
-    start = {"alpha": 0.5}
+    init_constants = {"alpha": 0.5}
 
     def __init__(self, config, dim):
         super().__init__()
@@ -156,7 +156,7 @@ class ReorderedNorm(PreNorm):
 class X0Mix(nn.Module):
     """stream * x + first * x0: the embeddings x0 mixed back in before a block, at first not at all. modded-nanogpt."""
 
-    start = {"stream": 1.0, "first": 0.0}
+    init_constants = {"stream": 1.0, "first": 0.0}
 
     def __init__(self):
         super().__init__()
@@ -187,7 +187,7 @@ class ReLU2(nn.Module):
 class StandardFFN(nn.Module):
     """down(activation(up(x)))."""
 
-    tensor_plan = {"up_proj": "columns", "down_proj": "rows"}
+    tp_plan = {"up_proj": "columns", "down_proj": "rows"}
 
     def __init__(self, config):
         super().__init__()
@@ -205,7 +205,7 @@ class StandardFFN(nn.Module):
 class SwiGLU(nn.Module):
     """down(activation(gate(x)) * up(x)), the activation being SiLU. Shazeer 2020."""
 
-    tensor_plan = {"gate_proj": "columns", "up_proj": "columns", "down_proj": "rows"}
+    tp_plan = {"gate_proj": "columns", "up_proj": "columns", "down_proj": "rows"}
 
     def __init__(self, config):
         super().__init__()

@@ -13,7 +13,7 @@ import typing
 from dataclasses import dataclass
 
 from blockgpt.config_fields import check_fields, key
-from blockgpt.errors import ConfigError, did_you_mean, shown
+from blockgpt.errors import ConfigError, did_you_mean, short_repr
 
 
 class Option(typing.NamedTuple):
@@ -282,11 +282,11 @@ class ModelConfig:
                                                    f"{width}{part} (change that, or the position_encoding)")
         for name, values in self.implied().items():
             if getattr(self, name) not in (None, *values):
-                raise self.no_place_for(name)
+                raise self.incompatible_key(name)
         if isinstance(self.embedding_scale, str) and self.embedding_scale != "sqrt":
-            raise ConfigError("embedding_scale", f"{shown(self.embedding_scale)} is unknown (a number, or sqrt)")
+            raise ConfigError("embedding_scale", f"{short_repr(self.embedding_scale)} is unknown (a number, or sqrt)")
         if not set(self.window_pattern) <= set("SL"):
-            raise ConfigError("window_pattern", f"{shown(self.window_pattern)} has other letters than S (a layer with "
+            raise ConfigError("window_pattern", f"{short_repr(self.window_pattern)} has other letters than S (a layer with "
                                                 "the sliding_window) and L (one without)")
         if self.parallel_block == "two_norms" and self.norm_position == "post":
             raise ConfigError("parallel_block", "two_norms has no place in norm_position=post, which normalises the "
@@ -295,7 +295,7 @@ class ModelConfig:
             raise ConfigError("value_embeddings", f"{self.value_embeddings} tables, each for one of the first and one "
                               f"of the last layers, are too many for n_layer={self.n_layer} (at most "
                               f"{self.n_layer // 2})")
-        able, asked = self.able_backends(), self.attention_backend
+        able, asked = self.supported_backends(), self.attention_backend
         if asked not in ("auto", *able):
             name = next(k for k in ATTENTION_BACKEND[asked].cannot if getattr(self, k))
             raise ConfigError("attention_backend", f"{asked} cannot do {name}={getattr(self, name):g} "
@@ -305,7 +305,7 @@ class ModelConfig:
         """{key: value}, as the run log keeps it."""
         return dataclasses.asdict(self)
 
-    def able_backends(self):
+    def supported_backends(self):
         """The attention backends that can do what is asked."""
         return [name for name, o in ATTENTION_BACKEND.items() if not any(getattr(self, k) for k in o.cannot)]
 
@@ -313,7 +313,7 @@ class ModelConfig:
         """`ConfigError` if the attention backend has no backward pass on such a device."""
         trains_on = self.options()["attention_backend"].trains_on
         if trains_on and device_type not in trains_on:
-            able = [name for name in self.able_backends() if not ATTENTION_BACKEND[name].trains_on]
+            able = [name for name in self.supported_backends() if not ATTENTION_BACKEND[name].trains_on]
             raise ConfigError("attention_backend", f"{self.attention_backend!r} has no backward pass on {device_type}: it "
                               f"trains on {' or '.join(trains_on)} ({' or '.join(able)} can here)")
 
@@ -346,7 +346,7 @@ class ModelConfig:
             "ffn_multiple_of": multiple,
             "d_ff": -(-width // (3 * multiple)) * multiple,
             "qkv_bias": self.bias,
-            "attention_backend": next(iter(self.able_backends())),
+            "attention_backend": next(iter(self.supported_backends())),
         }
 
     def resolve(self):
@@ -367,7 +367,7 @@ class ModelConfig:
         """The `Option` of axis `name`, or None where the choice is left to be derived."""
         return AXES[name].get(getattr(self, name))
 
-    def no_place_for(self, name):
+    def incompatible_key(self, name):
         """The `ConfigError` for an explicit `name` beside a component that brings its own."""
         return ConfigError(name, f"{getattr(self, name)!r} has no place in ffn_type={self.ffn_type}, which brings its "
                                  f"own ({' or '.join(self.implied()[name])}): drop {name}, set it to None, or use "
@@ -426,7 +426,7 @@ def apply_preset(overrides):
     """ModelConfig from explicit keys over the preset that they name (`arch_preset`), over the defaults."""
     name = overrides.get("arch_preset", "custom")
     if name not in PRESETS:
-        raise ConfigError("arch_preset", f"{shown(name)} is unknown{did_you_mean(name, PRESETS)}")
+        raise ConfigError("arch_preset", f"{short_repr(name)} is unknown{did_you_mean(name, PRESETS)}")
     components = dict(PRESETS[name][1])
     ffn = overrides.get("ffn_type", components.get("ffn_type"))
     if ffn in FFN_TYPE:  # a preset's activation does not follow into an FFN that brings its own

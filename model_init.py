@@ -18,11 +18,11 @@ class NormalInit:
     def __init__(self, config):
         self.config = config
 
-    def std(self, part):
-        """Standard deviation of a matrix that plays `part`."""
-        return 0.0 if part == "residual" and self.config.zero_init_residual else self.config.init_std
+    def init_std(self, role):
+        """Standard deviation of a matrix that plays `role`."""
+        return 0.0 if role == "residual" and self.config.zero_init_residual else self.config.init_std
 
-    def lr_multiplier(self, part):
+    def lr_multiplier(self, role):
         """What the learning rate of such a matrix is multiplied by."""
         return 1.0
 
@@ -34,9 +34,9 @@ class NormalInit:
 class GPT2Init(NormalInit):
     """N(0, init_std); over sqrt(2 n_layer) for what writes to the residual stream. Radford et al. 2019."""
 
-    def std(self, part):
-        std = super().std(part)
-        return std * (2 * self.config.n_layer) ** -0.5 if part == "residual" else std
+    def init_std(self, role):
+        init_std = super().init_std(role)
+        return init_std * (2 * self.config.n_layer) ** -0.5 if role == "residual" else init_std
 
 
 class MuPInit(GPT2Init):
@@ -45,20 +45,20 @@ class MuPInit(GPT2Init):
 
     def __init__(self, config):
         super().__init__(config)
-        self.wider = config.n_embd / config.mup_base_width
-        self.logit_scale = 1.0 / self.wider
+        self.width_mult = config.n_embd / config.mup_base_width
+        self.logit_scale = 1.0 / self.width_mult
 
-    def std(self, part):
-        return super().std(part) * (self.wider**-0.5 if part in ("hidden", "residual") else 1.0)
+    def init_std(self, role):
+        return super().init_std(role) * (self.width_mult**-0.5 if role in ("hidden", "residual") else 1.0)
 
-    def lr_multiplier(self, part):
-        return 1.0 / self.wider if part in ("hidden", "residual") else 1.0
+    def lr_multiplier(self, role):
+        return 1.0 / self.width_mult if role in ("hidden", "residual") else 1.0
 
     def attention_scale(self):
         return 1.0 / self.config.head_dim
 
 
-def part_of(module):
+def init_role(module):
     """The part that the matrices of `module` play."""
     kinds = (("embedding", nn.Embedding), ("head", OutputHead), ("residual", ResidualProjection))
-    return next((part for part, cls in kinds if isinstance(module, cls)), "hidden")
+    return next((role for role, cls in kinds if isinstance(module, cls)), "hidden")

@@ -1,7 +1,7 @@
 """How tokens know their place, one class for each option of `position_encoding` and of `rope_scaling`.
 
 A position encoding acts at one of three places, and overrides that step of `NoPositions`: on the embeddings
-(`embed`), on queries and keys (`tables`, `rotate`), on the scores (`slopes`). To add one: see model_components.py.
+(`embed`), on queries and keys (`cos_sin`, `apply_rotary_emb`), on the scores (`alibi_slopes`). To add one: see model_components.py.
 """
 
 import math
@@ -15,8 +15,8 @@ from model_components import component
 class NoPositions(nn.Module):
     """Nothing is added and nothing rotated: the causal mask alone tells order. Haviv et al. 2022.
 
-    `positions` is (T,) int64. `tables` is computed once a forward pass for each kind of layer (`window` as in
-    `ModelConfig.window`) and handed to every such layer's `rotate`.
+    `positions` is (T,) int64. `cos_sin` is computed once a forward pass for each kind of layer (`window` as in
+    `ModelConfig.window`) and handed to every such layer's `apply_rotary_emb`.
     """
 
     def __init__(self, config):
@@ -25,13 +25,13 @@ class NoPositions(nn.Module):
     def embed(self, x, positions):
         return x
 
-    def tables(self, positions, window=None):
+    def cos_sin(self, positions, window=None):
         return None
 
-    def rotate(self, q, k, tables):
+    def apply_rotary_emb(self, q, k, cos_sin):
         return q, k
 
-    def slopes(self, device=None):
+    def alibi_slopes(self, device=None):
         """(H,) float32: how fast each head's scores fall with distance; None: they do not."""
         return None
 
@@ -69,7 +69,7 @@ class AlibiPositions(NoPositions):
         super().__init__(config)
         self.n_head = config.n_head
 
-    def slopes(self, device=None):
+    def alibi_slopes(self, device=None):
         n = 2 ** int(math.log2(self.n_head))
         h = torch.arange(1, n + 1, device=device, dtype=torch.float32)
         between = 2 * torch.arange(self.n_head - n, device=device, dtype=torch.float32) + 1
@@ -89,7 +89,7 @@ class RotaryPositions(NoPositions):
         self.theta, self.theta_local, self.rotary_dim = config.rope_theta, config.rope_theta_local, config.rotary_dim()
         self.scaling = component("rope_scaling", config)(config)
 
-    def tables(self, positions, window=None):
+    def cos_sin(self, positions, window=None):
         local = window is not None and self.theta_local is not None
         pair = torch.arange(0, self.rotary_dim, 2, device=positions.device, dtype=torch.float32)  # (R/2,)
         frequencies = (self.theta_local if local else self.theta) ** (-pair / self.rotary_dim)
@@ -99,8 +99,8 @@ class RotaryPositions(NoPositions):
         angles = torch.outer(positions.float(), frequencies)  # (T, R/2)
         return angles.cos() * sharper, angles.sin() * sharper
 
-    def rotate(self, q, k, tables):
-        cos, sin = (t.to(q.dtype) for t in tables)
+    def apply_rotary_emb(self, q, k, cos_sin):
+        cos, sin = (t.to(q.dtype) for t in cos_sin)
         return self._turn(q, cos, sin), self._turn(k, cos, sin)
 
     def _turn(self, x, cos, sin):

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from blockgpt.console import ArgumentParser
-from blockgpt.errors import CheckpointError, DataError, UserError, told_in_one_line
+from blockgpt.errors import CheckpointError, DataError, UserError, exit_on_user_error
 
 
 def arguments(argv):
@@ -89,5 +89,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         main(sys.argv[1:])

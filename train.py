@@ -7,11 +7,11 @@ or data, 3 no usable checkpoint, 4 the final save failed, 5 not finite, 6 anothe
 
 import sys
 
-from blockgpt.errors import told_in_one_line
-from configurator import load_config, located
+from blockgpt.errors import exit_on_user_error
+from configurator import load_config, with_location
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         config = load_config(sys.argv[1:])  # before torch loads: a slip of the finger is told at once
         import torch  # its seconds, too, can end with Ctrl-C
 
@@ -23,72 +23,72 @@ import torch
 
 import blockgpt.training.checkpoint as checkpoint
 import blockgpt.training.parallel as parallel
-from blockgpt.accounting.dry_run import preflight
+from blockgpt.accounting.dry_run import dry_run
 from blockgpt.accounting.flops import flops_per_token
 from blockgpt.accounting.hardware import peak_flops
-from blockgpt.accounting.out_of_memory import memory_advice
+from blockgpt.accounting.out_of_memory import out_of_memory_hint
 from blockgpt.errors import CheckpointError, ConfigError, NonFiniteError, SaveError, UserError
 from blockgpt.training import checkpoint_saver, launch
-from blockgpt.training.diagnostics import Spikes, gradient_statistics
-from blockgpt.training.faults import Watch
+from blockgpt.training.diagnostics import LossSpikeDetector, gradient_statistics
+from blockgpt.training.faults import Watchdog
 from blockgpt.training.objectives import LanguageModeling
 from blockgpt.training.optimizers import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from blockgpt.training.profiling import Profile, memory_history
 from model_builder import build_model
-from training_logger import RunLog, begun_before, environment, print_header, run_directory
+from training_logger import RunLog, environment, find_restarted_run, print_header, run_directory
 
 
-def train(config, machine, watch):
+def train(config, runtime, watchdog):
     # ---------------------------------------------------------------- what is trained, on what
-    run_dir = Path(machine.on_main(lambda: str(run_directory(config))))
-    objective = LanguageModeling(config, machine)
+    run_dir = Path(runtime.on_rank_zero(lambda: str(run_directory(config))))
+    objective = LanguageModeling(config, runtime)
     config = config.for_vocabulary(objective.vocab_size)
-    model = build_model(config.model, config.seed, parallel.home(config, machine),
-                        lambda model: parallel.distribute(model, config, machine))
-    optimizer = build_optimizer(model, config, machine.device)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    model = build_model(config.model, config.seed, parallel.parameter_device(config, runtime),
+                        lambda model: parallel.parallelize(model, config, runtime))
+    optimizer = build_optimizer(model, config, runtime.device)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
 
     state = {"step": 0, "tokens": 0, "best": None, "spikes": None, "skipped": 0, "scaler": None,
              "data": objective.fingerprint,
-             "description": {"model": model.built().flat(), "tokenizer": objective.tokenizer}}
+             "description": {"model": model.infer_config().flat(), "tokenizer": objective.tokenizer}}
     resumed, path, changed = config.init_from == "resume", None, dict(config.changed)
     if resumed:  # path None: it ended before its first save
-        path = checkpoint.find_newest(run_dir, machine, or_none=config.resume == "auto")
+        path = checkpoint.find_newest(run_dir, runtime, or_none=config.resume == "auto")
     if path:
-        state = checkpoint.load(path, model, optimizer, machine)
+        state = checkpoint.load(path, model, optimizer, runtime)
         if state["data"] != objective.fingerprint:
             if not config.resume_force:
                 raise CheckpointError(f"{path}: was made on other data than its dataset holds now")
             changed["data"] = [state["data"], objective.fingerprint]
-        if state["world_size"] != machine.world_size:
-            changed["world_size"] = [state["world_size"], machine.world_size]
+        if state["world_size"] != runtime.world_size:
+            changed["world_size"] = [state["world_size"], runtime.world_size]
         if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-    spikes = Spikes(config.spike_threshold, state["spikes"])
-    wrapped = parallel.wrap(model, config, machine)
+    spikes = LossSpikeDetector(config.spike_threshold, state["spikes"])
+    wrapped = parallel.wrap(model, config, runtime)
 
     # ---------------------------------------------------------------- what the log says of it
     flops = flops_per_token(model, config.model.block_size)
-    peak, peak_source = peak_flops(machine.device, machine.dtype, machine.tf32, config.mfu_peak)
+    peak, peak_source = peak_flops(runtime.device, runtime.dtype, runtime.tf32, config.mfu_peak)
     header = {
-        "arch_name": model.built().arch_name(), "config": config.flat(), "model": model.built().flat(),
+        "arch_name": model.infer_config().arch_name(), "config": config.flat(), "model": model.infer_config().flat(),
         "parameters": model.parameter_counts(), "flops_per_token": flops, "data": objective.description(),
-        "attention_kernels": model.attention_kernels(machine.dtype),
-        "hardware": {"device": str(machine.device), "name": machine.name(), "world_size": machine.world_size,
-                     "mode": parallel.mode(config, machine), "dtype": str(machine.dtype).removeprefix("torch."),
-                     "tf32": machine.tf32, "compile": machine.compile, "peak_flops": peak, "peak_source": peak_source},
-        "launch": machine.first_launch, **environment(),
+        "attention_kernels": model.attention_kernels(runtime.dtype),
+        "hardware": {"device": str(runtime.device), "name": runtime.name(), "world_size": runtime.world_size,
+                     "mode": parallel.parallel_mode(config, runtime), "dtype": str(runtime.dtype).removeprefix("torch."),
+                     "tf32": runtime.tf32, "compile": runtime.compile, "peak_flops": peak, "peak_source": peak_source},
+        "launch": runtime.first_launch_id, **environment(),
     }
-    log = RunLog(run_dir, header, config, resumed, quiet=not machine.is_main)
-    machine.on_main(lambda: checkpoint_saver.check_room(run_dir, header["parameters"]["total"], config))
-    run_dir = Path(machine.on_main(log.open))  # another one, if a run that began in the same second took that name
-    machine.on_main(lambda: checkpoint.clean(run_dir))
-    watch.lost, saved = log.lost, state["step"] if path else None
-    saves = checkpoint_saver.Checkpoints(run_dir, machine, config.keep_checkpoints, config.checkpoint_async)
+    log = RunLog(run_dir, header, config, resumed, quiet=not runtime.is_rank_zero)
+    runtime.on_rank_zero(lambda: checkpoint_saver.check_disk_space(run_dir, header["parameters"]["total"], config))
+    run_dir = Path(runtime.on_rank_zero(log.open))  # another one, if a run that began in the same second took that name
+    runtime.on_rank_zero(lambda: checkpoint.clean(run_dir))
+    watchdog.lost, saved = log.lost, state["step"] if path else None
+    saves = checkpoint_saver.CheckpointSaver(run_dir, runtime, config.keep_checkpoints, config.checkpoint_async)
 
     def evaluate():
         """Validation metrics into the log; whether they are the best so far."""
-        watch.enter("evaluation")
+        watchdog.enter("evaluation")
         metrics = objective.evaluate(wrapped)
         log.evaluation(state["step"], state["tokens"], **metrics)
         best = math.isfinite(metrics["val_loss"]) and (
@@ -100,7 +100,7 @@ def train(config, machine, watch):
 
     def save(last=False):
         """Write a checkpoint of `state`, at the end the weights alone too. A failure warns; the last is exit 4."""
-        watch.enter("save")
+        watchdog.enter("save")
         now = {**state, "scaler": scaler.state_dict() or None, "spikes": spikes.state, "config": config.flat(),
                "seed": config.seed, "sequences": state["step"] * objective.sequences_per_step}
         started = time.perf_counter()
@@ -109,7 +109,7 @@ def train(config, machine, watch):
             if stands:
                 note_save(state["step"], None, time.perf_counter() - started)
             if last and state["step"] >= config.max_iters:
-                checkpoint.export(run_dir, stands, {**state["description"], "step": state["step"]}, machine)
+                checkpoint.export(run_dir, stands, {**state["description"], "step": state["step"]}, runtime)
         except OSError as error:
             if last:
                 raise SaveError(f"{run_dir}: the checkpoint of step {state['step']} failed: {error} (the last good one "
@@ -125,14 +125,14 @@ def train(config, machine, watch):
             saved = step
             log.saved(step, seconds)
 
-    with log, memory_history(config, machine, log), Profile(config, machine, log) as profile, watch.training():
-        if machine.is_main:
+    with log, memory_history(config, runtime, log), Profile(config, runtime, log) as profile, watchdog.training():
+        if runtime.is_rank_zero:
             print_header(header, config, model, flops, run_dir)
         if resumed:
             log.say(f"resumed from {path} at step {state['step']}" if path else f"{run_dir}: no checkpoint, from 0")
             if not config.eval_only:
                 log.resumed_at(state["step"], changed, (*config.forced, *({"data"} & changed.keys())),
-                               machine.world_size)
+                               runtime.world_size)
         if config.eval_only:
             evaluate()
             return
@@ -146,19 +146,19 @@ def train(config, machine, watch):
         for step in range(first, config.max_iters):
             profile.begin(step + 1)
             started = time.perf_counter()
-            watch.enter("step", step + 1)
+            watchdog.enter("step", step + 1)
             rate = learning_rate(step, config)
             set_learning_rate(optimizer, rate)
 
             # Each micro-batch gives its share of the step's loss: the sum over its tokens / the step's tokens.
             shares = []
             for micro_step, batch in enumerate(objective.micro_batches(step)):
-                parallel.seed_micro_batch(config.seed, step, micro_step * machine.data_size + machine.data_rank)
+                parallel.seed_micro_batch(config.seed, step, micro_step * runtime.dp_size + runtime.dp_rank)
                 last = micro_step == objective.micro_steps - 1
-                with parallel.synchronise_gradients(wrapped, now=last):
-                    with machine.autocast():
+                with parallel.gradient_sync(wrapped, now=last):
+                    with runtime.autocast():
                         share = objective.loss(wrapped, batch)
-                    scaler.scale(share * machine.data_size).backward()  # the processes' gradients are averaged
+                    scaler.scale(share * runtime.dp_size).backward()  # the processes' gradients are averaged
                 shares.append(share.detach())
             scaler.unscale_(optimizer)
             grad_norm = clip_gradients(model, config.grad_clip)
@@ -167,15 +167,15 @@ def train(config, machine, watch):
             logged = done % config.log_interval == 0 or ended or step == first
 
             # What is decided now, all processes decide alike: they know the same.
-            all_know = watch.agree(torch.stack(shares).tolist(), time.perf_counter() - started,
-                                   (machine.memory() or {}).get("peak") or 0 if logged else 0, saves.ended, grad_norm)
+            all_know = watchdog.gather_status(torch.stack(shares).tolist(), time.perf_counter() - started,
+                                   (runtime.memory() or {}).get("peak") or 0 if logged else 0, saves.ended, grad_norm)
             grad_norm = next((norm for norm in all_know.grad_norms if not math.isfinite(norm)), grad_norm)
             if not math.isfinite(grad_norm + all_know.loss) and not (scaler.is_enabled() and scaler.get_scale() > 1):
                 if outcome := saves.wait():  # what is being saved is good still
                     note_save(*outcome)
                 raise NonFiniteError(
                     f"step {done}: loss {all_know.loss:g}, gradient norm {grad_norm:g} at learning rate {rate:.3g}"
-                    f"{where_not_finite(all_know.bad, objective, machine, step)}: stopped before the update (try a "
+                    f"{where_not_finite(all_know.bad, objective, runtime, step)}: stopped before the update (try a "
                     "lower learning_rate, a longer warmup_iters, grad_clip=1, or dtype=float32; the last good "
                     f"checkpoint: {'none' if saved is None else f'step {saved}'})")
             if config.gradient_log_interval and done % config.gradient_log_interval == 0:
@@ -199,14 +199,14 @@ def train(config, machine, watch):
                 step_time = busy / since_log if since_log else took
                 speed = objective.tokens_per_step / step_time
                 achieved = flops["train"] * speed
-                if peak and achieved > peak * machine.world_size:
-                    log.warn(f"MFU of {achieved / peak / machine.world_size:.0%}: the peak, {peak / 1e12:.4g} TFLOP/s "
+                if peak and achieved > peak * runtime.world_size:
+                    log.warn(f"MFU of {achieved / peak / runtime.world_size:.0%}: the peak, {peak / 1e12:.4g} TFLOP/s "
                              f"({peak_source}), cannot be right; no MFU from here on (set one with --mfu_peak=TFLOPS)")
                     peak = None
                 log.step(step=done, tokens=state["tokens"], loss=all_know.loss, lr=rate, grad_norm=grad_norm,
                          step_time=step_time, tokens_per_sec=speed, tflops=achieved / 1e12,
-                         mfu=achieved / (peak * machine.world_size) if peak else None, memory=machine.memory(),
-                         tokens_per_source=objective.served(done),
+                         mfu=achieved / (peak * runtime.world_size) if peak else None, memory=runtime.memory(),
+                         tokens_per_source=objective.consumed(done),
                          ranks={"step_time": all_know.step_times, "memory_peak": all_know.memory,
                                 "communication": profile.communication()})
                 busy, since_log = 0.0, 0
@@ -224,39 +224,39 @@ def train(config, machine, watch):
         log.say(f"done: {run_dir}")
 
 
-def where_not_finite(bad, objective, machine, step):
+def where_not_finite(bad, objective, runtime, step):
     """Of a step's data, those on which the loss is not finite, or from where on the gradient is not.
 
     bad: by rank, the micro-batch or -1. A gradient that the ranks have averaged is bad on all.
     """
-    places = [f"on rank {rank}: {objective.offsets(step, micro_step, rank // machine.tensor_parallel)}"
+    places = [f"on rank {rank}: {objective.offsets(step, micro_step, rank // runtime.tp_size)}"
               for rank, micro_step in enumerate(bad) if micro_step >= 0]
     return " " + "; ".join(places[:4]) if places else ""
 
 
 def main(config):
-    machine = None
+    runtime = None
     try:
         if config.dry_run:
-            sys.exit(preflight(config, build_model))
-        machine = launch.init(config)
-        if name := begun_before(config, machine):
+            sys.exit(dry_run(config, build_model))
+        runtime = launch.init(config)
+        if name := find_restarted_run(config, runtime):
             config = load_config(sys.argv[1:], restarted=name)
-        launch.check_alike(config, machine)
-        with Watch(machine, config) as watch:
-            train(config, machine, watch)
+        launch.check_same_config(config, runtime)
+        with Watchdog(runtime, config) as watchdog:
+            train(config, runtime, watchdog)
     except ConfigError as error:
-        raise located(error, config.explicit) from None
+        raise with_location(error, config.explicit) from None
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, a CPU's has no name
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-            told = UserError(memory_advice(config.batch_size, config.gradient_accumulation_steps, config.data_processes,
+            told = UserError(out_of_memory_hint(config.batch_size, config.gradient_accumulation_steps, config.data_processes,
                                            config.activation_checkpointing, config.use_zero1, config.use_fsdp))
-            told.alike = False  # one process may be the first to run out
+            told.on_all_ranks = False  # one process may be the first to run out
             raise told from None
         raise
-    launch.shut_down()
+    launch.shutdown()
 
 
 if __name__ == "__main__":
-    with told_in_one_line(launch.leave):
+    with exit_on_user_error(launch.exit_process):
         main(config)

@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy
 import torch
 
-from blockgpt.console import human_bytes, human_time, in_columns, on_terminal, tell
+from blockgpt.console import echo, human_bytes, human_time, in_columns, is_terminal
 from blockgpt.errors import UserError
 from blockgpt.files import write_json
 from blockgpt.training.tracker import WandbTracker
-from configurator import begun
+from configurator import run_exists
 
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parent
@@ -61,7 +61,7 @@ class RunLog:
         """header: what run.json says beside status and results. quiet: write nothing (not the main process)."""
         self.dir, self.config, self.quiet = Path(run_dir), config, quiet
         self.header, self.resumed, self.record = header, resumed, None
-        self.live, self.line_open = on_terminal(), False
+        self.live, self.line_open = is_terminal(), False
         self.results, self.speeds, self.tracker = {}, {"tokens_per_sec": [], "mfu": [], "step_time": []}, None
         self.ended = {"status": "finished", "status_reason": None}
         self.first_step = None
@@ -124,7 +124,7 @@ class RunLog:
                 self.record["status"] = "interrupted" if interrupted else "failed"
                 self.record["status_reason"] = " ".join(f"{kind.__name__}: {error}".split())[:500]
         if self.line_open:
-            tell("")
+            echo("")
         self._update_record()
         with contextlib.suppress(OSError):  # the disk may be what ended the run
             self.metrics.close()
@@ -179,7 +179,7 @@ class RunLog:
         if self.quiet:
             return
         if ranks and len(ranks["step_time"]) > 1:
-            values |= over_ranks(ranks)
+            values |= rank_statistics(ranks)
             peaks = [peak for peak in ranks["memory_peak"] if peak is not None]
             values["memory"] = {**values["memory"], "peak": max(peaks, default=None)}
         self._append("step", values)
@@ -219,17 +219,17 @@ class RunLog:
         """A line that stays on the console."""
         if not self.quiet:
             self._clear_line()
-            tell(text)
+            echo(text)
 
     def warn(self, text):
         """A line on stderr."""
         if not self.quiet:
             self._clear_line()
-            tell(f"warning: {text}", sys.stderr)
+            echo(f"warning: {text}", sys.stderr)
 
     def _clear_line(self):
         if self.line_open:
-            tell("\r\x1b[K", end="")
+            echo("\r\x1b[K", end="")
             self.line_open = False
 
     def _show(self, v):
@@ -250,10 +250,10 @@ class RunLog:
                 f"{v['tokens_per_sec']:>9,.0f} tok/s   {mfu}   left {human_time(left):<7}   "
                 f"{v['step_time'] * 1e3:.1f} ms   lr {v['lr']:.2e}   |g| {v['grad_norm']:.2f}   {human_bytes(memory)}")
         if self.live:  # rewritten in place, which a line that wraps cannot be
-            tell("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1], end="")
+            echo("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1], end="")
             self.line_open = True
         else:
-            tell(line)
+            echo(line)
 
     def _append(self, kind, values):
         line = json.dumps({"kind": kind, **finite(values)}, allow_nan=False)
@@ -287,7 +287,7 @@ class RunLog:
             self.warn(f"run.json: {error.strerror}: it keeps what it said before")
 
 
-def over_ranks(ranks):
+def rank_statistics(ranks):
     """What a step's record says of several processes; ranks: see `RunLog.step`.
 
     ranks: each value of each rank (beyond RANKS_LISTED of them: how they spread), slowest_rank, and communication:
@@ -305,10 +305,10 @@ def over_ranks(ranks):
         values["communication"] = {
             **{part: statistics.mean(one[part] for one in known.values()) for part in ("share", "exposed")},
             "waited_for": min(known, key=lambda rank: known[rank]["exposed"])}
-    return {"ranks": {name: spread(series) for name, series in ranks.items()}, **values}
+    return {"ranks": {name: summarize_ranks(series) for name, series in ranks.items()}, **values}
 
 
-def spread(series):
+def summarize_ranks(series):
     """A value of every rank as it is logged: the list, or of a long one {min, median, max, max_rank}."""
     known = [value for value in series if value is not None]
     if len(series) <= RANKS_LISTED:
@@ -343,7 +343,7 @@ def environment():
 
 def print_header(header, config, model, flops, run_dir):
     """What will be trained, on what, at which cost: everything a reader needs before the first step."""
-    built = model.built()
+    built = model.infer_config()
     options = built.options()
     forward = sum(flops["forward"].values())
     shares = " · ".join(f"{name} {n / 1e6:,.2f}M ({n / forward:.0%})" for name, n in flops["forward"].items())
@@ -379,16 +379,16 @@ def print_header(header, config, model, flops, run_dir):
         ("run", str(run_dir)),
     ]
     for name, text in rows:
-        tell(in_columns(f"{name:<22} ", text))
-    for name, reason in config.without_effect().items():
-        tell(f"note: {config.explicit[name]}: {name} has no effect here: {reason}")
+        echo(in_columns(f"{name:<22} ", text))
+    for name, reason in config.keys_without_effect().items():
+        echo(f"note: {config.explicit[name]}: {name} has no effect here: {reason}")
 
 
 def utc_now():
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def begun_before(config, machine):
+def find_restarted_run(config, runtime):
     """The name of the run that these processes are to go on with, in place of others that torchrun has lost; or None.
 
     It is the one that an earlier launch began: a directory that was refused as another run's stays refused.
@@ -397,11 +397,11 @@ def begun_before(config, machine):
         runs = [Path(config.out_dir, config.run_name)] if config.run_name else sorted(Path(config.out_dir).glob("*"))
         for run in reversed(runs):
             try:
-                if json.loads((run / "run.json").read_bytes())["launch"] == machine.first_launch:
+                if json.loads((run / "run.json").read_bytes())["launch"] == runtime.first_launch_id:
                     return run.name
             except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 continue
-        return config.run_name if config.run_name and not begun(runs[0]) else None
+        return config.run_name if config.run_name and not run_exists(runs[0]) else None
 
     # Not by torchrun's own count of restarts: each node has another.
-    return machine.on_main(find) if machine.launch != machine.first_launch else None
+    return runtime.on_rank_zero(find) if runtime.launch_id != runtime.first_launch_id else None

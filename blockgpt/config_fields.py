@@ -5,7 +5,7 @@ import operator
 import typing
 from dataclasses import field
 
-from blockgpt.errors import ConfigError, did_you_mean, shown
+from blockgpt.errors import ConfigError, did_you_mean, short_repr
 
 
 def key(default, help, *, group, minimum=None, above=None, maximum=None, below=None, choices=None, label=None):
@@ -39,20 +39,20 @@ def check_value(f, accepted, value):
         return
     if type(value) not in accepted and not (type(value) is int and float in accepted):
         names = " or ".join("None" if t is type(None) else t.__name__ for t in accepted)
-        raise ConfigError(f.name, f"{shown(value)} is {type(value).__name__}, not {names}")
+        raise ConfigError(f.name, f"{short_repr(value)} is {type(value).__name__}, not {names}")
     limits = f.metadata
     if limits["choices"] and value not in limits["choices"]:
-        raise ConfigError(f.name, f"{shown(value)} is unknown{did_you_mean(value, limits['choices'])}")
+        raise ConfigError(f.name, f"{short_repr(value)} is unknown{did_you_mean(value, limits['choices'])}")
     if isinstance(value, str):
         if not value or not value.isprintable():
-            raise ConfigError(f.name, f"{shown(value)} has characters that cannot be printed" if value else "is empty")
+            raise ConfigError(f.name, f"{short_repr(value)} has characters that cannot be printed" if value else "is empty")
         return
     if value != value or value in (float("inf"), float("-inf")):
         raise ConfigError(f.name, f"{value} is not a finite number")
     for bound, outside, words in BOUNDS:
         limit = LARGEST if limits[bound] is None and bound == "maximum" and type(value) is int else limits[bound]
         if limit is not None and outside(value, limit):
-            raise ConfigError(f.name, f"{shown(value)} is out of range, must be {words} {limit}")
+            raise ConfigError(f.name, f"{short_repr(value)} is out of range, must be {words} {limit}")
 LARGEST = 2**63 - 1  # numpy and torch know no larger integer
 BOUNDS = (("minimum", operator.lt, "at least"), ("above", operator.le, "above"),
           ("maximum", operator.gt, "at most"), ("below", operator.ge, "below"))

@@ -23,7 +23,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
 
-def tell(text, stream=None, end="\n"):
+def echo(text, stream=None, end="\n"):
     """Print at once. A console that cannot be written, such as a full disk's file, is given up: the run goes on."""
     stream = stream or sys.stdout
     try:
@@ -33,16 +33,16 @@ def tell(text, stream=None, end="\n"):
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if stream is not sys.stderr:
-            tell(f"warning: the console cannot be written ({error.strerror}): the run goes on in silence", sys.stderr)
+            echo(f"warning: the console cannot be written ({error.strerror}): the run goes on in silence", sys.stderr)
 
 
-def on_terminal():
+def is_terminal():
     return sys.stdout is not None and sys.stdout.isatty()
 
 
 def in_columns(name, text):
     """A row of the header; on a terminal, the text is wrapped in a column of its own."""
-    if not on_terminal():
+    if not is_terminal():
         return name + text
     width = max(20, shutil.get_terminal_size().columns - 1 - len(name))
     return name + ("\n" + " " * len(name)).join(textwrap.wrap(text, width) or [""])

@@ -19,7 +19,7 @@ class UserError(ValueError):
     """
 
     exit_code = 2
-    alike = True
+    on_all_ranks = True
 
 
 class ConfigError(UserError):
@@ -59,7 +59,7 @@ class PeerLostError(UserError):
     """Another process of the run died or stands still."""
 
     exit_code = 6
-    alike = False
+    on_all_ranks = False
 
 
 def did_you_mean(word, names):
@@ -69,7 +69,7 @@ def did_you_mean(word, names):
     return f" (did you mean {names[near[0]]}?)" if near else f" (one of {', '.join(names.values())})" if names else ""
 
 
-def shown(value):
+def short_repr(value):
     """repr(value) for a message: never long, and never an error of its own."""
     try:
         text = repr(value)
@@ -84,14 +84,14 @@ def first_line(error):
 
 
 @contextlib.contextmanager
-def told_in_one_line(leave=sys.exit):
+def exit_on_user_error(leave=sys.exit):
     """Turn a `UserError` (or Ctrl-C) inside the block into one line on stderr and its exit code."""
     try:
         yield
     except UserError as error:
         # A slip is the same in every process of a machine, what came of training in every process of the run.
         rank = os.environ.get("LOCAL_RANK" if error.exit_code == 2 else "RANK", "0")
-        if not error.alike or rank == "0" or "WORLD_SIZE" not in os.environ:
+        if not error.on_all_ranks or rank == "0" or "WORLD_SIZE" not in os.environ:
             line = " ".join(str(error).split())
             print("error: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
         leave(error.exit_code)
@@ -104,7 +104,7 @@ def told_in_one_line(leave=sys.exit):
 
 
 @functools.cache
-def needed(module):
+def require_package(module):
     """An optional package, or the `UserError` that says how to get it."""
     try:
         return importlib.import_module(module)

@@ -6,19 +6,19 @@ import json
 import os
 from pathlib import Path
 
-PIECE = 1 << 20  # bytes read or written at a time
+CHUNK_BYTES = 1 << 20  # bytes read or written at a time
 
 
 def sha256_of(path):
     """Hex digest of a file, read in pieces."""
-    digest, room = hashlib.sha256(), memoryview(bytearray(PIECE))
+    digest, room = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
     with open(path, "rb", buffering=0) as f:
         while n := f.readinto(room):
             digest.update(room[:n])
     return digest.hexdigest()
 
 
-class ReservedFile:
+class PreallocatedFile:
     """A new file of a size known before: its room is taken at once, its sha256 computed as it is written.
 
     A context manager. OSError where the disk refuses: the room is the first thing it is asked for.
@@ -28,7 +28,7 @@ class ReservedFile:
         self.size, self.written, self.digest = size, 0, hashlib.sha256()
         self.file = open(path, "xb", buffering=0)  # noqa: SIM115 (lives as long as self)
         try:
-            reserve(self.file.fileno(), size)
+            preallocate(self.file.fileno(), size)
         except OSError as error:
             self.file.close()
             raise OSError(error.errno, f"{os.strerror(error.errno)} for {size:,} bytes", str(path)) from None
@@ -36,8 +36,8 @@ class ReservedFile:
     def write(self, data):
         """Append `data`, anything with bytes in it."""
         data = memoryview(data).cast("B")
-        for start in range(0, len(data), PIECE):  # written and digested while it is in the cache
-            piece = data[start:start + PIECE]
+        for start in range(0, len(data), CHUNK_BYTES):  # written and digested while it is in the cache
+            piece = data[start:start + CHUNK_BYTES]
             self.digest.update(piece)
             self.written += len(piece)
             while piece:
@@ -56,7 +56,7 @@ class ReservedFile:
         self.file.close()
 
 
-def reserve(descriptor, size):
+def preallocate(descriptor, size):
     """Take the room of `size` bytes from the disk, where system and file system can; OSError if there is not enough."""
     if not size or not hasattr(os, "posix_fallocate"):  # macOS
         return
@@ -67,7 +67,7 @@ def reserve(descriptor, size):
             raise
 
 
-def forget_cached(path):
+def drop_page_cache(path):
     """Let the system drop its copy of a file in memory, so that the next reader meets the disk's."""
     if hasattr(os, "posix_fadvise"):
         descriptor = os.open(path, os.O_RDONLY)
@@ -77,7 +77,7 @@ def forget_cached(path):
             os.close(descriptor)
 
 
-def sync(path):
+def fsync_path(path):
     """Force a file's content, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -97,7 +97,7 @@ def write_bytes(path, content):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
-        sync(temporary)
+        fsync_path(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

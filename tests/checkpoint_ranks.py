@@ -22,7 +22,7 @@ import blockgpt.training.checkpoint as checkpoint
 import blockgpt.training.checkpoint_files as shards
 from blockgpt.errors import CheckpointError, UserError
 from blockgpt.training import launch
-from blockgpt.training.checkpoint_saver import Checkpoints
+from blockgpt.training.checkpoint_saver import CheckpointSaver
 from blockgpt.training.optimizers import build_optimizer
 from configurator import load_config
 from model_builder import build_model
@@ -59,10 +59,10 @@ def make(mode, seed=1, preset="llama", world=1, **more):
     if mode in ("tp", "fsdp+tp"):  # the fused step takes tensors of one mesh at a time
         groups = []
         for group in optimizer.param_groups:
-            alike = {}
+            on_all_ranks = {}
             for p in group["params"]:
-                alike.setdefault(str(p.device_mesh) if isinstance(p, DTensor) else None, []).append(p)
-            groups += [{**group, "params": parameters} for parameters in alike.values()]
+                on_all_ranks.setdefault(str(p.device_mesh) if isinstance(p, DTensor) else None, []).append(p)
+            groups += [{**group, "params": parameters} for parameters in on_all_ranks.values()]
         optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.99), fused=True)
     if mode != "zero1":
         return model, optimizer
@@ -88,7 +88,7 @@ def state(step, best=None):
 
 def whole(model, optimizer):
     """{key: whole tensor} of this rank's parameters and of the moments it has."""
-    shards.settle(model)
+    shards.reshard_parameters(model)
     full = {}
     for name, p in model.named_parameters():
         moments = shards.local_optimizer(optimizer).state.get(p, {})
@@ -107,9 +107,9 @@ def digests(folder):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
-def check_placed(machine):
+def check_placed(runtime):
     """`placed` says what `full_tensor` and torch's own placing say."""
-    n = machine.world_size
+    n = runtime.world_size
     meshes = [(init_device_mesh("cpu", (n,)), [(Shard(0),), (Shard(1),), (Replicate(),)])]
     if n == 4:
         meshes.append((init_device_mesh("cpu", (2, 2)), [(Replicate(), Shard(0)), (Shard(0), Shard(1)),
@@ -119,22 +119,22 @@ def check_placed(machine):
             for shape in ((1, 1), (2, 3), (4, 8), (5, 7), (9, 2), (17, 16)):
                 whole_one = torch.arange(shape[0] * shape[1]).reshape(shape).float()
                 tensor = distribute_tensor(whole_one, mesh, placements)
-                offset, local = shards.placed(tensor)
+                offset, local = shards.local_chunk(tensor)
                 box = tuple(slice(o, o + m) for o, m in zip(offset, local.shape, strict=True))
                 assert torch.equal(whole_one[box], local), (placements, shape)
-                said = machine.exchange([offset, list(local.shape), shards.writes(tensor)])
+                said = runtime.all_gather_object([offset, list(local.shape), shards.is_owner(tensor)])
                 written = [(tuple(o), tuple(s)) for o, s, w in said if w and 0 not in s]
                 assert shards.tiles(written, shape), (placements, shape, written)
 
 
 def main(folder):
     flags = ["--device=cpu", f"--gradient_accumulation_steps={os.environ['WORLD_SIZE']}"]
-    machine = launch.init(load_config(flags))
-    n = machine.world_size
-    check_placed(machine)
+    runtime = launch.init(load_config(flags))
+    n = runtime.world_size
+    check_placed(runtime)
     modes = ["plain", "zero1", "fsdp"] + (["hsdp", "tp", "fsdp+tp"] if n == 4 else ["tp"] if n == 2 else [])
     reference = make("plain", 2)
-    checkpoint.load(checkpoint.find_newest(folder / "plain", machine), *reference, machine)  # of one process
+    checkpoint.load(checkpoint.find_newest(folder / "plain", runtime), *reference, runtime)  # of one process
     reference = whole(*reference)
 
     for mode in modes:  # what one process saved, into every mode, and from there on to every other
@@ -143,16 +143,16 @@ def main(folder):
             learn(model, optimizer, [0])
             with torch.no_grad():
                 model(torch.zeros(1, 4, dtype=torch.int64))
-        loaded = checkpoint.load(checkpoint.find_newest(folder / "plain", machine), model, optimizer, machine)
+        loaded = checkpoint.load(checkpoint.find_newest(folder / "plain", runtime), model, optimizer, runtime)
         assert loaded["step"] == 3 and loaded["tokens"] == 48
         check_equal(whole(model, optimizer), reference, complete=mode != "zero1")
         with torch.no_grad():
             model(torch.zeros(1, 4, dtype=torch.int64))
         run = folder / f"{mode}{n}"
-        if machine.is_main:
+        if runtime.is_rank_zero:
             run.mkdir()
         dist.barrier()
-        path = Checkpoints(run, machine).save(model, optimizer, state(3))
+        path = CheckpointSaver(run, runtime).save(model, optimizer, state(3))
         index = checkpoint.read_index(path)
         check_equal({key: index.read(key) for key in index.entries}, reference)
         if mode in ("plain", "fsdp"):  # the bytes are shared out
@@ -160,46 +160,46 @@ def main(folder):
             assert len(held) == n and max(held) < 1.5 * sum(held) / n, held
         learn(model, optimizer, range(3, 5))  # the optimizer steps with what it was given
         other_model, other = make(mode, 4, world=n)
-        checkpoint.load(path, other_model, other, machine)
+        checkpoint.load(path, other_model, other, runtime)
         learn(other_model, other, range(3, 5))
         check_equal(whole(other_model, other), whole(model, optimizer))
         del model, optimizer, other_model, other
     for mode in modes:
         for source in modes:
             model, optimizer = make(mode, 5, world=n)
-            checkpoint.load(checkpoint.find_newest(folder / f"{source}{n}", machine), model, optimizer, machine)
+            checkpoint.load(checkpoint.find_newest(folder / f"{source}{n}", runtime), model, optimizer, runtime)
             check_equal(whole(model, optimizer), reference, complete=mode != "zero1")
 
     # tied weights; a checkpoint of before the first step
     for mode in ("plain", "zero1", "fsdp"):
         model, optimizer = make(mode, 1, "gpt2", n)
         run = folder / f"tied-{mode}{n}"
-        if machine.is_main:
+        if runtime.is_rank_zero:
             run.mkdir()
         dist.barrier()
-        checkpoints = Checkpoints(run, machine)
+        checkpoints = CheckpointSaver(run, runtime)
         again = make("plain", 2, "gpt2")
         path = checkpoints.save(model, optimizer, state(0))
-        checkpoint.load(path, *again, machine)
+        checkpoint.load(path, *again, runtime)
         check_equal(whole(*again), whole(model, optimizer))
         assert "lm_head.weight" not in whole(*again)
         learn(model, optimizer, range(2))
         path = checkpoints.save(model, optimizer, state(2))
-        checkpoint.load(path, *again, machine)
+        checkpoint.load(path, *again, runtime)
         check_equal(whole(model, optimizer), whole(*again), complete=mode != "zero1")
-        checkpoint.export(run, path, {"step": 2}, machine)
+        checkpoint.export(run, path, {"step": 2}, runtime)
         check_equal(checkpoint.read_export(run)[0], {k: v for k, v in whole(*again).items() if "/" not in k})
 
     # asynchronous equals synchronous, byte for byte, and training meanwhile changes nothing of it
     model, optimizer = make("fsdp", 1, world=n)
     learn(model, optimizer, range(2))
     (one, two) = (folder / f"{kind}{n}" for kind in ("sync", "async"))
-    if machine.is_main:
+    if runtime.is_rank_zero:
         one.mkdir()
         two.mkdir()
     dist.barrier()
-    in_background = Checkpoints(two, machine, asynchronous=True)
-    synchronous = Checkpoints(one, machine)
+    in_background = CheckpointSaver(two, runtime, asynchronous=True)
+    synchronous = CheckpointSaver(one, runtime)
     for step in (2, 4):
         path = synchronous.save(model, optimizer, state(step))
         assert in_background.save(model, optimizer, state(step)) is None
@@ -216,9 +216,9 @@ def main(folder):
     before = digests(path)
     for name in ("write_pieces", "finish", "reread", "verify_share", "own_pieces"):
         rank = 0 if name == "finish" else n - 1
-        with broken(name, machine.rank == rank):
+        with broken(name, runtime.rank == rank):
             if name == "verify_share":
-                told(CheckpointError, "cut", lambda: checkpoint.verify(path, machine))
+                told(CheckpointError, "cut", lambda: checkpoint.verify(path, runtime))
                 continue
             told(OSError, f"rank {rank}: cut", lambda: synchronous.save(model, optimizer, state(8)))
             if name != "own_pieces":
@@ -230,19 +230,19 @@ def main(folder):
             assert sorted(p.name for p in (run / "checkpoints").iterdir())[-1] < "step_00000008", name
             assert not list((run / "checkpoints").glob(".*"))
         assert digests(path) == before
-    with broken("fill", machine.rank == n - 1, UserError):
-        told(UserError, "cut", lambda: checkpoint.load(path, model, optimizer, machine))
-    with broken("write_export", machine.is_main):
-        told(OSError, "rank 0: cut", lambda: checkpoint.export(one, path, {}, machine))
+    with broken("fill", runtime.rank == n - 1, UserError):
+        told(UserError, "cut", lambda: checkpoint.load(path, model, optimizer, runtime))
+    with broken("write_export", runtime.is_rank_zero):
+        told(OSError, "rank 0: cut", lambda: checkpoint.export(one, path, {}, runtime))
 
     # a damaged newest one is passed over by all alike
-    if machine.is_main:
+    if runtime.is_rank_zero:
         damaged = sorted((two / "checkpoints").iterdir())[-1] / "state.json"
         damaged.write_bytes(damaged.read_bytes()[:-1])
     dist.barrier()
-    assert checkpoint.find_newest(two, machine).name == "step_00000004"
+    assert checkpoint.find_newest(two, runtime).name == "step_00000004"
     model = optimizer = None  # what outlives the group could abort the interpreter
-    launch.shut_down()
+    launch.shutdown()
     print("agreed\n", end="", flush=True)  # one write: they share a pipe
 
 

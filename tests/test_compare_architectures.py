@@ -578,12 +578,12 @@ def test_latest_takes_the_newest_by_created_at_among_those_selected(tmp_path, ca
     (["--colour"], "unrecognized arguments: --colour"),
 ])
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(tmp_path, monkeypatch, capsys, argv, told):
-    from blockgpt.errors import told_in_one_line
+    from blockgpt.errors import exit_on_user_error
 
     make_run(tmp_path / "some" / "a")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit, told_in_one_line():
+    with pytest.raises(SystemExit) as exit, exit_on_user_error():
         tool.main(argv)
     out, err = capsys.readouterr()
     assert (exit.value.code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and told in err

@@ -13,7 +13,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockgpt.errors import NonFiniteError, UserError, told_in_one_line
+from blockgpt.errors import NonFiniteError, UserError, exit_on_user_error
 from configurator import KEYS, TYPES, load_config
 from model_config import ModelConfig
 
@@ -195,7 +195,7 @@ def test_an_explicit_vocabulary_must_hold_the_data():
 def test_a_slip_is_told_once_on_each_machine_and_a_failure_by_everyone(monkeypatch, capsys, environment, code, lines):
     for name, text in environment.items():
         monkeypatch.setenv(name, text)
-    with pytest.raises(SystemExit) as left, told_in_one_line():
+    with pytest.raises(SystemExit) as left, exit_on_user_error():
         raise {2: UserError, 5: NonFiniteError}[code]("one\ntwo \x1b[31m")
     assert left.value.code == code
     assert capsys.readouterr().err == "error: one two ?[31m\n" * lines
@@ -242,7 +242,7 @@ def test_a_resumed_run_takes_over_its_keys(recorded):
     again = load_config(RESUME)
     assert again.flat() == {**made, "init_from": "resume", "run_name": "mine", "eval_only": False, "profile": None}
     assert again.for_vocabulary(300).model.vocab_size == 320  # what the run has, not what the data would get
-    assert again.without_effect() == {}
+    assert again.keys_without_effect() == {}
     free = ("--max_iters=9", "--learning_rate=2", "--attention_backend=manual", "--dtype=bfloat16", "--out_dir=runs")
     assert load_config([*RESUME, *free]).max_iters == 9
     assert load_config([*RESUME, "config/arch_llama.py", "config/size_tiny.py", "--seed=1337"]).model == again.model
@@ -292,7 +292,7 @@ def test_auto_resumes_what_is_there_and_starts_where_nothing_is(recorded, tmp_pa
     (tmp_path / "runs/mine/checkpoints/step_00000001").mkdir(parents=True)
     assert "there is no run" in refusal(*AUTO) or "cannot be read" in refusal(*AUTO)
     assert refusal("--resume=auto").startswith("--resume: resume: auto needs --run_name=NAME")
-    assert load_config(["--resume_force"]).without_effect() == {"resume_force": "nothing is resumed"}
+    assert load_config(["--resume_force"]).keys_without_effect() == {"resume_force": "nothing is resumed"}
 
 
 def test_a_restarted_run_goes_on(recorded):
@@ -330,7 +330,7 @@ def test_a_run_of_before_a_key_existed_gets_its_default(recorded):
     (["config/arch_custom.py", "--arch_preset=llama", "--ffn_type=standard"], ""),
 ])
 def test_a_key_without_effect_is_known_with_its_reason(argv, noted):
-    reasons = load_config(argv).without_effect()
+    reasons = load_config(argv).keys_without_effect()
     assert set(reasons) == set(noted.split()) and all(reasons.values())
 
 
@@ -418,7 +418,7 @@ def told(argv):
     """A config that is sound through and through, or None after exactly one line."""
     err, out, config = io.StringIO(), io.StringIO(), None
     try:
-        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out), told_in_one_line():
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out), exit_on_user_error():
             config = load_config(argv)
     except SystemExit as left:
         line = err.getvalue()
@@ -428,7 +428,7 @@ def told(argv):
     assert err.getvalue() == out.getvalue() == ""
     json.dumps(config.flat(), allow_nan=False)
     assert config.model.resolve().arch_name() == config.model.arch_name()
-    assert set(config.without_effect()) <= set(config.explicit) <= set(KEYS)
+    assert set(config.keys_without_effect()) <= set(config.explicit) <= set(KEYS)
     return config
 
 

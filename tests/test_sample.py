@@ -11,7 +11,7 @@ import blockgpt.training.checkpoint as checkpoint
 import sample
 from blockgpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from blockgpt.errors import CheckpointError, UserError
-from blockgpt.training.checkpoint_saver import Checkpoints
+from blockgpt.training.checkpoint_saver import CheckpointSaver
 from blockgpt.training.optimizers import build_optimizer
 from model_builder import build_model
 from model_config import get_preset
@@ -26,8 +26,8 @@ def make_run(tmp_path):
     def make(tokenizer, models, best=None):
         for step, model in models.items():
             config = SimpleNamespace(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99, use_zero1=False)
-            description = {"model": model.built().flat(), "tokenizer": tokenizer.to_meta()}
-            path = Checkpoints(tmp_path / "run").save(
+            description = {"model": model.infer_config().flat(), "tokenizer": tokenizer.to_meta()}
+            path = CheckpointSaver(tmp_path / "run").save(
                 model, build_optimizer(model, config, torch.device("cpu")),
                 {"step": step, "best": best and {"step": best, "val_loss": 1.0}, "description": description})
             checkpoint.export(tmp_path / "run", path, {**description, "step": step})

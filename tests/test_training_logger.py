@@ -24,7 +24,7 @@ from blockgpt.errors import NonFiniteError, UserError
 from blockgpt.training import tracker as tracker_module
 from model_builder import build_model
 from model_config import ModelConfig
-from training_logger import RunLog, run_directory, spread
+from training_logger import RunLog, run_directory, summarize_ranks
 
 HEADER = {"arch_name": "x", "config": {"init_from": "scratch", "eval_only": False}}
 STEP = {"step": 1, "tokens": 8, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "step_time": 0.1, "tokens_per_sec": 80.0,
@@ -282,7 +282,7 @@ def test_the_header_tells_the_models_own_numbers(plain):
     ffn = model.blocks[0].ffn
     assert rows["sizes"].startswith(f"d_ff {ffn.down_proj.in_features} · head_dim 16 · kv heads 1 · vocabulary "
                                     f"{model.lm_head.out_features} · block 32 · bias no · head untied")
-    assert rows["ffn_type"] == f"swiglu ({type(ffn).__name__})" and rows["architecture"] == model.built().arch_name()
+    assert rows["ffn_type"] == f"swiglu ({type(ffn).__name__})" and rows["architecture"] == model.infer_config().arch_name()
     assert "\x1b" not in plain.output and "\r" not in plain.output  # nor is anything rewritten where nobody looks
 
 
@@ -502,6 +502,6 @@ def test_one_process_says_nothing_of_ranks(new_log):
 
 
 def test_beyond_64_ranks_the_log_says_how_they_spread():
-    assert spread([1.0] * 64) == [1.0] * 64
-    assert spread([3.0, None, 1.0, 2.0] * 25) == {"min": 1.0, "median": 2.0, "max": 3.0, "max_rank": 0}
-    assert spread([None] * 65) is None
+    assert summarize_ranks([1.0] * 64) == [1.0] * 64
+    assert summarize_ranks([3.0, None, 1.0, 2.0] * 25) == {"min": 1.0, "median": 2.0, "max": 3.0, "max_rank": 0}
+    assert summarize_ranks([None] * 65) is None

@@ -11,9 +11,9 @@ import numpy as np
 
 from blockgpt.data.dataset import open_dataset
 from blockgpt.data.loader import TrainBatches
-from blockgpt.data.mixture import Mixture, label
+from blockgpt.data.mixture import Mixture, describe_phases
 from blockgpt.data.packing import PackedBatches
-from blockgpt.errors import UserError, needed, told_in_one_line
+from blockgpt.errors import UserError, exit_on_user_error, require_package
 from configurator import load_config
 
 WIDTH = 40  # characters of a bar
@@ -23,15 +23,15 @@ def analyse(config):
     """(Mixture, {source: {tokens there are, windows of an epoch, sequences served, epochs, repeated tokens}})."""
     sequences_per_step = config.batch_size * config.gradient_accumulation_steps
     block_size, mixture = config.model.block_size, Mixture(config.phases(), sequences_per_step)
-    served, rows = mixture.served(config.max_iters * sequences_per_step), {}
+    consumed, rows = mixture.consumed(config.max_iters * sequences_per_step), {}
     vocab_size = config.model.vocab_size if "vocab_size" in config.explicit else None
     batches = PackedBatches if config.packing == "documents" else TrainBatches
     for name in mixture.names:
         dataset = open_dataset(name, config.data_dir, config.tokenizer, vocab_size)
-        windows = batches(dataset, config.seed, block_size, 1).n_windows
-        rows[name] = {"available": dataset.tokens("train"), "windows": windows, "sequences": served[name],
-                      "tokens": served[name] * block_size, "epochs": served[name] / windows,
-                      "repeated": max(0, served[name] - windows) * block_size}
+        windows = batches(dataset, config.seed, block_size, 1).n_sequences
+        rows[name] = {"available": dataset.tokens("train"), "windows": windows, "sequences": consumed[name],
+                      "tokens": consumed[name] * block_size, "epochs": consumed[name] / windows,
+                      "repeated": max(0, consumed[name] - windows) * block_size}
     return mixture, rows
 
 
@@ -55,14 +55,14 @@ def table(config, mixture, rows):
 
 def plot(path, config, mixture):
     """Tokens served of each source against the step, into an image file."""
-    figure = needed("matplotlib.figure").Figure(figsize=(7, 4), layout="constrained")
+    figure = require_package("matplotlib.figure").Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     per_step = config.batch_size * config.gradient_accumulation_steps
     steps = np.unique(np.linspace(0, config.max_iters, 200).astype(int))
-    served = [mixture.served(int(step) * per_step) for step in steps]
-    tokens = [[counts[name] * config.model.block_size for counts in served] for name in mixture.names]
+    consumed = [mixture.consumed(int(step) * per_step) for step in steps]
+    tokens = [[counts[name] * config.model.block_size for counts in consumed] for name in mixture.names]
     axes.stackplot(steps, tokens, labels=mixture.names)
-    axes.set(xlabel="step", ylabel="tokens served", title=label(config.phases()))
+    axes.set(xlabel="step", ylabel="tokens served", title=describe_phases(config.phases()))
     axes.legend(loc="upper left")
     try:
         figure.savefig(path)
@@ -84,7 +84,7 @@ def main(argv):
             rest.append(argument)
     config = load_config(rest)
     mixture, rows = analyse(config)
-    print(f"{label(config.phases())}; {config.max_iters:,} steps, packing={config.packing}\n")
+    print(f"{describe_phases(config.phases())}; {config.max_iters:,} steps, packing={config.packing}\n")
     print("\n".join(table(config, mixture, rows)))
     if path:
         plot(path, config, mixture)
@@ -92,5 +92,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         main(sys.argv[1:])

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from blockgpt.console import ArgumentParser
-from blockgpt.errors import told_in_one_line
-from blockgpt.files import sync
+from blockgpt.errors import exit_on_user_error
+from blockgpt.files import fsync_path
 from configurator import load_config
 
 GPT2 = ["config/arch_gpt2.py", "--n_layer=12", "--n_head=12", "--n_embd=768", "--block_size=1024"]
@@ -44,7 +44,7 @@ def main(argv):
     import torch
 
     import blockgpt.training.checkpoint as checkpoint
-    from blockgpt.training.checkpoint_saver import Checkpoints
+    from blockgpt.training.checkpoint_saver import CheckpointSaver
 
     model, optimizer = trained(config)
     tensors = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
@@ -60,8 +60,8 @@ def main(argv):
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         plain = Path(folder, "plain.pt")
-        waiting = Checkpoints(tempfile.mkdtemp(dir=folder))
-        background = Checkpoints(tempfile.mkdtemp(dir=folder), asynchronous=True)
+        waiting = CheckpointSaver(tempfile.mkdtemp(dir=folder))
+        background = CheckpointSaver(tempfile.mkdtemp(dir=folder), asynchronous=True)
         for step in range(1, args.repeat + 1):
             state = {"step": step, "tokens": 0, "best": None}
             path = timed("save", lambda state=state: waiting.save(model, optimizer, state))
@@ -69,12 +69,12 @@ def main(argv):
             timed("load, once verified", lambda path=path: checkpoint.load(path, model, optimizer))
             timed("checkpoint_async holds training up", lambda state=state: background.save(model, optimizer, state))
             background.wait()
-            timed("torch.save and fsync", lambda: (torch.save(tensors, plain), sync(plain)))
+            timed("torch.save and fsync", lambda: (torch.save(tensors, plain), fsync_path(plain)))
     print(f"{gigabytes:.2f} GB; seconds per GB, least and most of {args.repeat}:")
     for name, values in seconds.items():
         print(f"  {name}: {min(values) / gigabytes:.2f} to {max(values) / gigabytes:.2f}")
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         main(sys.argv[1:])

@@ -23,9 +23,9 @@ from blockgpt.data.loader import Prefetch, TrainBatches
 from blockgpt.data.mixture import MixedBatches, Mixture
 from blockgpt.data.packing import PackedBatches
 from blockgpt.data.prepare import prepare
-from blockgpt.data.sources import files_parts
+from blockgpt.data.sources import file_partitions
 from blockgpt.data.tokenizer import load_tokenizer
-from blockgpt.errors import told_in_one_line
+from blockgpt.errors import exit_on_user_error
 
 BLOCK, BATCH, SEED = 1024, 16, 1
 ASKED = 2_000_000  # tokens/s that a training step may ask for
@@ -98,7 +98,7 @@ def main(argv):
     parser.add_argument("--tokenizers", nargs="+", default=["byte", "gpt2"], help="as data/files takes them")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        folder, parts = Path(folder), files_parts(args.input)
+        folder, parts = Path(folder), file_partitions(args.input)
         datasets = [prepared(folder, name, parts) for name in args.tokenizers]
         _, seconds = spent(lambda: open_dataset(datasets[0].name, folder))
         print(f"open, {datasets[0].tokens('train') / 1e6:.0f} M tokens, digests and ids checked: "
@@ -106,7 +106,7 @@ def main(argv):
         stream = TrainBatches(datasets[-1], SEED, BLOCK, BATCH)
         packed, seconds = spent(lambda: PackedBatches(datasets[-1], SEED, BLOCK, BATCH))
         print(f"plan of packing='documents': {seconds * 1e3:.0f} ms; windows are "
-              f"{packed.used.sum() / packed.n_windows / (BLOCK + 1):.2%} full")
+              f"{packed.used.sum() / packed.n_sequences / (BLOCK + 1):.2%} full")
         mixture = Mixture([(0, {"a": 0.7, "b": 0.3})], BATCH)
         read_speed("stream", stream)
         read_speed("documents", packed)
@@ -116,5 +116,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         main(sys.argv[1:])

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from blockgpt.errors import UserError, told_in_one_line
+from blockgpt.errors import UserError, exit_on_user_error
 from blockgpt.training.device import choose_device
 from configurator import load_config
 from model_builder import build_model
@@ -37,11 +37,11 @@ def main(argv):
     seconds(True)  # warms up
     pairs = [(seconds(True), seconds(False)) for _ in range(3)]
     with_cache, without = (statistics.median(p[i] for p in pairs) for i in range(2))
-    print(f"{model.built().arch_name()}, block {config.model.block_size}, {new_tokens} new tokens on {device}: "
+    print(f"{model.infer_config().arch_name()}, block {config.model.block_size}, {new_tokens} new tokens on {device}: "
           f"{with_cache:.2f} s with the cache, {without:.2f} s without: {without / with_cache:.1f} times faster "
           f"(pairs: {', '.join(f'{b / a:.1f}' for a, b in pairs)})")
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         main(sys.argv[1:])

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from blockgpt.console import ArgumentParser
-from blockgpt.errors import UserError, told_in_one_line
+from blockgpt.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
@@ -55,5 +55,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         main(sys.argv[1:])

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 from blockgpt.console import ArgumentParser
-from blockgpt.errors import UserError, told_in_one_line
+from blockgpt.errors import UserError, exit_on_user_error
 from configurator import load_config
 from model_config import PRESETS
 
@@ -65,17 +65,17 @@ def launch(mode, work, folder):
 def worker(path):
     """In one of the processes: each run of the list through train.py's own `train`, in one process group."""
     from blockgpt.training import launch
-    from blockgpt.training.faults import Watch
+    from blockgpt.training.faults import Watchdog
 
     train = runpy.run_path(str(ROOT / "train.py"))["train"]
-    machine = None
+    runtime = None
     for argv in json.loads(Path(path).read_text()):
         config = load_config(argv)
-        machine = machine or launch.init(config)
-        with Watch(machine, config) as watch:
-            train(config, machine, watch)
+        runtime = runtime or launch.init(config)
+        with Watchdog(runtime, config) as watchdog:
+            train(config, runtime, watchdog)
         gc.collect()  # models that refer to themselves
-    launch.shut_down()
+    launch.shutdown()
 
 
 def curve(run):
@@ -122,11 +122,11 @@ def held(argv):
     from model_builder import build_model
 
     config = load_config(argv)
-    machine = launch.init(config)
-    model = build_model(config.for_vocabulary(256).model, config.seed, machine.device,
-                        lambda model: parallel.distribute(model, config, machine))
-    optimizer = build_optimizer(model, config, machine.device)
-    wrapped = parallel.wrap(model, config, machine)
+    runtime = launch.init(config)
+    model = build_model(config.for_vocabulary(256).model, config.seed, runtime.device,
+                        lambda model: parallel.parallelize(model, config, runtime))
+    optimizer = build_optimizer(model, config, runtime.device)
+    wrapped = parallel.wrap(model, config, runtime)
     x = torch.zeros(1, config.model.block_size, dtype=torch.int64)
     wrapped(x, x)[1].backward()
     optimizer.step()
@@ -138,12 +138,12 @@ def held(argv):
     moments = getattr(optimizer, "optim", optimizer).state
     mine = [size(model.parameters()), size(p.grad for p in model.parameters()),
             size(t for state in moments.values() for t in state.values() if t.dim())]
-    rows = machine.exchange(mine)
-    if machine.is_main:
+    rows = runtime.all_gather_object(mine)
+    if runtime.is_rank_zero:
         count = sum(p.numel() for p in model.parameters())
         print("HELD " + json.dumps({"parameters": count, "rows": rows}), flush=True)
     del wrapped, optimizer, model, moments
-    launch.shut_down()
+    launch.shutdown()
 
 
 FORMULAS = {  # bytes per parameter of parameters, gradients, optimizer state on one of n processes
@@ -190,5 +190,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         main()

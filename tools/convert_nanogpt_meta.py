@@ -14,7 +14,7 @@ from pathlib import Path
 from blockgpt.console import ArgumentParser
 from blockgpt.data.dataset import SPLITS, is_bare, open_bare
 from blockgpt.data.tokenizer import CharTokenizer, load_tokenizer
-from blockgpt.errors import DataError, first_line, told_in_one_line
+from blockgpt.errors import DataError, exit_on_user_error, first_line
 from blockgpt.files import write_json
 
 LARGEST = 2**24  # bytes of a meta.pkl: that of all of Unicode is smaller
@@ -126,5 +126,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         main(sys.argv[1:])

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from blockgpt.errors import UserError, told_in_one_line
+from blockgpt.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "def main("
@@ -68,5 +68,5 @@ What to type next ({python} is the one with the packages):
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         main()

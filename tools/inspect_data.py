@@ -13,10 +13,10 @@ import numpy as np
 
 from blockgpt.console import ArgumentParser
 from blockgpt.data.dataset import SPLITS, open_dataset
-from blockgpt.data.loader import Windows
-from blockgpt.data.tokenizer import describe, from_meta
+from blockgpt.data.loader import SequenceReader
+from blockgpt.data.tokenizer import describe_tokenizer, from_meta
 from blockgpt.data.writer import digest_of
-from blockgpt.errors import DataError, UserError, told_in_one_line
+from blockgpt.errors import DataError, UserError, exit_on_user_error
 from blockgpt.files import sha256_of
 
 
@@ -70,7 +70,7 @@ def describe_split(dataset, split, tokenizer, limit, top):
 
 def show_windows(dataset, tokenizer, block_size, n):
     """Print n windows of the train split, evenly apart, token by token."""
-    windows, eot = Windows(dataset, "train", block_size), dataset.meta["eot"]
+    windows, eot = SequenceReader(dataset, "train", block_size), dataset.meta["eot"]
     for number in np.linspace(0, windows.count - 1, min(n, windows.count)).astype(np.int64):
         x, _ = windows.read(np.array([number]))
         tokens = ("⏹" if i == eot else tokenizer.decode([i]) if tokenizer else str(i) for i in x[0].tolist())
@@ -95,7 +95,7 @@ def main(argv):
     dataset = open_dataset(args.dataset, args.data_dir, args.tokenizer)
     meta = dataset.meta
     tokenizer = from_meta(meta["tokenizer"])
-    print(f"{dataset.directory}: {describe(meta['tokenizer'])}, vocabulary {meta['vocab_size']:,}, {meta['dtype']}, "
+    print(f"{dataset.directory}: {describe_tokenizer(meta['tokenizer'])}, vocabulary {meta['vocab_size']:,}, {meta['dtype']}, "
           f"from {meta['source']}\nfingerprint {dataset.fingerprint}")
     skipped = ", ".join(f"{n:,} {reason}" for reason, n in meta["skipped"].items() if n)
     print(f"left out when it was made: {skipped or 'nothing'}")
@@ -111,5 +111,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         main(sys.argv[1:])

@@ -17,7 +17,7 @@ import torch
 from blockgpt.accounting.flops import flops_per_token
 from blockgpt.accounting.memory import MemoryAccount
 from blockgpt.console import ArgumentParser
-from blockgpt.errors import UserError, told_in_one_line
+from blockgpt.errors import UserError, exit_on_user_error
 from blockgpt.training.device import choose_device
 from model_builder import build_model
 from model_config import AXES, ModelConfig
@@ -122,5 +122,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         main(sys.argv[1:])

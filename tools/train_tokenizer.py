@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 from blockgpt.console import ArgumentParser
-from blockgpt.data.sources import files_parts
-from blockgpt.data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, packed, to_ranks
-from blockgpt.errors import DataError, UserError, first_line, needed, told_in_one_line
+from blockgpt.data.sources import file_partitions
+from blockgpt.data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, pack_bytes, to_ranks
+from blockgpt.errors import DataError, UserError, exit_on_user_error, first_line, require_package
 from blockgpt.files import write_bytes
 
 SENTENCE_BYTES = 4000  # the trainer's memory is that of its longest sentence; documents are cut at line ends
@@ -44,7 +44,7 @@ def train(texts, vocab_size, model, max_sentences, coverage):
     """The content of a .model file. `UserError` where the text is too little for the vocabulary."""
     written = io.BytesIO()
     try:
-        needed("sentencepiece").SentencePieceTrainer.train(
+        require_package("sentencepiece").SentencePieceTrainer.train(
             sentence_iterator=texts, model_writer=written, vocab_size=vocab_size, model_type=model,
             input_sentence_size=max_sentences, shuffle_input_sentence=True, max_sentence_length=8 * SENTENCE_BYTES,
             character_coverage=coverage, byte_fallback=True, normalization_rule_name="identity",
@@ -88,7 +88,7 @@ def main(argv):
         raise UserError("--export_bpe: needs --model bpe: only its merges can be written in tiktoken's format")
     if not os.access(args.output.parent, os.W_OK):  # told before the training, which may take long
         raise DataError(f"--output: {args.output}.model: cannot be written: no folder that may be written to")
-    held_out, parts = [], files_parts(args.input, args.text_key)
+    held_out, parts = [], file_partitions(args.input, args.text_key)
 
     def training():
         for i, text in enumerate(sentences(parts)):
@@ -98,10 +98,10 @@ def main(argv):
                 yield text
 
     content = train(training(), args.vocab_size, args.model, args.max_sentences, args.coverage)
-    tokenizers = {f"{args.output}.model": (content, SentencePieceTokenizer(packed(content)))}
+    tokenizers = {f"{args.output}.model": (content, SentencePieceTokenizer(pack_bytes(content)))}
     if args.export_bpe:
         ranks = to_ranks(tokenizers[f"{args.output}.model"][1])
-        tokenizers[f"{args.output}.tiktoken"] = (ranks, TiktokenTokenizer(ranks=packed(ranks)))
+        tokenizers[f"{args.output}.tiktoken"] = (ranks, TiktokenTokenizer(ranks=pack_bytes(ranks)))
     measured = [t for t in held_out or list(sentences(parts))[:100] if "▁" not in t]
     on = f"on {len(measured)} sentences {'that it was not' if held_out else 'it was'} trained on"
     for path, (content, tokenizer) in tokenizers.items():
@@ -115,5 +115,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         main(sys.argv[1:])

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from blockgpt.console import ArgumentParser
-from blockgpt.errors import CheckpointError, UserError, told_in_one_line
+from blockgpt.errors import CheckpointError, UserError, exit_on_user_error
 
 
 def tell(path, check):
@@ -50,5 +50,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         main(sys.argv[1:])

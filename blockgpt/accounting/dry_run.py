@@ -1,8 +1,8 @@
 """Before any money is spent: what a run is, what it needs and what it costs. `python train.py … --dry_run`.
 
 Weights are never allocated and nothing is written. The account of one process comes from `blockgpt.accounting.memory`; here it is
-shared out over GPUs, held against their memory, and told. A way of sharing is a `Mode`: a line in `modes`, what it
-holds in `need`.
+shared out over GPUs, held against their memory, and told. A way of sharing is a `ParallelMode`: a line in `parallel_modes`, what it
+holds in `memory_need`.
 """
 
 import os
@@ -12,14 +12,23 @@ from functools import partial
 import torch
 
 from blockgpt.accounting.flops import flops_per_token
-from blockgpt.accounting.hardware import GPUS, find_gpu, gpu_called, look_up_peak, peak_flops
+from blockgpt.accounting.hardware import GPUS, find_gpu, find_gpu_by_alias, look_up_peak, peak_flops
 from blockgpt.accounting.memory import MemoryAccount
-from blockgpt.accounting.requirements import SINGLE, Mode, Need, chosen, modes, need, part_of_model, state_of
-from blockgpt.console import human_bytes, in_columns, tell
+from blockgpt.accounting.requirements import (
+    SINGLE,
+    MemoryNeed,
+    ParallelMode,
+    chosen_mode,
+    memory_need,
+    parallel_modes,
+    part_of_model,
+    state_of,
+)
+from blockgpt.console import echo, human_bytes, in_columns
 from blockgpt.data.dataset import dataset_dir, is_bare, not_prepared
 from blockgpt.errors import ConfigError, did_you_mean
 from blockgpt.training.device import choose_device, choose_dtype
-from blockgpt.training.launch import Machine
+from blockgpt.training.launch import Runtime
 from blockgpt.training.objectives import LanguageModeling
 
 # Of a GPU's memory, for what torch's allocator does not hand out or hands out in pieces: CUDA's context and NCCL's
@@ -68,7 +77,7 @@ def find_target(config):
 
 
 def named_target(config):
-    gpu = gpu_called(config.dry_run_gpu)
+    gpu = find_gpu_by_alias(config.dry_run_gpu)
     if gpu is None:
         raise ConfigError("dry_run_gpu", f"{config.dry_run_gpu!r} is not in the table of accounting/flops.py"
                                          f"{did_you_mean(config.dry_run_gpu, [g.name for g in GPUS])}")
@@ -98,9 +107,9 @@ def machine_memory():
 class Row:
     """A line of the table: a mode at the batch_size of the run, and the largest micro-batch that fits (0: none)."""
 
-    mode: Mode
+    mode: ParallelMode
     checkpointing: str
-    need: Need
+    memory_need: MemoryNeed
     fits: bool
     largest: int
 
@@ -108,11 +117,11 @@ class Row:
 def table(account, config, budget):
     """[`Row`] of every mode for the processes of the run, with every kind of activation checkpointing."""
     def row(mode, checkpointing):
-        of = partial(need, account, mode, checkpointing, accumulating=config.gradient_accumulation_steps > mode.data)
+        of = partial(memory_need, account, mode, checkpointing, accumulating=config.gradient_accumulation_steps > mode.data)
         own = of(config.batch_size)
         return Row(mode, checkpointing, own, own.total <= budget, largest(lambda n: of(n).total <= budget))
 
-    return [row(mode, kind) for mode in modes(config) for kind in ("none", "selective", "full")]
+    return [row(mode, kind) for mode in parallel_modes(config) for kind in ("none", "selective", "full")]
 
 
 def largest(fits):
@@ -129,12 +138,12 @@ def largest(fits):
 
 def smaller_batches(account, config, budget):
     """(batch_size, gradient_accumulation_steps) of the largest micro-batch that fits in a step of as many sequences."""
-    mode, checkpointing = chosen(config)
+    mode, checkpointing = chosen_mode(config)
     sequences = config.batch_size * config.gradient_accumulation_steps // config.data_processes  # of each, a step
     for size in range(min(config.batch_size, sequences) - 1, 0, -1):
         if sequences % size == 0:
             parts = sequences // size
-            if need(account, mode, checkpointing, size, parts > 1).total <= budget:
+            if memory_need(account, mode, checkpointing, size, parts > 1).total <= budget:
                 return size, parts * config.data_processes
     return None
 
@@ -145,7 +154,7 @@ def advice(account, config, budget, rows):
     if smaller:
         return ("it fits, with the same sequences a step, as: "
                 "--batch_size={} --gradient_accumulation_steps={}".format(*smaller))
-    mode, _ = chosen(config)
+    mode, _ = chosen_mode(config)
     able = [row for row in rows if row.largest and (row.mode is not SINGLE or config.processes == 1)]
     for row in sorted(able, key=lambda row: row.mode != mode):  # checkpointing first, then other modes in their order
         return (f"no batch_size fits; {described(row.mode, row.checkpointing)} would, up to batch_size={row.largest}: "
@@ -169,7 +178,7 @@ def flags_of(row):
 # -------------------------------------------------------------------- what is told
 
 
-def preflight(config, build_model):
+def dry_run(config, build_model):
     """Print what the run that `config` describes would be; 0 if it fits in memory, 1 if not.
 
     `UserError` for what would stop the run at its start, such as a dataset that is not there; but where vocab_size is
@@ -185,13 +194,13 @@ def preflight(config, build_model):
     part = MemoryAccount(build_model, part_of_model(config.model, tensor), target.dtype, target.gpu) if tensor > 1 else account
     rows = table(part, config, target.budget)
     for name, text in (*model_lines(account), *run_lines(config, target, account, data)):
-        tell(in_columns(f"{name:<22} ", text))
-    tell("\n" + "\n".join([*table_lines(config, rows), *remarks(config, part)]) + "\n")
-    row = next(row for row in rows if (row.mode, row.checkpointing) == chosen(config))
+        echo(in_columns(f"{name:<22} ", text))
+    echo("\n" + "\n".join([*table_lines(config, rows), *remarks(config, part)]) + "\n")
+    row = next(row for row in rows if (row.mode, row.checkpointing) == chosen_mode(config))
     for line in verdict_lines(part, config, target, rows, row):
-        tell(line)
-    for name, reason in config.without_effect().items():
-        tell(f"note: {config.explicit[name]}: {name} has no effect here: {reason}")
+        echo(line)
+    for name, reason in config.keys_without_effect().items():
+        echo(f"note: {config.explicit[name]}: {name} has no effect here: {reason}")
     return 0 if row.fits else 1
 
 
@@ -204,7 +213,7 @@ def look_at_data(config):
             if "vocab_size" not in config.explicit:
                 raise missing
             return config, f"not known: {missing}"
-    alone = Machine(0, 0, 1, torch.device("cpu"), torch.float32, False, False)
+    alone = Runtime(0, 0, 1, torch.device("cpu"), torch.float32, False, False)
     objective = LanguageModeling(config, alone)  # tells what the run would be told at its start
     data = objective.description()
     epochs = "; ".join(f"{name} {source['planned_epochs']:.3g} epochs" for name, source in data["sources"].items())
@@ -230,7 +239,7 @@ def model_lines(account):
     fixed = sum(line.fixed for line in saved.values())
     counts = account.parameters_by_part()
     return [
-        ("architecture", model.built().arch_name()),
+        ("architecture", model.infer_config().arch_name()),
         ("parameters", f"{sum(counts.values()):,}: {by_part(counts)}"),
         ("FLOPs per token", f"forward {sum(flops['forward'].values()) / 1e6:,.2f}M: "
                             f"{by_part(flops['forward'], 'M', 1e6, 2)}"),
@@ -274,11 +283,11 @@ def time_text(config, target, account, tokens):
 
 def table_lines(config, rows):
     """The table of needs in GiB, a row for each mode; the run's own is marked with >."""
-    head = ["", "GiB per process", *("logits, loss" if f.name == "logits" else f.name for f in fields(Need)), "total",
+    head = ["", "GiB per process", *("logits, loss" if f.name == "logits" else f.name for f in fields(MemoryNeed)), "total",
             "fits", "largest"]
     lines = [head]
     for row in rows:
-        own = ">" if (row.mode, row.checkpointing) == chosen(config) else ""
+        own = ">" if (row.mode, row.checkpointing) == chosen_mode(config) else ""
         name = row.mode.name + (f", {row.checkpointing}" if row.checkpointing != "none" else "")
         sizes = [f"{size / 2**30:,.2f}" for size in (*vars(row.need).values(), row.need.total)]
         lines.append([own, name, *sizes,
@@ -294,8 +303,8 @@ def remarks(config, account):
     lines = ["At the fullest moment of a step of this batch_size. largest: the largest batch_size that fits, exactly.",
              "selective, full: activation_checkpointing. Where a step is one micro-batch, gradients are made as",
              "activations go, and may not be there at that time."]
-    mode, _ = chosen(config)
-    if any(m.fsdp for m in modes(config)):
+    mode, _ = chosen_mode(config)
+    if any(m.fsdp for m in parallel_modes(config)):
         lines.append("gathered: an estimate from above. FSDP's gradients are whole where a step is several "
                      "micro-batches.")
     if mode.tensor > 1:

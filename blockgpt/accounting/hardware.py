@@ -60,7 +60,7 @@ def find_gpu(name):
                  and not OTHER_CHIPS.search(name)), None)
 
 
-def gpu_called(text):
+def find_gpu_by_alias(text):
     """The `GPU` that a person means: its name, some of its words ('H100', 'A100 40GB', '4090'), or what torch says."""
     def words(name):
         return set(re.split(r"[\s-]+", name.lower())) - {"nvidia", "geforce", "tesla", "amd", "instinct"}

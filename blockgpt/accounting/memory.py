@@ -27,10 +27,10 @@ from blockgpt.accounting.memory_trace import (
     AsOnGPU,
     LiveBytes,
     SavedTensors,
+    account_of,
     block_of,
     flex_attention_anywhere,
     only_blocks,
-    part_of,
 )
 from blockgpt.training.recompute import recompute
 
@@ -38,7 +38,7 @@ PROBES = (2, 3)  # sequences in the two runs; a single one could take another pa
 
 
 @dataclass(frozen=True)
-class Line:
+class LinearBytes:
     """Bytes as a function of the number of sequences."""
 
     fixed: int = 0
@@ -54,18 +54,18 @@ class Line:
         return self.fixed + self.per_sequence * sequences
 
     def __add__(self, other):
-        return Line(self.fixed + other.fixed, self.per_sequence + other.per_sequence)
+        return LinearBytes(self.fixed + other.fixed, self.per_sequence + other.per_sequence)
 
     def __sub__(self, other):
-        return Line(self.fixed - other.fixed, self.per_sequence - other.per_sequence)
+        return LinearBytes(self.fixed - other.fixed, self.per_sequence - other.per_sequence)
 
 
 def total(lines):
-    return sum(lines, Line())
+    return sum(lines, LinearBytes())
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedTensor:
     """A storage that the forward pass leaves to the backward pass, and the innermost module that saved it first.
 
     module: its path in the model, '' for the model itself. part: one of `PARTS`. stage: where the forward pass was,
@@ -76,7 +76,7 @@ class Saved:
     module: str
     part: str
     stage: str
-    bytes: Line
+    bytes: LinearBytes
     copy: bool
 
     @property
@@ -93,13 +93,13 @@ class BlockAccount:
     """
 
     kind: tuple
-    saved: Line
+    saved: LinearBytes
     copies: int
     parameters: int
 
     @property
     def held(self):
-        return self.saved + Line(self.copies)
+        return self.saved + LinearBytes(self.copies)
 
 
 class MemoryAccount:
@@ -155,7 +155,7 @@ class MemoryAccount:
         for path, module in self.model.named_modules():
             for p in module.parameters(recurse=False):
                 if p not in seen:
-                    counts[part_of(path, embeds=isinstance(module, nn.Embedding))] += p.numel()
+                    counts[account_of(path, embeds=isinstance(module, nn.Embedding))] += p.numel()
                 seen.add(p)
         return dict(counts)
 
@@ -191,26 +191,26 @@ class MemoryAccount:
 
     @cached_property
     def saved(self):
-        """[`Saved`], in the order in which they are saved."""
+        """[`SavedTensor`], in the order in which they are saved."""
         accounts = []
         for one, other in zip(*self._forward, strict=True):
             assert one[:-1] == other[:-1], "the forward pass depends on the number of sequences"
             *place, needs_grad, size = one
-            line = Line.through(size, other[-1])
-            accounts.append(Saved(*place, line, copy=needs_grad and not line.per_sequence))
+            line = LinearBytes.through(size, other[-1])
+            accounts.append(SavedTensor(*place, line, copy=needs_grad and not line.per_sequence))
         return accounts
 
     def saved_in(self, module=""):
-        """`Line` of what is saved in the module with this path and in those inside it; '' is the whole model."""
+        """`LinearBytes` of what is saved in the module with this path and in those inside it; '' is the whole model."""
         return total(s.bytes for s in self.saved if not module or f"{s.module}.".startswith(f"{module}."))
 
     def saved_by_part(self):
-        """{part: `Line`}."""
+        """{part: `LinearBytes`}."""
         return {part: total(s.bytes for s in self.saved if s.part == part) for part in PARTS}
 
     @cached_property
     def shell(self):
-        """`Line` of what is saved outside the blocks, before the head: it stays until the backward pass is through."""
+        """`LinearBytes` of what is saved outside the blocks, before the head: it stays until the backward pass is through."""
         return total(s.bytes for s in self.saved if s.block is None and s.stage != "after")
 
     @cached_property
@@ -255,7 +255,7 @@ class MemoryAccount:
         yield self.gradient_bytes, 0, 0  # the optimizer's step
 
     def _pass(self, checkpointing, accumulating):
-        """The `Pass` of such a step, run when it is first asked for."""
+        """The `StepTrace` of such a step, run when it is first asked for."""
         key = checkpointing, accumulating
         if key not in self._passes:
             self._passes[key] = self._run_both(*key)
@@ -265,27 +265,27 @@ class MemoryAccount:
         shown = sorted({account.kind: i for i, account in enumerate(self.blocks)}.values())  # the last of each kind
         runs = [self._run(sequences, shown, checkpointing, accumulating) for sequences in PROBES]
 
-        copies = total(Line(self.blocks[i].copies) for i in shown)
+        copies = total(LinearBytes(self.blocks[i].copies) for i in shown)
         if checkpointing == "none":
             shell, kept = self.shell, {i: self.blocks[i].held for i in shown}
-            copies = Line()  # they are among what is kept
+            copies = LinearBytes()  # they are among what is kept
         else:
-            there = {place: Line.through(*(kept[place] for _, kept in runs)) for place in runs[0][1]}
-            shell, kept = there.get("before", Line()), {i: there.get(i, Line()) for i in shown}
-        alive, made = shell + total(kept.values()), Line()
+            there = {place: LinearBytes.through(*(kept[place] for _, kept in runs)) for place in runs[0][1]}
+            shell, kept = there.get("before", LinearBytes()), {i: there.get(i, LinearBytes()) for i in shown}
+        alive, made = shell + total(kept.values()), LinearBytes()
         known = {"forward": alive + copies, "head": alive}
-        made = Line(self.head_parameters)
+        made = LinearBytes(self.head_parameters)
         for i in reversed(shown):
             known[i] = alive if accumulating else alive + made
-            alive, made = alive - kept[i], made + Line(self.blocks[i].parameters)
+            alive, made = alive - kept[i], made + LinearBytes(self.blocks[i].parameters)
         known["embeddings"] = alive if accumulating else alive + made
 
         lines = {}
         for (phase, one), (other_phase, other) in zip(*(events for events, _ in runs), strict=True):
             assert phase == other_phase, "the backward pass depends on the number of sequences"
             name = phase if isinstance(phase, str) else self.blocks[phase].kind
-            lines.setdefault(name, set()).add(Line.through(one, other) - known[phase])
-        return Pass(shell, {self.blocks[i].kind: line for i, line in kept.items()}, lines)
+            lines.setdefault(name, set()).add(LinearBytes.through(one, other) - known[phase])
+        return StepTrace(shell, {self.blocks[i].kind: line for i, line in kept.items()}, lines)
 
     def _run(self, sequences, shown, checkpointing, accumulating):
         """([(phase, bytes alive)] after each operation of a forward and backward pass through the `shown` blocks,
@@ -307,7 +307,7 @@ class MemoryAccount:
 
 
 @dataclass(frozen=True)
-class Pass:
+class StepTrace:
     """A forward and backward pass in one kind of activation checkpointing.
 
     shell: what is kept outside the blocks, before the head; kept: {`BlockAccount.kind`: what is kept of such a block};
@@ -316,7 +316,7 @@ class Pass:
     block; what the head saved is counted here), each kind of block, 'embeddings'.
     """
 
-    shell: Line
+    shell: LinearBytes
     kept: dict
     lines: dict
 

@@ -23,7 +23,7 @@ def block_of(path):
     return int(rest.partition(".")[0]) if top == "blocks" and rest else None
 
 
-def part_of(path, embeds, stage=None):
+def account_of(path, embeds, stage=None):
     """The part (of `PARTS`) that a module belongs to, by its place in the tree and not by its class.
 
     embeds: whether it is an embedding table. stage: where the forward pass is, as in `Saved`.
@@ -69,7 +69,7 @@ class SavedTensors:
         storage = t.untyped_storage()
         if storage._cdata not in self.noted:
             path, embeds = self.running[-1]
-            entry = (path, part_of(path, embeds, self.stage), self.stage, t.requires_grad, storage.nbytes())
+            entry = (path, account_of(path, embeds, self.stage), self.stage, t.requires_grad, storage.nbytes())
             self.noted[storage._cdata] = (weakref.ref(storage), entry)
             weakref.finalize(storage, self.noted.pop, storage._cdata, None)  # the address may be given again
         return t

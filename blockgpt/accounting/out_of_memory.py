@@ -2,7 +2,7 @@
 
 
 
-def memory_advice(batch_size, accumulation, processes, checkpointing, zero1, fsdp):
+def out_of_memory_hint(batch_size, accumulation, processes, checkpointing, zero1, fsdp):
     """What to do when memory runs out, in one line: the cheapest first, without what is on already or cannot be.
 
     batch_size, accumulation: batch_size and gradient_accumulation_steps; checkpointing: activation_checkpointing;

@@ -9,7 +9,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Mode:
+class ParallelMode:
     """A way of sharing the training of one model.
 
     shards: how many processes hold the parts of one copy, of the optimizer's state (ZeRO-1) or of everything (FSDP).
@@ -25,25 +25,25 @@ class Mode:
     tensor: int = 1
     reshards: bool = True
     offloads: bool = False
-SINGLE = Mode("single")
+SINGLE = ParallelMode("single")
 
 
-def modes(config):
-    """[`Mode`] that the processes of the run could train in, from the simplest on."""
+def parallel_modes(config):
+    """[`ParallelMode`] that the processes of the run could train in, from the simplest on."""
     processes, data = config.processes, config.data_processes
-    fsdp = Mode("FSDP", data, fsdp=True, shards=max(1, data // config.fsdp_replicas),
+    fsdp = ParallelMode("FSDP", data, fsdp=True, shards=max(1, data // config.fsdp_replicas),
                 reshards=config.fsdp_reshard_after_forward, offloads=config.fsdp_cpu_offload)
     if config.tensor_parallel > 1:
         name = f"TP{config.tensor_parallel}"
-        alone = [Mode(name, tensor=config.tensor_parallel)] if data == 1 else []
+        alone = [ParallelMode(name, tensor=config.tensor_parallel)] if data == 1 else []
         return [*alone, dataclasses.replace(fsdp, name=f"FSDP × {name}", tensor=config.tensor_parallel)]
-    shared = [Mode("DDP", data), Mode("ZeRO-1", data, zero1=True, shards=data)] if processes > 1 else []
+    shared = [ParallelMode("DDP", data), ParallelMode("ZeRO-1", data, zero1=True, shards=data)] if processes > 1 else []
     return [SINGLE, *shared, *([fsdp] if processes > 1 or config.use_fsdp else [])]
 
 
-def chosen(config):
-    """(the `Mode` of the run, its kind of activation checkpointing)."""
-    able = modes(config)
+def chosen_mode(config):
+    """(the `ParallelMode` of the run, its kind of activation checkpointing)."""
+    able = parallel_modes(config)
     if config.use_fsdp:
         mode = able[-1]
     else:
@@ -53,7 +53,7 @@ def chosen(config):
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """Bytes that one process holds on its device at the fullest moment of a step; the fields add up to `total`.
 
     gathered: what FSDP puts together of parameters and gradients, on top of the process's own parts. activations,
@@ -72,8 +72,8 @@ class Need:
         return sum(vars(self).values())
 
 
-def need(account, mode, checkpointing, sequences, accumulating):
-    """The `Need` of the fullest process of a `Mode` for micro-batches of `sequences`.
+def memory_need(account, mode, checkpointing, sequences, accumulating):
+    """The `MemoryNeed` of the fullest process of a `ParallelMode` for micro-batches of `sequences`.
 
     account: a `MemoryAccount` of the model, or of a process's part of it: see `part_of_model`. checkpointing: a kind of
     `blockgpt.training.recompute.KINDS`. accumulating: whether a process takes several micro-batches a step. DDP's and ZeRO-1's
@@ -88,8 +88,8 @@ def need(account, mode, checkpointing, sequences, accumulating):
             for i, (made, *rest) in enumerate(moments)]  # the first two are the forward pass and the head
     gradients, gathered, activations, logits = max(held, key=sum)
     if mode.offloads and account.gpu:
-        return Need(0, gradients if keeps else 0, 0, gathered, activations, logits)
-    return Need(state.parameters, gradients, state.optimizer, gathered, activations, logits)
+        return MemoryNeed(0, gradients if keeps else 0, 0, gathered, activations, logits)
+    return MemoryNeed(state.parameters, gradients, state.optimizer, gathered, activations, logits)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def gathered_bytes(account, mode, accumulating, among_blocks):
     Each block is a group, computed in the precision of the products while the next comes in; the rest of the model is
     one in float32, together from the first moment to the last. On the way back one block's gradients go out in float32,
     and those of the head wait for the embeddings'. Other gradients are counted with the work of their moment or, where
-    steps are several micro-batches, as `Need.gradients`.
+    steps are several micro-batches, as `MemoryNeed.gradients`.
     """
     def cast(size):
         return size * account.dtype.itemsize // torch.float32.itemsize

@@ -9,7 +9,7 @@ from pathlib import Path
 from blockgpt.console import ArgumentParser
 from blockgpt.data.filters import parse_filters
 from blockgpt.data.prepare import prepare, write_dataset
-from blockgpt.data.sources import SHAKESPEARE, hub_parts, text_of
+from blockgpt.data.sources import SHAKESPEARE, hub_partitions, text_of
 from blockgpt.data.tokenizer import CharTokenizer, load_tokenizer
 from blockgpt.data.writer import (
     SHARD_TOKENS,
@@ -69,7 +69,7 @@ def prepare_from_hub(description, script, source, *, val_fraction, splits=(("tra
         parser.add_argument("--sample", choices=samples, default=next(iter(samples)), help="how much of it")
     args = parse(parser)
     name = samples[args.sample] if samples else None
-    parts = [part for split, into in splits for part in hub_parts(args.source, name, split, into=into)]
+    parts = [part for split, into in splits for part in hub_partitions(args.source, name, split, into=into)]
     prepare_with(args, parts, f"{args.source} {name}" if name else args.source)
 
 

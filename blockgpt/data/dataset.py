@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blockgpt.data.tokenizer import UNNAMED, describe, load_tokenizer
+from blockgpt.data.tokenizer import UNNAMED, describe_tokenizer, load_tokenizer
 from blockgpt.errors import DataError, did_you_mean
 from blockgpt.files import sha256_of
 
@@ -57,7 +57,7 @@ def is_bare(directory):
             and not any(directory.glob(".parts.*.tmp")))
 
 
-def ensure(dataset, data_dir=None):
+def ensure_prepared(dataset, data_dir=None):
     """Make the embedded corpus if it is asked for and not there yet; `DataError` for any other dataset not there.
 
     Of the processes of one run, let one call this and the others wait.
@@ -144,7 +144,7 @@ def open_dataset(dataset, data_dir=None, tokenizer=None, vocab_size=None):
     except DataError as error:
         raise DataError(f"{error} {remedy}") from None
     if tokenizer and load_tokenizer(tokenizer).to_meta() != meta["tokenizer"]:
-        raise DataError(f"dataset {dataset!r} was made with the tokenizer {describe(meta['tokenizer'])}, not with "
+        raise DataError(f"dataset {dataset!r} was made with the tokenizer {describe_tokenizer(meta['tokenizer'])}, not with "
                         f"{tokenizer} (drop --tokenizer, or prepare it again)")
     return Dataset(dataset, directory, meta, shards, remedy)
 
@@ -168,7 +168,7 @@ def open_bare(dataset, directory, tokenizer=None, vocab_size=None):
         entry = {"size": size, "sha256": sha256_of(path) if size <= VERIFY_BYTES else sha256_of_ends(path)}
         shards[split] = [open_shard(path, entry, dtype, vocab_size, verify=False)]
         if size <= VERIFY_BYTES:
-            check_ids(shards[split][0], vocab_size, path, "(another --tokenizer or --vocab_size?)")
+            check_token_ids(shards[split][0], vocab_size, path, "(another --tokenizer or --vocab_size?)")
         splits[split] = {"tokens": size // dtype.itemsize, "bytes": None, "documents": 1,
                          "files": {path.name: entry}}
         if tokenizer:
@@ -200,7 +200,7 @@ def read_meta(path):
     version = meta.get("schema_version") if type(meta) is dict else SCHEMA_VERSION
     if type(version) is int and version != SCHEMA_VERSION:
         raise DataError(f"{path}: schema_version is {version}, this program reads {SCHEMA_VERSION}")
-    check_fields(path, "", meta, META)
+    check_meta_fields(path, "", meta, META)
     if meta["dtype"] not in DTYPES:
         raise DataError(f"{path}: dtype is {meta['dtype']!r}, not one of {', '.join(DTYPES)}")
     itemsize = DTYPES[meta["dtype"]].itemsize
@@ -208,14 +208,14 @@ def read_meta(path):
         raise DataError(f"{path}: vocab_size is {meta['vocab_size']}, must be at least 1")
     for split in SPLITS:
         where, entries = f"splits.{split}.", meta["splits"].get(split)
-        check_fields(path, where, entries, SPLIT)
+        check_meta_fields(path, where, entries, SPLIT)
         for field in ("tokens", "bytes"):
             if entries[field] < 1:
                 raise DataError(f"{path}: {where}{field} is {entries[field]}: the split is empty")
         for name, entry in entries["files"].items():
             if not re.fullmatch(rf"{split}[\w.-]*\.bin", name):
                 raise DataError(f"{path}: {where}files: {name!r} is not the name of a {split}*.bin beside it")
-            check_fields(path, f"{where}files.{name}.", entry, FILE)
+            check_meta_fields(path, f"{where}files.{name}.", entry, FILE)
             if entry["size"] % itemsize:
                 raise DataError(f"{path}: {where}files.{name}.size is {entry['size']}, which is no whole number of "
                                 f"{meta['dtype']} tokens")
@@ -226,7 +226,7 @@ def read_meta(path):
     return meta
 
 
-def check_fields(path, where, value, fields):
+def check_meta_fields(path, where, value, fields):
     """`DataError` unless `value` is an object that has every field of `fields` with one of its types."""
     if type(value) is not dict:
         raise DataError(f"{path}: {where.rstrip('.') or 'the whole'} is not an object")
@@ -248,23 +248,23 @@ def open_shard(path, entry, dtype, vocab_size, verify):
             raise DataError(f"{path}: has {size} bytes, meta.json says {entry['size']}")
         if verify and sha256_of(path) != entry["sha256"]:
             raise DataError(f"{path}: is damaged: its sha256 is not the one in meta.json")
-        tokens = mapped(path, dtype) if size else np.empty(0, dtype)
+        tokens = memory_map(path, dtype) if size else np.empty(0, dtype)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     if verify:
-        check_ids(tokens, vocab_size, path)
+        check_token_ids(tokens, vocab_size, path)
     else:
-        advise(tokens, "MADV_RANDOM")
+        madvise(tokens, "MADV_RANDOM")
     return tokens
 
 
-def mapped(path, dtype):
+def memory_map(path, dtype):
     """A file as a 1-d array, read-only, of which only what is looked at is read."""
     with open(path, "rb") as file:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
 
 
-def advise(tokens, pattern):
+def madvise(tokens, pattern):
     """Tell the system, if it can be told, how a mapped file will be read.
 
     It reads ahead of what is looked at, which a window at a random place in a large file pays for a hundredfold.
@@ -274,7 +274,7 @@ def advise(tokens, pattern):
         mapping.madvise(getattr(mmap, pattern))
 
 
-def check_ids(ids, vocab_size, where, remedy=""):
+def check_token_ids(ids, vocab_size, where, remedy=""):
     """`DataError` if a token id lies beyond the vocabulary: an embedding would fail on it far from the cause."""
     if ids.size and ids.max() >= vocab_size:
         raise DataError(f"{where}: has the token id {ids.max()}, beyond vocab_size={vocab_size} {remedy}".rstrip())

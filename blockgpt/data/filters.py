@@ -6,7 +6,7 @@ To add one: a function and a line in `FILTERS`. It returns whether the text stay
 import importlib
 import re
 
-from blockgpt.errors import UserError, did_you_mean, shown
+from blockgpt.errors import UserError, did_you_mean, short_repr
 
 # The commonest words of a language make up a third of its running text, and few of them are another's.
 COMMON_WORDS = {language: frozenset(words.split()) for language, words in {
@@ -82,25 +82,25 @@ def parse_filters(settings):
     for setting in settings or ():
         name, _, value = setting.partition("=")
         if name not in FILTERS:
-            raise UserError(f"--filter {shown(setting)}: no such filter{did_you_mean(name, FILTERS)}")
+            raise UserError(f"--filter {short_repr(setting)}: no such filter{did_you_mean(name, FILTERS)}")
         if name == "language" and value not in COMMON_WORDS:
-            raise UserError(f"--filter {setting}: {shown(value)} is unknown{did_you_mean(value, COMMON_WORDS)}")
+            raise UserError(f"--filter {setting}: {short_repr(value)} is unknown{did_you_mean(value, COMMON_WORDS)}")
         if name not in ("language", "callable"):
             try:
                 value = float(value)
             except ValueError:
-                raise UserError(f"--filter {shown(setting)}: {shown(value)} is not a number") from None
+                raise UserError(f"--filter {short_repr(setting)}: {short_repr(value)} is not a number") from None
         filters[name] = value
-    compiled(filters)  # a function that is not there is told now
+    compile_filters(filters)  # a function that is not there is told now
     return filters
 
 
-def compiled(filters):
+def compile_filters(filters):
     """{name: value} -> [(name, text -> whether it stays)]. A callable may be given as "module:function"."""
-    return [(name, FILTERS[name], imported(value) if name == "callable" else value) for name, value in filters.items()]
+    return [(name, FILTERS[name], import_function(value) if name == "callable" else value) for name, value in filters.items()]
 
 
-def imported(function):
+def import_function(function):
     """The function that "module:function" names."""
     if callable(function):
         return function
@@ -111,6 +111,6 @@ def imported(function):
         raise UserError(f"--filter callable={function}: {error} (module:function, importable from here)") from None
 
 
-def removed_by(filters, text):
-    """The name of the first of the `compiled` filters that the text does not pass, or None."""
+def first_failing_filter(filters, text):
+    """The name of the first of the `compile_filters` filters that the text does not pass, or None."""
     return next((name for name, keeps, value in filters if not keeps(text, value)), None)

@@ -13,20 +13,20 @@ import numpy as np
 import torch
 
 from blockgpt.data.dataset import (
-    check_ids,
+    check_token_ids,
 )
 from blockgpt.errors import DataError
 
 
-class Windows:
+class SequenceReader:
     """The windows of block_size + 1 tokens of one split, numbered from 0 to `count` - 1 through its shards.
 
     They start at multiples of block_size, plus an offset: inputs do not overlap, and the last token of one window
-    is the first of the next. None crosses from shard to shard. Each shard keeps `spare` tokens free for the offset
+    is the first of the next. None crosses from shard to shard. Each shard keeps `offset_margin` tokens free for the offset
     (or has one window, and gives the offset the room there is); a shard too short has none.
     """
 
-    def __init__(self, dataset, split, block_size, spare=0):
+    def __init__(self, dataset, split, block_size, offset_margin=0):
         shards = [tokens for tokens in dataset.shards[split] if len(tokens) > block_size]
         ends = np.cumsum([len(tokens) for tokens in dataset.shards[split]])
         self.before = [end - len(t) for end, t in zip(ends, dataset.shards[split], strict=True) if len(t) > block_size]
@@ -39,30 +39,30 @@ class Windows:
         self.block_size = block_size
         self.views = [np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1) for tokens in shards]
         lengths = np.array([len(tokens) for tokens in shards])
-        counts = np.maximum(1, (lengths - 1 - spare) // block_size)
+        counts = np.maximum(1, (lengths - 1 - offset_margin) // block_size)
         self.room = lengths - counts * block_size  # offsets that keep a shard's last window inside it: 0 … room - 1
         self.ends = np.cumsum(counts)
         self.firsts = self.ends - counts
         self.count = int(self.ends[-1])
 
-    def locate(self, numbers, offset=0):
+    def locate(self, sequence_ids, offset=0):
         """(shard, first token in it) of each of the windows, (B,) int64 each; the arguments are `read`'s."""
-        shard = np.searchsorted(self.ends, numbers, side="right")
-        return shard, (numbers - self.firsts[shard]) * self.block_size + offset % self.room[shard]
+        shard = np.searchsorted(self.ends, sequence_ids, side="right")
+        return shard, (sequence_ids - self.firsts[shard]) * self.block_size + offset % self.room[shard]
 
-    def read(self, numbers, offset=0):
-        """Inputs and targets of the windows `numbers` ((B,) int64): x, y, int64 tensors (B, block_size).
+    def read(self, sequence_ids, offset=0):
+        """Inputs and targets of the windows `sequence_ids` ((B,) int64): x, y, int64 tensors (B, block_size).
 
         offset: one for all, or one for each ((B,) int64), taken modulo the room in the window's shard.
         """
-        shard, start = self.locate(numbers, offset)
+        shard, start = self.locate(sequence_ids, offset)
         if len(self.views) == 1:
             ids = self.views[0][start]  # (B, block_size + 1)
         else:
-            ids = np.empty((len(numbers), self.block_size + 1), self.views[0].dtype)
+            ids = np.empty((len(sequence_ids), self.block_size + 1), self.views[0].dtype)
             for s in np.unique(shard):
                 ids[shard == s] = self.views[s][start[shard == s]]
-        check_ids(ids, self.dataset.vocab_size, f"{self.dataset.directory}: {self.split}", self.dataset.remedy)
+        check_token_ids(ids, self.dataset.vocab_size, f"{self.dataset.directory}: {self.split}", self.dataset.remedy)
         return torch.from_numpy(ids[:, :-1].astype(np.int64)), torch.from_numpy(ids[:, 1:].astype(np.int64))
 
 
@@ -83,9 +83,9 @@ class GlobalBatches:
 
         The processes' shares make up the same global batch, micro-batch for micro-batch, however many they are.
         """
-        return self.sequences(self.numbers(step, micro_step, rank, world_size))
+        return self.sequences(self.sequence_ids(step, micro_step, rank, world_size))
 
-    def numbers(self, step, micro_step=0, rank=0, world_size=1):
+    def sequence_ids(self, step, micro_step=0, rank=0, world_size=1):
         """The numbers of the sequences of `micro_batch`, which takes the same arguments: (batch_size,) int64."""
         assert self.gradient_accumulation_steps % world_size == 0 and 0 <= rank < world_size and step >= 0
         assert 0 <= micro_step < self.gradient_accumulation_steps // world_size
@@ -109,19 +109,19 @@ class TrainBatches(GlobalBatches):
     def __init__(self, dataset, seed, block_size, batch_size, gradient_accumulation_steps=1):
         super().__init__(batch_size, gradient_accumulation_steps)
         # Every epoch has as many windows as the first: the spare tokens are the room for any later offset.
-        self.windows = Windows(dataset, "train", block_size, spare=block_size - 1)
-        self.n_windows = self.windows.count
-        self.seed_key = scramble(np.array([seed], np.uint64))
+        self.windows = SequenceReader(dataset, "train", block_size, offset_margin=block_size - 1)
+        self.n_sequences = self.windows.count
+        self.seed_key = splitmix64(np.array([seed], np.uint64))
 
     def sequences(self, k):
         return self.windows.read(*self._windows(k))
 
     def _windows(self, k):
         """(window, offset) of each sequence, (B,) int64 each."""
-        epoch, place = np.divmod(k, self.n_windows)
-        key = scramble(self.seed_key + epoch.astype(np.uint64))
-        offset = np.where(epoch == 0, 0, (scramble(~key) % self.windows.block_size).astype(np.int64))
-        return permute(place, self.n_windows, key), offset
+        epoch, place = np.divmod(k, self.n_sequences)
+        key = splitmix64(self.seed_key + epoch.astype(np.uint64))
+        offset = np.where(epoch == 0, 0, (splitmix64(~key) % self.windows.block_size).astype(np.int64))
+        return feistel_permute(place, self.n_sequences, key), offset
 
     def offsets(self, k):
         shard, start = self.windows.locate(*self._windows(k))
@@ -132,36 +132,36 @@ class TrainBatches(GlobalBatches):
         return len(k) * self.windows.block_size
 
 
-def val_windows(dataset, block_size, eval_tokens=0):
-    """The windows an evaluation reads: (`Windows` of the val split, their numbers as int64 array).
+def val_sequences(dataset, block_size, eval_tokens=0):
+    """The windows an evaluation reads: (`SequenceReader` of the val split, their numbers as int64 array).
 
     They lie side by side or evenly apart over the whole split, and depend on nothing else: eval_tokens are rounded
     down to whole windows, at least one; 0, or more than there are, means all. The whole split is all but the
     fewer than block_size tokens left over at the end of a shard. `DataError` if no window fits.
     """
-    windows = Windows(dataset, "val", block_size)
+    windows = SequenceReader(dataset, "val", block_size)
     n = max(1, eval_tokens // block_size) if eval_tokens else windows.count
     n = min(n, windows.count)
     return windows, (2 * np.arange(n) + 1) * windows.count // (2 * n)  # the middle of each n-th part
 
 
 def val_batches(dataset, block_size, eval_tokens, batch_size, rank=0, world_size=1):
-    """Iterate over process `rank`'s share of `val_windows`: x, y, int64 tensors (up to batch_size, block_size).
+    """Iterate over process `rank`'s share of `val_sequences`: x, y, int64 tensors (up to batch_size, block_size).
 
     Each window is read by exactly one process; shares differ by one window at most. All have as many batches, since a
     model that is parted computes on all processes at once: where a share is a window short of one, it is a window
     without targets (-1).
     """
-    windows, numbers = val_windows(dataset, block_size, eval_tokens)
-    mine = numbers[rank::world_size]
+    windows, sequence_ids = val_sequences(dataset, block_size, eval_tokens)
+    mine = sequence_ids[rank::world_size]
 
     def batch(first):
         if first < len(mine):
             return windows.read(mine[first:first + batch_size])
-        x, y = windows.read(numbers[:1])
+        x, y = windows.read(sequence_ids[:1])
         return x, torch.full_like(y, -1)
 
-    return map(batch, range(0, -(-len(numbers) // world_size), batch_size))
+    return map(batch, range(0, -(-len(sequence_ids) // world_size), batch_size))
 
 
 class Prefetch:
@@ -202,7 +202,7 @@ def to_device(batch, device):
     return tuple(t.to(device) for t in batch)
 
 
-def scramble(x):
+def splitmix64(x):
     """uint64 array -> uint64 array, a bijection that looks random: SplitMix64 (Steele et al. 2014). Wraps by design."""
     x = x + 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
@@ -210,7 +210,7 @@ def scramble(x):
     return x ^ (x >> 31)
 
 
-def permute(index, n, key):
+def feistel_permute(index, n, key):
     """Where a permutation of 0 … n - 1 sends each index. index (B,) int64, key (B,) uint64 -> (B,) int64.
 
     A Feistel network on the rectangle a × b, a = ⌈√n⌉, b = ⌈n / a⌉ (Black & Rogaway 2002): each round adds to one
@@ -223,8 +223,8 @@ def permute(index, n, key):
     def network(x):
         left, right = x // b, x % b
         for r in range(0, 6, 2):  # `>> 32` keeps the sum from wrapping, which would not be a bijection modulo a
-            left = (left + (scramble(key + right + (r << 48)) >> 32)) % a
-            right = (right + (scramble(key + left + (r + 1 << 48)) >> 32)) % b
+            left = (left + (splitmix64(key + right + (r << 48)) >> 32)) % a
+            right = (right + (splitmix64(key + left + (r + 1 << 48)) >> 32)) % b
         return left * b + right
 
     x = network(index.astype(np.uint64))

@@ -39,13 +39,13 @@ def balanced_table(counts):
     if len(sources) == 1:
         return np.full(period, sources[0], np.int64)
     slack = 2 * len(sources) - 2
-    table, served = np.empty(period, np.int64), [0] * len(counts)
+    table, consumed = np.empty(period, np.int64), [0] * len(counts)
     for place in range(period):
-        ahead = {i: counts[i] * (place + 1) - period * served[i] for i in sources}  # what is owed, in 1 / period
+        ahead = {i: counts[i] * (place + 1) - period * consumed[i] for i in sources}  # what is owed, in 1 / period
         due = [i for i in sources if slack * ahead[i] >= period]
         chosen = min(due, key=lambda i: Fraction(period * (slack - 1) - slack * ahead[i], counts[i]))
         table[place] = chosen
-        served[chosen] += 1
+        consumed[chosen] += 1
     return table
 
 
@@ -62,7 +62,7 @@ class Phase:
     counts: np.ndarray
     before: np.ndarray
 
-    def served(self, k):
+    def consumed(self, k):
         """Sequences of each source among the first k of the run, k in this phase: (sources,) int64."""
         rounds, rest = divmod(k - self.first, len(self.table))
         return self.before + rounds * self.counts + np.bincount(self.table[:rest], minlength=len(self.counts))
@@ -93,7 +93,7 @@ class Mixture:
                 mine = np.flatnonzero(table == i)
                 ranks[mine] = np.arange(len(mine))
             if self.phases:
-                before = self.phases[-1].served(step * sequences_per_step)
+                before = self.phases[-1].consumed(step * sequences_per_step)
             self.phases.append(Phase(step * sequences_per_step, table, ranks, np.array(counts), before))
             self.shares.append({name: shares.get(name, Fraction(0)) for name in self.names})
         self.firsts = np.array([phase.first for phase in self.phases])
@@ -109,10 +109,10 @@ class Mixture:
             index[here] = phase.before[chosen] + rounds * phase.counts[chosen] + phase.ranks[place]
         return source, index
 
-    def served(self, k):
+    def consumed(self, k):
         """{name: sequences of it among the first k of the run}."""
         phase = self.phases[int(np.searchsorted(self.firsts, k, side="right")) - 1]
-        return dict(zip(self.names, phase.served(k).tolist(), strict=True))
+        return dict(zip(self.names, phase.consumed(k).tolist(), strict=True))
 
 
 class MixedBatches(GlobalBatches):
@@ -152,7 +152,7 @@ def source_seed(seed, name):
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")
 
 
-def label(phases):
+def describe_phases(phases):
     """The phases in words: "70% fineweb + 30% pycode, from step 2000 pycode"."""
     def words(ratios):
         shares = exact_shares(ratios)
@@ -177,8 +177,8 @@ def check_epochs(mixture, windows, max_epochs, max_iters, sequences_per_step):
     room = {name: most * windows[name] for name, most in limits.items()}
 
     def too_many(steps):
-        served = mixture.served(steps * sequences_per_step)
-        return {name: served[name] for name in room if served[name] > room[name]}
+        consumed = mixture.consumed(steps * sequences_per_step)
+        return {name: consumed[name] for name in room if consumed[name] > room[name]}
 
     for name, count in too_many(max_iters).items():
         mend = f"max_iters at most {largest(lambda steps: not too_many(steps), max_iters)}"

@@ -8,8 +8,8 @@ is never a target. The plan is made once, at start, which reads the split, and h
 import numpy as np
 import torch
 
-from blockgpt.data.dataset import advise, check_ids
-from blockgpt.data.loader import GlobalBatches, permute, scramble
+from blockgpt.data.dataset import check_token_ids, madvise
+from blockgpt.data.loader import GlobalBatches, feistel_permute, splitmix64
 from blockgpt.errors import DataError
 
 IGNORED = -1  # the target that the loss leaves out
@@ -32,22 +32,22 @@ class PackedBatches(GlobalBatches):
         self.shards = dataset.shards["train"]
         self.shard_ends = np.cumsum([len(tokens) for tokens in self.shards])
         for tokens in self.shards:
-            advise(tokens, "MADV_SEQUENTIAL")
-        starts, lengths = pieces_of(self.shards, self.eot, block_size)
+            madvise(tokens, "MADV_SEQUENTIAL")
+        starts, lengths = document_chunks(self.shards, self.eot, block_size)
         for tokens in self.shards:
-            advise(tokens, "MADV_RANDOM")
+            madvise(tokens, "MADV_RANDOM")
         if not len(lengths):
             raise DataError(f"the train split of dataset {dataset.name!r} has no document of two tokens")
-        bins, self.n_windows = best_fit(lengths, block_size + 1)
+        bins, self.n_sequences = best_fit(lengths, block_size + 1)
         order = np.argsort(bins, kind="stable")  # within a window, in the order of the corpus
         self.starts, self.lengths = starts[order], lengths[order].astype(np.int32)
-        self.bounds = np.searchsorted(bins[order], np.arange(self.n_windows + 1))
-        self.used = np.bincount(bins, lengths, self.n_windows).astype(np.int32)  # tokens of each window
-        self.seed_key = scramble(np.array([seed], np.uint64))
+        self.bounds = np.searchsorted(bins[order], np.arange(self.n_sequences + 1))
+        self.used = np.bincount(bins, lengths, self.n_sequences).astype(np.int32)  # tokens of each window
+        self.seed_key = splitmix64(np.array([seed], np.uint64))
 
     def windows_of(self, k):
-        epoch, place = np.divmod(k, self.n_windows)
-        return permute(place, self.n_windows, scramble(self.seed_key + epoch.astype(np.uint64)))
+        epoch, place = np.divmod(k, self.n_sequences)
+        return feistel_permute(place, self.n_sequences, splitmix64(self.seed_key + epoch.astype(np.uint64)))
 
     def sequences(self, k):
         """The k-th sequences of the run, k (B,) int64: x, y, int64 tensors (B, block_size); padding is eot, IGNORED."""
@@ -61,7 +61,7 @@ class PackedBatches(GlobalBatches):
                 start -= self.shard_ends[shard] - len(self.shards[shard])
                 row[at:at + n] = self.shards[shard][start:start + n]
                 at += n
-        check_ids(ids, self.dataset.vocab_size, f"{self.dataset.directory}: train", self.dataset.remedy)
+        check_token_ids(ids, self.dataset.vocab_size, f"{self.dataset.directory}: train", self.dataset.remedy)
         targets = ids[:, 1:].copy()
         targets[np.arange(self.block_size) >= self.used[windows, None] - 1] = IGNORED
         return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets)
@@ -74,7 +74,7 @@ class PackedBatches(GlobalBatches):
         return int(self.used[self.windows_of(k)].sum() - len(k))
 
 
-def pieces_of(shards, eot, block_size):
+def document_chunks(shards, eot, block_size):
     """The documents of the shards as (starts, lengths), int64: whole, or cut where longer than block_size + 1 tokens.
 
     The pieces of a cut document overlap by one token, so that each of its tokens but the first is a target once.

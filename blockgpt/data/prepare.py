@@ -30,15 +30,15 @@ from blockgpt.data.writer import (
     Recipe,
     Split,
     assemble,
-    encode_part,
+    commit,
+    encode_partition,
     find_duplicates,
-    finish_part,
-    first_problem,
+    finish_partition,
     is_done,
-    part_path,
-    publish,
+    os_error_text,
+    partition_path,
     remove_stale,
-    tallied,
+    sum_partition_stats,
 )
 from blockgpt.errors import DataError
 
@@ -58,10 +58,10 @@ def write_dataset(out_dir, tokenizer, documents, *, source, skipped=None, separa
     recipe = Recipe(separate=separate, deduplicate=False)
     refusals = collections.Counter()
     started, work = time.perf_counter(), Path(out_dir) / f".parts.{secrets.token_hex(4)}.tmp"
-    with written(out_dir):
+    with writing_to(out_dir):
         try:
             work.mkdir()
-            refused = encode_part(work / "all", documents, tokenizer, recipe, refusals)
+            refused = encode_partition(work / "all", documents, tokenizer, recipe, refusals)
             left_out = {**(skipped or {}), **refusals}
             meta = build(Path(out_dir), work, [work / "all"], tokenizer, recipe, source, left_out, refused, extras)
         finally:
@@ -79,14 +79,14 @@ def prepare(out_dir, tokenizer, parts, *, source, recipe=None, workers=None, sha
     recipe, out_dir, started = recipe or Recipe(), Path(out_dir), time.perf_counter()
     key = hashlib.sha256(json.dumps([tokenizer.to_meta(), asdict(recipe)], default=repr).encode()).hexdigest()[:16]
     work = out_dir / f".parts.{key}.tmp"
-    with written(out_dir, work), locked(work):
-        paths = [part_path(work, part) for part in parts]
+    with writing_to(out_dir, work), exclusive_lock(work):
+        paths = [partition_path(work, part) for part in parts]
         todo = {path: part for path, part in zip(paths, parts, strict=True) if not is_done(path)}
         done = sum(map(is_done, paths))
         if done:
             print(f"going on: {done} of {len(parts)} parts were done", flush=True)
-        encode_parts(todo, tokenizer, recipe, min(workers or cores(), len(todo)), Progress(len(parts), done))
-        left_out, refused = tallied(paths)
+        encode_partitions(todo, tokenizer, recipe, min(workers or cores(), len(todo)), Progress(len(parts), done))
+        left_out, refused = sum_partition_stats(paths)
         extras = {"recipe": {**asdict(recipe), "filters": {k: str(v) for k, v in recipe.filters.items()}}, **extras}
         try:
             meta = build(out_dir, work, paths, tokenizer, recipe, source, left_out, refused, extras, shard_tokens)
@@ -104,7 +104,7 @@ def cores():
 
 
 @contextlib.contextmanager
-def written(out_dir, kept=None):
+def writing_to(out_dir, kept=None):
     """Around whatever writes below `out_dir`: the folder is there, and what fails there is told in one line.
 
     kept: a work directory that stays, however long ago its process was killed.
@@ -115,11 +115,11 @@ def written(out_dir, kept=None):
         yield
     except OSError as error:
         goes_on = "; what was done is kept, the same command goes on" if kept else ""
-        raise DataError(f"{out_dir}: cannot be written: {first_problem(error)} {MEND[:-1]}{goes_on})") from None
+        raise DataError(f"{out_dir}: cannot be written: {os_error_text(error)} {MEND[:-1]}{goes_on})") from None
 
 
 @contextlib.contextmanager
-def locked(work):
+def exclusive_lock(work):
     """The work directory, made if need be, for this process alone."""
     work.mkdir(exist_ok=True)
     descriptor = os.open(work, os.O_RDONLY)
@@ -151,7 +151,7 @@ def build(out_dir, work, paths, tokenizer, recipe, source, left_out, refused, ex
                 "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot if recipe.separate else None, "dtype": dtype,
                 "source": source, "splits": {name: split.account() for name, split in splits.items()},
                 "skipped": dict(sorted(left_out.items())), **extras}
-        publish(out_dir, splits, meta)
+        commit(out_dir, splits, meta)
         return meta
     finally:
         for split in splits.values():
@@ -184,21 +184,21 @@ def encode_one(path, part):
             worker["counters"][0] += tokens
             worker["counters"][1] += size
 
-    finish_part(path, *encoded(path, part, worker["tokenizer"], worker["recipe"], advance))
+    finish_partition(path, *encoded(path, part, worker["tokenizer"], worker["recipe"], advance))
 
 
 def encoded(path, part, tokenizer, recipe, advance):
     skipped = collections.Counter()
-    refused = encode_part(path, part.documents(skipped), tokenizer, recipe, skipped, advance)
+    refused = encode_partition(path, part.documents(skipped), tokenizer, recipe, skipped, advance)
     return skipped, refused
 
 
-def encode_parts(todo, tokenizer, recipe, workers, progress):
+def encode_partitions(todo, tokenizer, recipe, workers, progress):
     """Encode the parts of `todo` {path: part}. The first that fails ends it, after those under way."""
     try:
         if workers <= 1:
             for path, part in todo.items():
-                finish_part(path, *encoded(path, part, tokenizer, recipe, progress.advance))
+                finish_partition(path, *encoded(path, part, tokenizer, recipe, progress.advance))
                 progress.part_done()
             return
         pool = concurrent.futures.ProcessPoolExecutor(workers, SPAWN, start_worker,

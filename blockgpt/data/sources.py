@@ -19,18 +19,18 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from blockgpt.errors import DataError, UserError, did_you_mean, first_line, needed
+from blockgpt.errors import DataError, UserError, did_you_mean, first_line, require_package
 
-PART_BYTES = 32 * 2**20  # of files: what a process reads at a time, and at most loses when it is killed
+PARTITION_BYTES = 32 * 2**20  # of files: what a process reads at a time, and at most loses when it is killed
 MAX_DOCUMENT = 16 * 2**20  # bytes; a longer text file is cut at line ends into several documents
 ATTEMPTS = 5  # to go on after a failure of the network
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")  # Tiny Shakespeare, its sha256
-PAUSE = 2.0  # seconds before the first of them, twice as long before each further one
+RETRY_SECONDS = 2.0  # seconds before the first of them, twice as long before each further one
 
 
 @dataclass(frozen=True)
-class Piece:
+class FileSpan:
     """A file, or the part of one that starts (bytes; row groups of parquet) in start … stop - 1; stop None: all."""
 
     path: str
@@ -42,7 +42,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class FilesPart:
+class FilePartition:
     """Several small files, or a piece of a large one. text_key: the field or column that holds the text."""
 
     pieces: tuple
@@ -64,7 +64,7 @@ class FilesPart:
                 raise DataError(f"{piece.path}: cannot be read: {reason}") from None
 
 
-def files_parts(patterns, text_key="text"):
+def file_partitions(patterns, text_key="text"):
     """The parts of the files that glob `patterns` name ("docs/**/*.txt"), in the order of their paths.
 
     A pattern that is a folder stands for every file below it. Hidden files are left out unless named. The kind goes
@@ -81,14 +81,14 @@ def files_parts(patterns, text_key="text"):
         paths.update(found)
     groups, held = [[]], 0  # of pieces, each a part
     for path in sorted(paths):
-        for piece in pieces_of(path):
-            size = piece.size if piece.stop is None else PART_BYTES
-            if held + size > PART_BYTES and groups[-1]:
+        for piece in file_spans(path):
+            size = piece.size if piece.stop is None else PARTITION_BYTES
+            if held + size > PARTITION_BYTES and groups[-1]:
                 groups.append([])
                 held = 0
             groups[-1].append(piece)
             held += size
-    return [FilesPart(tuple(group), text_key) for group in groups]
+    return [FilePartition(tuple(group), text_key) for group in groups]
 
 
 def kind_of(path):
@@ -104,7 +104,7 @@ def kind_of(path):
     return kind, compression
 
 
-def pieces_of(path):
+def file_spans(path):
     """The pieces of a file: itself, or, where it is large and can be entered in the middle, several."""
     kind, compression = kind_of(path)
     try:
@@ -115,19 +115,19 @@ def pieces_of(path):
                 groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
             starts, held = [0], 0
             for i, size in enumerate(groups):
-                if held and held + size > PART_BYTES:
+                if held and held + size > PARTITION_BYTES:
                     starts.append(i)
                     held = 0
                 held += size
             stops = [*starts[1:], len(groups)]
-        elif compression or kind == "csv" or status.st_size <= PART_BYTES:
+        elif compression or kind == "csv" or status.st_size <= PARTITION_BYTES:
             starts, stops = [0], [None]
         else:
-            starts = list(range(0, status.st_size, PART_BYTES))
+            starts = list(range(0, status.st_size, PARTITION_BYTES))
             stops = [*starts[1:], status.st_size]
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from None
-    return (Piece(*base, start, stop) for start, stop in zip(starts, stops, strict=True))
+    return (FileSpan(*base, start, stop) for start, stop in zip(starts, stops, strict=True))
 
 
 def stream(piece):
@@ -136,7 +136,7 @@ def stream(piece):
     if compression == "gzip":
         return gzip.open(piece.path)
     if compression == "zstd":
-        return io.BufferedReader(needed("pyarrow").input_stream(piece.path, compression="zstd"), 2**20)
+        return io.BufferedReader(require_package("pyarrow").input_stream(piece.path, compression="zstd"), 2**20)
     return open(piece.path, "rb")
 
 
@@ -243,7 +243,7 @@ def csv_documents(piece, text_key, skipped):
 
 def parquet_documents(piece, text_key, skipped):
     """A row is a document, its text in the column `text_key`."""
-    arrow_error = needed("pyarrow").ArrowException
+    arrow_error = require_package("pyarrow").ArrowException
     with parquet_file(piece.path) as file:
         if text_key not in file.schema_arrow.names:
             raise no_column(piece.path, text_key, file.schema_arrow.names)
@@ -261,7 +261,7 @@ def parquet_documents(piece, text_key, skipped):
 
 def parquet_file(path):
     """An open ParquetFile; `DataError` if it is none."""
-    parquet, arrow = needed("pyarrow.parquet"), needed("pyarrow")
+    parquet, arrow = require_package("pyarrow.parquet"), require_package("pyarrow")
     try:
         return parquet.ParquetFile(path)
     except arrow.ArrowException as error:
@@ -276,7 +276,7 @@ READERS = {"text": text_documents, "jsonl": jsonl_documents, "csv": csv_document
 
 
 @dataclass(frozen=True)
-class HubPart:
+class HubPartition:
     """One shard of a dataset that `datasets` streams.
 
     arguments: of datasets.load_dataset, as a tuple of (key, value). into: the split of ours that it fills, or None.
@@ -308,7 +308,7 @@ class HubPart:
                 if failures == ATTEMPTS:
                     raise DataError(f"{name_of(self.arguments)}: cannot be read any further: {type(error).__name__}: "
                                     f"{first_line(error)}") from None
-                time.sleep(PAUSE * 2 ** (failures - 1))
+                time.sleep(RETRY_SECONDS * 2 ** (failures - 1))
                 continue
             failures = 0
             if row is None:
@@ -322,7 +322,7 @@ class HubPart:
                 skipped["empty"] += 1
 
 
-def hub_parts(path, name=None, split="train", text_key="text", into=None, **more):
+def hub_partitions(path, name=None, split="train", text_key="text", into=None, **more):
     """The parts of a dataset on the Hugging Face hub (or of local files: path "json", data_files=…), one a file."""
     arguments = tuple(sorted({"path": path, "name": name, "split": split, **more}.items()))
     try:
@@ -333,7 +333,7 @@ def hub_parts(path, name=None, split="train", text_key="text", into=None, **more
         problem = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"{name_of(arguments)}: cannot be opened: {problem} (--source takes a local copy too)") \
             from None
-    return [HubPart(arguments, text_key, i, count, into) for i in range(count)]
+    return [HubPartition(arguments, text_key, i, count, into) for i in range(count)]
 
 
 def download(url, sha256, timeout=30):
@@ -366,7 +366,7 @@ def text_of(source, url, sha256):
 def hub_dataset(arguments):
     """The dataset, streamed. Raises what the library raises."""
     arguments = {k: list(v) if type(v) is tuple else v for k, v in arguments}
-    return needed("datasets").load_dataset(**arguments, streaming=True)
+    return require_package("datasets").load_dataset(**arguments, streaming=True)
 
 
 def name_of(arguments):

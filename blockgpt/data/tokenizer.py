@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blockgpt.errors import DataError, UserError, did_you_mean, first_line, needed, shown
+from blockgpt.errors import DataError, UserError, did_you_mean, first_line, require_package, short_repr
 
 ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")  # tiktoken's, fetched once, then cached
 # How an exported SentencePiece BPE is split before merging: in front of spaces, across which it has no pieces either.
@@ -38,7 +38,7 @@ class Tokenizer:
         return {"name": self.name}
 
 
-def utf8(text):
+def encode_utf8(text):
     """The text as UTF-8 bytes; `DataError` for a lone surrogate, which UTF-8 cannot hold."""
     try:
         return text.encode("utf-8")
@@ -54,10 +54,10 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text):
         """str -> list of ids. `DataError` for a lone surrogate."""
-        return list(utf8(text))
+        return list(encode_utf8(text))
 
     def encode_array(self, text):
-        return np.frombuffer(utf8(text), np.uint8)
+        return np.frombuffer(encode_utf8(text), np.uint8)
 
     def decode(self, ids):
         """ids -> str; bytes that are no UTF-8 become U+FFFD, ids without a byte (eot, padding) vanish."""
@@ -93,7 +93,7 @@ class CharTokenizer(Tokenizer):
 class TiktokenTokenizer(Tokenizer):
     """Byte-pair encoding by tiktoken: one of its `ENCODINGS`, or `ranks` in its file format.
 
-    ranks: lines of "base64-token rank", packed by `packed`. pattern: the regular expression that splits the text
+    ranks: lines of "base64-token rank", packed by `pack_bytes`. pattern: the regular expression that splits the text
     before pairs are merged. Such a vocabulary gets its end-of-text token behind its last rank. Text that looks like
     a special token is text.
     """
@@ -101,18 +101,18 @@ class TiktokenTokenizer(Tokenizer):
     name = "tiktoken"
 
     def __init__(self, encoding=None, ranks=None, pattern=SPACES_AND_WORD):
-        tiktoken = needed("tiktoken")
+        tiktoken = require_package("tiktoken")
         self.encoding, self.ranks, self.pattern = encoding, ranks, pattern
         if ranks is None:
             if encoding not in ENCODINGS:
-                raise DataError(f"tiktoken's encoding {shown(encoding)} is unknown{did_you_mean(encoding, ENCODINGS)}")
+                raise DataError(f"tiktoken's encoding {short_repr(encoding)} is unknown{did_you_mean(encoding, ENCODINGS)}")
             try:
                 self.bpe = tiktoken.get_encoding(encoding)
             except (OSError, ValueError) as error:  # no network, or a damaged cache
                 raise DataError(f"tiktoken cannot fetch {encoding!r}: {first_line(error)} (fetch it where there is a "
                                 "network and set TIKTOKEN_CACHE_DIR to the folder that holds it)") from None
         else:
-            merges = parse_ranks(unpacked(ranks))
+            merges = parse_ranks(unpack_bytes(ranks))
             self.bpe = tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=merges,
                                          special_tokens={"<|endoftext|>": max(merges.values()) + 1})
         self.vocab_size, self.eot = self.bpe.n_vocab, self.bpe.eot_token
@@ -120,11 +120,11 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode(self, text):
         """str -> list of ids. `DataError` for a lone surrogate."""
-        utf8(text)
+        encode_utf8(text)
         return self.bpe.encode_ordinary(text)
 
     def encode_array(self, text):
-        utf8(text)
+        encode_utf8(text)
         return self.bpe.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids):
@@ -137,12 +137,12 @@ class TiktokenTokenizer(Tokenizer):
         return {"name": self.name, "ranks": self.ranks, "pattern": self.pattern}
 
 
-class Checked(Tokenizer):
+class RoundTripTokenizer(Tokenizer):
     """A tokenizer whose library may change the text on the way: `encode` decodes what it made and compares."""
 
     def encode(self, text):
         """str -> list of ids. `DataError` for text that would not come back to the letter."""
-        utf8(text)
+        encode_utf8(text)
         ids = self.ids_of(text)
         back = self.decode(ids)
         if back != text:
@@ -153,19 +153,19 @@ class Checked(Tokenizer):
         return ids
 
 
-class SentencePieceTokenizer(Checked):
+class SentencePieceTokenizer(RoundTripTokenizer):
     """A SentencePiece model, such as tools/train_tokenizer makes or LLaMA's tokenizer.model.
 
-    model: the content of the .model file, packed by `packed`. Its end-of-sentence piece, if any, ends documents.
+    model: the content of the .model file, packed by `pack_bytes`. Its end-of-sentence piece, if any, ends documents.
     Refused: U+2581, which stands for the space inside; whatever else the model's normaliser changes.
     """
 
     name = "sentencepiece"
 
     def __init__(self, model):
-        sentencepiece = needed("sentencepiece")
+        sentencepiece = require_package("sentencepiece")
         self.model = model
-        content = unpacked(model)
+        content = unpack_bytes(model)
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
@@ -186,20 +186,20 @@ class SentencePieceTokenizer(Checked):
         return {"name": self.name, "model": self.model}
 
 
-class HFTokenizer(Checked):
+class HFTokenizer(RoundTripTokenizer):
     """A Hugging Face tokenizer.json, read by `tokenizers`.
 
-    json: its content, packed by `packed`. eot: the token that ends documents; None: the first of `END_OF_TEXT` that
+    json: its content, packed by `pack_bytes`. eot: the token that ends documents; None: the first of `END_OF_TEXT` that
     the vocabulary has. Text that looks like a special token is text. Refused: what its normaliser changes.
     """
 
     name = "hf"
 
     def __init__(self, json, eot=None):
-        tokenizers = needed("tokenizers")
+        tokenizers = require_package("tokenizers")
         self.json = json
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(unpacked(json).decode("utf-8"))
+            self.tokenizer = tokenizers.Tokenizer.from_str(unpack_bytes(json).decode("utf-8"))
         except UnicodeDecodeError:
             raise DataError("not a tokenizer.json: it is not UTF-8 text") from None
         except Exception as error:  # the library raises bare Exceptions
@@ -210,7 +210,7 @@ class HFTokenizer(Checked):
         self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         known = [t for t in ((eot,) if eot else END_OF_TEXT) if self.tokenizer.token_to_id(t) is not None]
         if eot and not known:
-            raise DataError(f"the vocabulary has no token {shown(eot)} to end documents with")
+            raise DataError(f"the vocabulary has no token {short_repr(eot)} to end documents with")
         self.eot_token = known[0] if known else None
         self.eot = self.tokenizer.token_to_id(self.eot_token) if known else None
 
@@ -259,19 +259,19 @@ def load_tokenizer(spec):
                lambda content: TiktokenTokenizer(ranks=content)}
     read = readers.get(Path(spec).suffix)
     if read is None:
-        raise DataError(f"tokenizer {shown(spec)} is unknown{did_you_mean(spec, ('byte', *ENCODINGS))}, or a file: "
+        raise DataError(f"tokenizer {short_repr(spec)} is unknown{did_you_mean(spec, ('byte', *ENCODINGS))}, or a file: "
                         f"{', '.join('*' + suffix for suffix in readers)}")
     try:
         content = Path(spec).read_bytes()
     except OSError as error:
         raise DataError(f"tokenizer {spec}: cannot be read: {error.strerror}") from None
     try:
-        return read(packed(content))
+        return read(pack_bytes(content))
     except DataError as error:
         raise DataError(f"tokenizer {spec}: {error}") from None
 
 
-def describe(meta):
+def describe_tokenizer(meta):
     """A tokenizer's entry in meta.json in a few words: its name, and what tells it from others of that name."""
     content = next((meta[k] for k in ("model", "ranks", "json") if isinstance(meta.get(k), str)), None)
     if content is not None:
@@ -279,12 +279,12 @@ def describe(meta):
     return str(meta.get("encoding") or meta.get("name"))
 
 
-def packed(content):
+def pack_bytes(content):
     """bytes -> str that JSON can hold."""
     return base64.b64encode(zlib.compress(content, 9)).decode("ascii")
 
 
-def unpacked(text):
+def unpack_bytes(text):
     """What was packed; `DataError` if this is nothing of the kind."""
     try:
         return zlib.decompress(base64.b64decode(text, validate=True))
@@ -311,7 +311,7 @@ def to_ranks(tokenizer):
     bytes come first, then what joins them to characters, then the pieces in their order. Only text with characters
     that the model has not seen can differ: they share tokens for their first bytes. `UserError` for a unigram model.
     """
-    model = needed("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(unpacked(tokenizer.model))
+    model = require_package("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(unpack_bytes(tokenizer.model))
     if model.trainer_spec.model_type != model.trainer_spec.BPE:
         raise UserError("only a BPE model can be exported to tiktoken's format: others have no merges (--model bpe)")
     if model.trainer_spec.treat_whitespace_as_suffix or model.normalizer_spec.add_dummy_prefix:

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from blockgpt.data.dataset import DTYPES, SPLITS, dtype_for
-from blockgpt.data.filters import compiled, removed_by
-from blockgpt.data.tokenizer import utf8
+from blockgpt.data.filters import compile_filters, first_failing_filter
+from blockgpt.data.tokenizer import encode_utf8
 from blockgpt.errors import DataError, first_line
-from blockgpt.files import sync, write_json
+from blockgpt.files import fsync_path, write_json
 
 ROW = np.dtype([("digest", "<u8", 2), ("tokens", "<u8"), ("bytes", "<u8"), ("split", "u1")])
 SHARD_TOKENS = 2**28  # of one file: half a gigabyte of uint16
@@ -50,7 +50,7 @@ class Recipe:
             return [(split, text, digest)]
         if self.by_position:
             cut = int(len(text) * (1 - self.val_fraction))
-            return [(s, t, digest_of(utf8(s + t))) for s, t in (("train", text[:cut]), ("val", text[cut:])) if t]
+            return [(s, t, digest_of(encode_utf8(s + t))) for s, t in (("train", text[:cut]), ("val", text[cut:])) if t]
         drawn = int.from_bytes(digest[:8], "little") / 2**64
         return [("val" if drawn < self.val_fraction else "train", text, digest)]
 
@@ -60,24 +60,24 @@ def digest_of(data):
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def encode_part(path, documents, tokenizer, recipe, skipped, advance=None):
+def encode_partition(path, documents, tokenizer, recipe, skipped, advance=None):
     """Write `<path>.ids` and `<path>.index` of the documents, an iterable of (split or None, text).
 
     skipped: a Counter that gets what filters and tokenizer refuse. advance(tokens, bytes): called now and then.
     Returns why the first document that could not be encoded was refused, or None.
     """
-    dtype, filters, refused = DTYPES[dtype_for(tokenizer.vocab_size)], compiled(recipe.filters), None
+    dtype, filters, refused = DTYPES[dtype_for(tokenizer.vocab_size)], compile_filters(recipe.filters), None
     eot = np.array([tokenizer.eot] if recipe.separate and tokenizer.eot is not None else [], dtype)
     with open(f"{path}.ids", "wb", buffering=2**20) as ids_file, open(f"{path}.index", "wb") as index_file:
         index, tokens, size = [], 0, 0
         for split, text in documents:
-            if reason := removed_by(filters, text):
+            if reason := first_failing_filter(filters, text):
                 skipped[f"filter_{reason}"] += 1
                 continue
             try:
-                data = utf8(text)
+                data = encode_utf8(text)
                 # Both halves are encoded before either is written: a document is in the dataset whole or not at all.
-                pieces = [(s, tokenizer.encode_array(t).astype(dtype), len(data) if t is text else len(utf8(t)), d)
+                pieces = [(s, tokenizer.encode_array(t).astype(dtype), len(data) if t is text else len(encode_utf8(t)), d)
                           for s, t, d in recipe.pieces(split, text, digest_of(data))]
             except DataError as error:
                 skipped["not_encodable"] += 1
@@ -99,14 +99,14 @@ def encode_part(path, documents, tokenizer, recipe, skipped, advance=None):
     return refused
 
 
-def finish_part(path, skipped, refused):
+def finish_partition(path, skipped, refused):
     """Mark a part as done, once its files are on the disk."""
-    sync(f"{path}.ids")
-    sync(f"{path}.index")
+    fsync_path(f"{path}.ids")
+    fsync_path(f"{path}.index")
     write_json(f"{path}.json", {"skipped": dict(skipped), "refused": refused})
 
 
-def part_path(work, part):
+def partition_path(work, part):
     """Where a part's files stand: by its content, so that a file that changed is read again, and no other."""
     return work / hashlib.sha256(json.dumps(part.identity()).encode()).hexdigest()[:32]
 
@@ -115,7 +115,7 @@ def is_done(path):
     return os.path.exists(f"{path}.json")
 
 
-def mapped(path, dtype):
+def memory_map(path, dtype):
     """The file as a read-only array; np.memmap knows no empty ones."""
     return np.memmap(path, dtype, "r").view(np.ndarray) if os.path.getsize(path) else np.empty(0, dtype)
 
@@ -131,7 +131,7 @@ def find_duplicates(work, paths):
     for bucket in range(buckets):
         found, numbers, first = [], [], 0
         for path, n in zip(paths, rows, strict=True):
-            digests = mapped(f"{path}.index", ROW)["digest"]
+            digests = memory_map(f"{path}.index", ROW)["digest"]
             mine = np.flatnonzero(digests[:, 0] // 2**32 % buckets == bucket) if buckets > 1 else slice(None)
             found.append(digests[mine])
             numbers.append(np.arange(first, first + n)[mine])
@@ -147,7 +147,7 @@ def assemble(paths, splits, drop):
     """Copy the documents of the parts that stay into `splits` {name: Split}, in the order of the corpus."""
     first = 0
     for path in paths:
-        ids, index = mapped(f"{path}.ids", splits["train"].dtype), mapped(f"{path}.index", ROW)
+        ids, index = memory_map(f"{path}.ids", splits["train"].dtype), memory_map(f"{path}.index", ROW)
         at = row = 0
         while row < len(index):
             rows = index[row:row + 2**16]
@@ -192,7 +192,7 @@ class Split:
     def finish(self):
         if self.file:
             self.file.close()
-            sync(self.shards[-1][0])
+            fsync_path(self.shards[-1][0])
             self.file = None
 
     def files(self):
@@ -217,7 +217,7 @@ class Split:
                 temporary.unlink()
 
 
-def publish(out_dir, splits, meta):
+def commit(out_dir, splits, meta):
     """Rename the finished files into place; from the first rename to the last there is no meta.json.
 
     Unless it already says the same: then it stays true throughout, and processes that prepare one dataset side
@@ -231,13 +231,13 @@ def publish(out_dir, splits, meta):
         before = None
     if before != meta:
         path.unlink(missing_ok=True)
-        sync(out_dir)
+        fsync_path(out_dir)
     for split in splits.values():
         for name, (temporary, *_) in split.files().items():
             os.replace(temporary, out_dir / name)
-    sync(out_dir)
+    fsync_path(out_dir)
     write_json(path, meta)
-    sync(out_dir)
+    fsync_path(out_dir)
     kept = {name for split in splits.values() for name in split.files()}
     for old in shards_of(before):
         if old not in kept:
@@ -269,7 +269,7 @@ def remove_stale(out_dir, kept=None):
                     path.unlink()
 
 
-def tallied(paths):
+def sum_partition_stats(paths):
     """(Counter of what the parts left out, why the first document was refused or None), from their .json."""
     skipped, refused = collections.Counter(), None
     for path in paths:
@@ -280,6 +280,6 @@ def tallied(paths):
     return skipped, refused
 
 
-def first_problem(error):
+def os_error_text(error):
     """An OSError in words."""
     return error.strerror or first_line(error)

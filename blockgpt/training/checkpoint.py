@@ -25,23 +25,23 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import load_file
 
-from blockgpt.errors import CheckpointError, UserError, shown
-from blockgpt.files import sha256_of, sync, write_json
+from blockgpt.errors import CheckpointError, UserError, short_repr
+from blockgpt.files import fsync_path, sha256_of, write_json
 from blockgpt.training.checkpoint_files import (
     SHARD,
     Index,
     TensorFile,
+    local_chunk,
     local_optimizer,
-    placed,
-    readable,
-    settle,
+    reshard_parameters,
+    safetensors_errors,
 )
-from blockgpt.training.launch import together
+from blockgpt.training.launch import run_on_all_ranks
 
 SCHEMA_VERSION = 2
 STEP_DIR = re.compile(r"step_(\d{8,18})")
 JSON_FILES = ("index.json", "state.json")
-ALONE = SimpleNamespace(rank=0, world_size=1, exchange=lambda value, group=None: [value])  # the machine of one process
+SINGLE_PROCESS = SimpleNamespace(rank=0, world_size=1, all_gather_object=lambda value, group=None: [value])  # the machine of one process
 
 
 # ---- the parts of a save
@@ -78,54 +78,54 @@ def list_checkpoints(run_dir):
     return sorted(((int(m[1]), p) for p in there if (m := STEP_DIR.fullmatch(p.name))), reverse=True)
 
 
-def find_newest(run_dir, machine=ALONE, or_none=False):
+def find_newest(run_dir, runtime=SINGLE_PROCESS, or_none=False):
     """The newest checkpoint of a run that verifies, the same on all ranks; each passed over is a warning on stderr.
 
     `CheckpointError` if there is none. or_none: None where there is not even an unusable one.
     """
-    names = machine.exchange([path.name for _, path in list_checkpoints(run_dir)] if machine.rank == 0 else None)[0]
+    names = runtime.all_gather_object([path.name for _, path in list_checkpoints(run_dir)] if runtime.rank == 0 else None)[0]
     for name in names:
         path = Path(run_dir) / "checkpoints" / name
-        if usable(path, machine):
+        if is_usable(path, runtime):
             return path
     if or_none and not names:
         return None
     raise CheckpointError(f"{run_dir} has no usable checkpoint (train it anew under another run_name)")
 
 
-def find_best(run_dir, machine=ALONE):
+def find_best(run_dir, runtime=SINGLE_PROCESS):
     """The checkpoint with the lowest validation loss; the newest if none was evaluated or that one is not usable."""
-    newest = find_newest(run_dir, machine)
+    newest = find_newest(run_dir, runtime)
     best = read_state(newest).get("best")
     path = newest.with_name(f"step_{best['step']:08d}") if best else newest
-    return path if path == newest or usable(path, machine) else newest
+    return path if path == newest or is_usable(path, runtime) else newest
 
 
-def usable(path, machine=ALONE):
+def is_usable(path, runtime=SINGLE_PROCESS):
     """Whether a checkpoint verifies; one that does not is a warning on stderr, of the first rank."""
     try:
-        verify(path, machine)
+        verify(path, runtime)
         return True
     except CheckpointError as error:
-        if machine.rank == 0:
+        if runtime.rank == 0:
             print(f"warning: passed over: {error}", file=sys.stderr)
         return False
 
 
 # ---- verify
 
-def verify(path, machine=ALONE, group=None):
+def verify(path, runtime=SINGLE_PROCESS, group=None):
     """Check a checkpoint: these files, no others, bit for bit by its manifest, and the index true of them.
 
     `CheckpointError`, alike on all ranks, if it differs. The ranks share the files out. Hidden files, which a file
     manager may leave, do not count.
     """
-    together(machine, lambda: verify_share(Path(path), machine), group)
+    run_on_all_ranks(runtime, lambda: verify_own_files(Path(path), runtime), group)
 
 
-def verify_share(path, machine):
+def verify_own_files(path, runtime):
     manifest = read_manifest(path)
-    for name in sorted(manifest)[machine.rank::machine.world_size]:
+    for name in sorted(manifest)[runtime.rank::runtime.world_size]:
         file = path / name
         try:
             size, digest = file.stat().st_size, None
@@ -137,7 +137,7 @@ def verify_share(path, machine):
             raise CheckpointError(f"{file}: has {size} bytes, the manifest says {manifest[name]['size']}")
         if digest != manifest[name]["sha256"]:
             raise CheckpointError(f"{file}: is damaged (its sha256 is not the manifest's)")
-    if machine.rank == 0:
+    if runtime.rank == 0:
         read_state(path)
         read_index(path).check(name for name in manifest if SHARD.fullmatch(name))
 
@@ -152,9 +152,9 @@ def read_manifest(path):
                               "the version of the program that wrote it)")
     for name, entry in manifest.items():
         if name not in JSON_FILES and not SHARD.fullmatch(name):
-            raise CheckpointError(f"{path}/manifest.json: {shown(name)} is no file of a checkpoint")
+            raise CheckpointError(f"{path}/manifest.json: {short_repr(name)} is no file of a checkpoint")
         if type(entry) is not dict or type(entry.get("size")) is not int or type(entry.get("sha256")) is not str:
-            raise CheckpointError(f"{path}/manifest.json: is no manifest: {shown(name)} has no size and sha256")
+            raise CheckpointError(f"{path}/manifest.json: is no manifest: {short_repr(name)} has no size and sha256")
     try:
         there = {p.name: p.lstat().st_mode for p in path.iterdir() if not p.name.startswith(".")}
     except OSError as error:
@@ -163,7 +163,7 @@ def read_manifest(path):
         if name not in there:
             raise CheckpointError(f"{path}: has no file {name}")
         if name not in manifest and name != "manifest.json":
-            raise CheckpointError(f"{path}: {shown(name)} is not in the manifest")
+            raise CheckpointError(f"{path}: {short_repr(name)} is not in the manifest")
         if not stat.S_ISREG(there[name]):  # a link could lead anywhere
             raise CheckpointError(f"{path}/{name}: is not a file of its own")
     return manifest
@@ -189,7 +189,7 @@ def read_state(path):
     state = read_json(path / "state.json")
     version = state.pop("schema_version", None)
     if version != SCHEMA_VERSION:
-        raise CheckpointError(f"{path}: was written in format {shown(version)} by another version of this program, "
+        raise CheckpointError(f"{path}: was written in format {short_repr(version)} by another version of this program, "
                               f"which reads {SCHEMA_VERSION}")
     best, named = state.get("best"), STEP_DIR.fullmatch(path.name)
     for step in (state.get("step"), 0 if best is None else best.get("step") if isinstance(best, dict) else None):
@@ -206,7 +206,7 @@ def read_index(path):
 
 # ---- load
 
-def load(path, model, optimizer, machine=ALONE):
+def load(path, model, optimizer, runtime=SINGLE_PROCESS):
     """Fill model and optimizer from a verified checkpoint, each rank with what is its own; returns its state.
 
     `UserError`, before anything is touched, if it is of another architecture.
@@ -215,15 +215,15 @@ def load(path, model, optimizer, machine=ALONE):
 
     def work():
         state.update(read_state(path))
-        fill(read_index(path), model, local_optimizer(optimizer))
+        load_tensors(read_index(path), model, local_optimizer(optimizer))
 
-    settle(model)
-    together(machine, work)
+    reshard_parameters(model)
+    run_on_all_ranks(runtime, work)
     return state
 
 
 @torch.no_grad()
-def fill(index, model, optimizer):
+def load_tensors(index, model, optimizer):
     """Fill this rank's parameters and AdamW state from an `Index`."""
     parameters = dict(model.named_parameters())
     check_weights(index, {name: p.shape for name, p in parameters.items()})
@@ -239,7 +239,7 @@ def fill(index, model, optimizer):
             if entry.shape not in ((), tuple(p.shape)):
                 raise CheckpointError(f"{index.directory}: {moment} of {name} is {entry.shape}, not {tuple(p.shape)}")
     for name, p in parameters.items():
-        offset, local = placed(p)
+        offset, local = local_chunk(p)
         index.read_into(name, local, offset)
     optimizer.state.clear()
     for name, p in own if moments else ():
@@ -248,7 +248,7 @@ def fill(index, model, optimizer):
                 value = torch.zeros_like(p, dtype=entry.dtype)  # spread over the ranks as p is
             else:
                 value = torch.zeros(entry.shape, dtype=entry.dtype, device=p.device)
-            offset, local = placed(value)
+            offset, local = local_chunk(value)
             index.read_into(f"{moment}/{name}", local, offset)
             optimizer.state[p][moment] = value
 
@@ -277,15 +277,15 @@ def read_weights(path):
 
 # ---- the export
 
-def export(run_dir, path, description, machine=ALONE):
+def export(run_dir, path, description, runtime=SINGLE_PROCESS):
     """Write the final `model.safetensors` and `config.json` (`description`, the sha256) from the checkpoint at `path`.
 
     Rank 0 puts it together tensor by tensor; OSError, alike on all ranks, where the disk refuses.
     """
     def work():
-        if machine.rank == 0:
+        if runtime.rank == 0:
             write_export(Path(run_dir), read_index(path), description)
-    together(machine, work)
+    run_on_all_ranks(runtime, work)
 
 
 def write_export(run_dir, index, description):
@@ -297,10 +297,10 @@ def write_export(run_dir, index, description):
         with TensorFile(temporary / "model.safetensors", layout) as file:
             digest = file.fill(index.read)["sha256"]
         write_json(temporary / "config.json", {**description, "sha256": digest})
-        sync(temporary)
+        fsync_path(temporary)
         for name in ("config.json", "model.safetensors"):
             os.replace(temporary / name, run_dir / name)
-        sync(run_dir)
+        fsync_path(run_dir)
     finally:
         remove(temporary)
 
@@ -320,5 +320,5 @@ def verify_export(run_dir):
 def read_export(run_dir):
     """({name: CPU tensor}, description) that `export` wrote; `CheckpointError` if they are not there or damaged."""
     description = verify_export(run_dir)
-    with readable(Path(run_dir) / "model.safetensors") as file:
+    with safetensors_errors(Path(run_dir) / "model.safetensors") as file:
         return load_file(file.path), description

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from safetensors import SafetensorError, safe_open
 
-from blockgpt.errors import CheckpointError, shown
-from blockgpt.files import ReservedFile
+from blockgpt.errors import CheckpointError, short_repr
+from blockgpt.files import PreallocatedFile
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
           torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
@@ -31,19 +31,19 @@ SHARD = re.compile(r"(model|optimizer)-\d{5,9}\.safetensors")
 
 # ---- who holds what
 
-def is_parted(tensor):
+def is_dtensor(tensor):
     """Whether it is a DTensor, of which this process holds a part; torch's class takes a second to import."""
     return hasattr(tensor, "placements")
 
 
-def placed(tensor):
+def local_chunk(tensor):
     """(offset, local tensor): which box of `tensor` this process holds; of a plain tensor the whole.
 
     A dimension that two mesh dimensions split is FSDP's over tensor parallelism: the later mesh dimension splits
     first (torch then says _StridedShard), each as torch.chunk does.
     """
     offset, shape = [0] * tensor.dim(), list(tensor.shape)
-    if not is_parted(tensor):
+    if not is_dtensor(tensor):
         return offset, tensor.detach()
     mesh = tensor.device_mesh
     split = list(zip(tensor.placements, mesh.shape, mesh.get_coordinate(), strict=True))
@@ -62,7 +62,7 @@ def placed(tensor):
     return offset, local
 
 
-def writes(tensor):
+def is_owner(tensor):
     """Whether this process, of all that hold the same box of a DTensor, is the one to write it.
 
     A mesh without rank 0 stands beside an equal one with it: that of another part of the data, or of the tensors.
@@ -73,7 +73,7 @@ def writes(tensor):
     return first and 0 in mesh.mesh
 
 
-def share_out(sizes, n):
+def assign_owners(sizes, n):
     """{name: which of n takes it} for `sizes` {name: bytes}: the largest first, each to who has least."""
     loads, taker = [0] * n, {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -87,39 +87,39 @@ def local_optimizer(optimizer):
     return getattr(optimizer, "optim", optimizer)
 
 
-def settle(model):
+def reshard_parameters(model):
     """Let FSDP put away what it gathered for a forward pass, so that parameters are the sharded ones."""
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
 
 
-def own_pieces(model, optimizer, machine):
+def own_chunks(model, optimizer, runtime):
     """{key: (dtype, whole shape, offset, local tensor)} of the pieces of parameters and moments that are this rank's.
 
     Together the ranks write every box of every tensor once. What all hold alike is shared out by size.
     """
-    settle(model)
+    reshard_parameters(model)
     own = local_optimizer(optimizer)
     parameters = dict(model.named_parameters())
-    taker = share_out({name: p.nbytes for name, p in parameters.items() if not is_parted(p)},
-                      machine.world_size)
+    taker = assign_owners({name: p.nbytes for name, p in parameters.items() if not is_dtensor(p)},
+                      runtime.world_size)
     pieces = {}
 
     def add(key, tensor):
-        offset, local = placed(tensor)
+        offset, local = local_chunk(tensor)
         if local.numel():
             pieces[key] = (local.dtype, list(tensor.shape), offset, local)
 
     for name, p in parameters.items():
-        mine = writes(p) if is_parted(p) else taker[name] == machine.rank
+        mine = is_owner(p) if is_dtensor(p) else taker[name] == runtime.rank
         if mine:
             add(name, p)
         for moment, value in own.state.get(p, {}).items():
-            if is_parted(value):
-                mine_too = writes(value)
-            elif is_parted(p):  # a step count: the same wherever a part is
-                mine_too = machine.rank == 0
+            if is_dtensor(value):
+                mine_too = is_owner(value)
+            elif is_dtensor(p):  # a step count: the same wherever a part is
+                mine_too = runtime.rank == 0
             else:
                 mine_too = mine or own is not optimizer  # under ZeRO-1 only its owner has it
             if mine_too:
@@ -129,7 +129,7 @@ def own_pieces(model, optimizer, machine):
 
 # ---- writing
 
-class TensorFile(ReservedFile):
+class TensorFile(PreallocatedFile):
     """A new safetensors file of `layout` {key: (dtype, shape)}, its room taken. OSError where the disk refuses."""
 
     def __init__(self, path, layout):
@@ -155,7 +155,7 @@ class TensorFile(ReservedFile):
         return self.finish()
 
 
-def write_pieces(directory, rank, pieces):
+def write_chunks(directory, rank, pieces):
     """Write this rank's files: {"files": {name: size and sha256}, "pieces": {key: [file, dtype, shape, offset, …]}}."""
     kinds, files, said = {"model": {}, "optimizer": {}}, {}, {}
     for key, (dtype, shape, offset, local) in pieces.items():
@@ -178,7 +178,7 @@ def write_pieces(directory, rank, pieces):
 # ---- the index
 
 @dataclass
-class Entry:
+class TensorEntry:
     """A tensor of a checkpoint; pieces: [(file, offset, shape)]."""
 
     dtype: torch.dtype
@@ -193,9 +193,9 @@ class Index:
         self.directory, self.entries, self.open_files = directory, {}, {}
         for key, said in value.items():
             try:
-                self.entries[key] = checked_entry(said)
+                self.entries[key] = parse_entry(said)
             except (KeyError, TypeError, ValueError) as error:
-                raise CheckpointError(f"{directory}/index.json: {shown(key)} cannot be read ({error})") from None
+                raise CheckpointError(f"{directory}/index.json: {short_repr(key)} cannot be read ({error})") from None
 
     def keys(self, kind):
         """The keys of parameters (kind "model") or of their moments ("optimizer")."""
@@ -210,12 +210,12 @@ class Index:
                     raise CheckpointError(f"{self.directory}/index.json: names {file}, which is not in the manifest")
                 expected[file][key] = (DTYPES[entry.dtype], list(shape))
         for name, keys in expected.items():
-            with readable(self.directory / name):
+            with safetensors_errors(self.directory / name):
                 f = self.file(name)
                 found = {key: (f.get_slice(key).get_dtype(), f.get_slice(key).get_shape()) for key in f.keys()}  # noqa: SIM118
             for key in found.keys() | keys.keys():
                 if found.get(key) != keys.get(key):
-                    raise CheckpointError(f"{self.directory}/{name}: {shown(key)} is {found.get(key)}, the index says "
+                    raise CheckpointError(f"{self.directory}/{name}: {short_repr(key)} is {found.get(key)}, the index says "
                                           f"{keys.get(key)}")
 
     def file(self, name):
@@ -232,7 +232,7 @@ class Index:
             high = [min(a + n, b + m) for a, n, b, m in zip(at, shape, offset, local.shape, strict=True)]
             if not all(a < b for a, b in zip(low, high, strict=True)):
                 continue
-            with readable(self.directory / file):
+            with safetensors_errors(self.directory / file):
                 here = tuple(slice(a - b, c - b) for a, b, c in zip(low, at, high, strict=True))
                 part = self.file(file).get_slice(key)[here] if here else self.file(file).get_tensor(key)
             local[tuple(slice(a - b, c - b) for a, b, c in zip(low, offset, high, strict=True))].copy_(part)
@@ -245,32 +245,32 @@ class Index:
         return whole
 
 
-def checked_entry(said):
-    """The `Entry` that an object of index.json says; ValueError, KeyError or TypeError if it cannot be one."""
+def parse_entry(said):
+    """The `TensorEntry` that an object of index.json says; ValueError, KeyError or TypeError if it cannot be one."""
     shape = sizes(said["shape"])
     if type(said["dtype"]) is not str or said["dtype"] not in TORCH:
-        raise ValueError(f"dtype {shown(said['dtype'])}")
+        raise ValueError(f"dtype {short_repr(said['dtype'])}")
     if type(said["pieces"]) is not list:
         raise ValueError("pieces is no list")
     pieces = []
     for piece in said["pieces"]:
         if type(piece["file"]) is not str or not SHARD.fullmatch(piece["file"]):
-            raise ValueError(f"file {shown(piece['file'])}")
+            raise ValueError(f"file {short_repr(piece['file'])}")
         pieces.append((piece["file"], sizes(piece["offset"], len(shape)), sizes(piece["shape"], len(shape))))
     if len({file for file, _, _ in pieces}) != len(pieces):
         raise ValueError("two pieces in one file")
     boxes = [(offset, box) for _, offset, box in pieces]
     if not (tiles(boxes, shape) if math.prod(shape) else not boxes):
         raise ValueError(f"its pieces do not make up the shape {shape}")
-    return Entry(TORCH[said["dtype"]], shape, pieces)
+    return TensorEntry(TORCH[said["dtype"]], shape, pieces)
 
 
 def sizes(value, n=None):
     """A tuple of `value`, a list of n whole numbers; ValueError if it is none."""
     if type(value) is not list or len(value) > 16 or (n is not None and len(value) != n):
-        raise ValueError(f"{shown(value)} is no shape here")
+        raise ValueError(f"{short_repr(value)} is no shape here")
     if not all(type(number) is int and 0 <= number < 2**62 for number in value):
-        raise ValueError(f"{shown(value)} is no shape")
+        raise ValueError(f"{short_repr(value)} is no shape")
     return tuple(value)
 
 
@@ -288,7 +288,7 @@ def tiles(boxes, shape):
     return end == shape[0]
 
 
-class readable:
+class safetensors_errors:
     """A context in which what safetensors says of a file it cannot read becomes a `CheckpointError`."""
 
     def __init__(self, path):
@@ -299,4 +299,4 @@ class readable:
 
     def __exit__(self, kind, error, trace):
         if isinstance(error, (OSError, SafetensorError, ValueError)) and not isinstance(error, CheckpointError):
-            raise CheckpointError(f"{self.path}: cannot be read: {shown(str(error))}") from None
+            raise CheckpointError(f"{self.path}: cannot be read: {short_repr(str(error))}") from None

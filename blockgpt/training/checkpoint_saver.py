@@ -13,30 +13,38 @@ import torch
 
 from blockgpt.console import human_bytes
 from blockgpt.errors import CheckpointError, UserError
-from blockgpt.files import forget_cached, sha256_of, sync, write_json
-from blockgpt.training.checkpoint import ALONE, JSON_FILES, SCHEMA_VERSION, clean, discard, list_checkpoints, verify
+from blockgpt.files import drop_page_cache, fsync_path, sha256_of, write_json
+from blockgpt.training.checkpoint import (
+    JSON_FILES,
+    SCHEMA_VERSION,
+    SINGLE_PROCESS,
+    clean,
+    discard,
+    list_checkpoints,
+    verify,
+)
 from blockgpt.training.checkpoint_files import (
     Index,
-    own_pieces,
-    write_pieces,
+    own_chunks,
+    write_chunks,
 )
-from blockgpt.training.launch import together
+from blockgpt.training.launch import run_on_all_ranks
 
 RANDOM = "random numbers are functions of (seed, step, rank, number of the sequence): none has a state to save"
 
 
-class Checkpoints:
-    """The checkpoints of one run: written by all ranks of `machine` together, pruned to the newest `keep` and the best.
+class CheckpointSaver:
+    """The checkpoints of one run: written by all ranks of `runtime` together, pruned to the newest `keep` and the best.
 
     asynchronous: `save` copies the tensors to memory of the CPU and returns; a thread does the rest, and `poll` tells
     how it ended. group: the gloo group over which the ranks then agree, used by nobody else; without one, it is made.
     """
 
-    def __init__(self, run_dir, machine=ALONE, keep=2, asynchronous=False, group=None):
-        self.folder, self.machine, self.keep = Path(run_dir) / "checkpoints", machine, keep
+    def __init__(self, run_dir, runtime=SINGLE_PROCESS, keep=2, asynchronous=False, group=None):
+        self.folder, self.runtime, self.keep = Path(run_dir) / "checkpoints", runtime, keep
         self.asynchronous, self.group = asynchronous, group
         self.thread, self.outcomes = None, []
-        if asynchronous and group is None and machine.world_size > 1:
+        if asynchronous and group is None and runtime.world_size > 1:
             self.group = torch.distributed.new_group(backend="gloo")
 
     @property
@@ -55,12 +63,12 @@ class Checkpoints:
         pieces, in_background = {}, self.asynchronous and not wait
 
         def collect():
-            pieces.update(own_pieces(model, optimizer, self.machine))
+            pieces.update(own_chunks(model, optimizer, self.runtime))
             if in_background:  # training changes them from here on
                 pieces.update({key: (*piece[:3], piece[3].to("cpu", copy=True)) for key, piece in pieces.items()})
 
-        together(self.machine, collect, self.group)
-        state = {**copy.deepcopy(state), "versions": versions(), "world_size": self.machine.world_size,
+        run_on_all_ranks(self.runtime, collect, self.group)
+        state = {**copy.deepcopy(state), "versions": versions(), "world_size": self.runtime.world_size,
                  "random": RANDOM, "schema_version": SCHEMA_VERSION}
         if not in_background:
             return self._write(pieces, state)
@@ -98,25 +106,25 @@ class Checkpoints:
         """Write, verify, prune, on all ranks at once; the directory."""
         final = self.folder / f"step_{state['step']:08d}"
         temporary = self.folder / f".{final.name}.tmp"
-        main = self.machine.rank == 0
+        main = self.runtime.rank == 0
 
         def agree(work, everywhere=True):
-            return together(self.machine, work if everywhere or main else lambda: None, self.group)
+            return run_on_all_ranks(self.runtime, work if everywhere or main else lambda: None, self.group)
 
         if agree(lambda: self._prepare(final), everywhere=False)[0]:
             try:  # a resumed run stopped where it began
-                verify(final, self.machine, self.group)
+                verify(final, self.runtime, self.group)
                 return final
             except CheckpointError:
                 pass  # written again
         written = {}
         try:
             agree(temporary.mkdir, everywhere=False)
-            answers = agree(lambda: write_pieces(temporary, self.machine.rank, pieces))
+            answers = agree(lambda: write_chunks(temporary, self.runtime.rank, pieces))
             try:
-                agree(lambda: written.update(finish(temporary, final, answers, state)), everywhere=False)
-                written.update(answers[self.machine.rank]["files"])
-                agree(lambda: reread(final, written))
+                agree(lambda: written.update(commit(temporary, final, answers, state)), everywhere=False)
+                written.update(answers[self.runtime.rank]["files"])
+                agree(lambda: verify_written(final, written))
             except OSError:
                 if main:
                     discard(final)
@@ -142,7 +150,7 @@ class Checkpoints:
                 discard(path)
 
 
-def check_room(run_dir, parameters, config):
+def check_disk_space(run_dir, parameters, config):
     """`UserError` if the disk has no room for a checkpoint and the export; a warning if not for all that stay.
 
     parameters: how many, each 4 bytes in the weights and 8 in AdamW's moments. What stands there already counts.
@@ -162,7 +170,7 @@ def check_room(run_dir, parameters, config):
               "(--out_dir=…, --keep_checkpoints=…)", file=sys.stderr)
 
 
-def finish(temporary, final, answers, state):
+def commit(temporary, final, answers, state):
     """Index, state, manifest, and the new name; {file: size and sha256} of the two JSON files."""
     index, manifest = {}, {}
     for answer in answers:
@@ -173,25 +181,25 @@ def finish(temporary, final, answers, state):
     Index(final, index)  # what the ranks wrote makes up every tensor
     write_json(temporary / "index.json", index, indent=None)
     write_json(temporary / "state.json", state)
-    own = {name: entry_of(temporary / name) for name in JSON_FILES}
+    own = {name: manifest_entry(temporary / name) for name in JSON_FILES}
     write_json(temporary / "manifest.json", dict(sorted({**manifest, **own}.items())))
-    sync(temporary)
+    fsync_path(temporary)
     if os.path.lexists(final):  # it is damaged
         discard(final)
     os.rename(temporary, final)
-    sync(final.parent)
+    fsync_path(final.parent)
     return own
 
 
-def entry_of(path):
+def manifest_entry(path):
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def reread(directory, written):
+def verify_written(directory, written):
     """OSError unless the files have on the disk the size and sha256 with which they were `written`."""
     for name, entry in written.items():
-        forget_cached(directory / name)
-        if entry_of(directory / name) != entry:
+        drop_page_cache(directory / name)
+        if manifest_entry(directory / name) != entry:
             raise OSError(f"{directory / name}: reads back otherwise than it was written")
 
 

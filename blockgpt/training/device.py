@@ -52,7 +52,7 @@ def cpu_name():
     except (OSError, StopIteration):
         import platform
 
-        return platform.processor() or platform.machine()
+        return platform.processor() or platform.runtime()
 
 
 def process_memory():

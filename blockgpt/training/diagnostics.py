@@ -4,10 +4,10 @@ import math
 
 from torch.nn.utils import get_total_norm
 
-from blockgpt.training.optimizers import whole
+from blockgpt.training.optimizers import full_tensor
 
 
-class Spikes:
+class LossSpikeDetector:
     """Losses that leave the running mean by more than `threshold` standard deviations, upwards.
 
     Mean and variance are exponential averages over some 100 steps, to which a spike counts no more than the threshold:
@@ -44,8 +44,8 @@ def gradient_statistics(model):
             parts = name.split(".")
             layers.setdefault(".".join(parts[: 2 if parts[0] == "blocks" else 1]), []).append(p)
     def norm(tensors):  # each by itself: those of a layer may lie on different grids of processes
-        return get_total_norm([whole(get_total_norm([t])) for t in tensors]).item()
+        return get_total_norm([full_tensor(get_total_norm([t])) for t in tensors]).item()
 
     return {layer: {"grad_norm": norm([p.grad for p in ps]),
-                    "grad_max": max(whole(p.grad).abs().max().item() for p in ps),
+                    "grad_max": max(full_tensor(p.grad).abs().max().item() for p in ps),
                     "weight_norm": norm([p.detach() for p in ps])} for layer, ps in layers.items()}

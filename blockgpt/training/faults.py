@@ -1,6 +1,6 @@
 """What may happen to a run from outside: signals, a peer that dies or hangs, this process's own standstill.
 
-Every process has a `Watch`. It tells the others twice a second, through the store that torchrun keeps, where it is; it
+Every process has a `Watchdog`. It tells the others twice a second, through the store that torchrun keeps, where it is; it
 asks about them only when something is wrong. What the processes must decide alike they decide in `agree`, once a step.
 """
 
@@ -19,14 +19,14 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from blockgpt.errors import DataError, PeerLostError, first_line
-from blockgpt.training.launch import START_LIMIT, launchers_store, leave
+from blockgpt.training.launch import FIRST_CALL_TIMEOUT, connect_store, exit_process
 
-BEAT = 0.5  # seconds between two signs of life
-SILENCE = 4 * BEAT  # how long no sign must come from a peer that is to be called silent
-PATIENCE = 10 * BEAT  # without progress after a signal, before the peers are asked about: torchrun grants 30 s in all
+HEARTBEAT_SECONDS = 0.5  # seconds between two signs of life
+SILENCE_SECONDS = 4 * HEARTBEAT_SECONDS  # how long no sign must come from a peer that is to be called silent
+SIGNAL_GRACE_SECONDS = 10 * HEARTBEAT_SECONDS  # without progress after a signal, before the peers are asked about: torchrun grants 30 s in all
 
 
-class Agreement(NamedTuple):
+class StepStatus(NamedTuple):
     """What all processes know alike after a step; lists are by rank."""
 
     loss: float
@@ -38,7 +38,7 @@ class Agreement(NamedTuple):
     memory: list  # peak bytes, where asked for
 
 
-class Watch:
+class Watchdog:
     """Over a run, a context manager; over its steps, `training`.
 
     There Ctrl-C, SIGTERM and SIGUSR1 are a wish to stop, honoured by all processes after the same step; another one
@@ -52,15 +52,15 @@ class Watch:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, machine, config):
-        self.machine, self.config = machine, config
+    def __init__(self, runtime, config):
+        self.runtime, self.config = runtime, config
         self.lost = bool  # called with the line that says which peer was lost, before the process leaves
         self.name = None  # of the signal
         self.step, self.phase, self.known = 0, "start", set()
-        self.alone = machine.world_size == 1
+        self.alone = runtime.world_size == 1
         self.ended = threading.Event()
         self.progress = time.monotonic()
-        self.store = None if self.alone else own_store(machine.launch)
+        self.store = None if self.alone else connect_watchdog_store(runtime.launch_id)
 
     # ------------------------------------------------------------ what the run says
 
@@ -70,30 +70,30 @@ class Watch:
         self.phase = phase
         if step is not None:
             self.step = step
-        self.beat()
+        self.heartbeat()
 
     def beat(self):
         """Say that work goes on."""
         self.progress = time.monotonic()
 
-    def agree(self, shares=(), step_time=0.0, memory=0.0, saved=False, grad_norm=0.0):
-        """The `Agreement` on a step: shares, of its loss, are this process's, one a micro-batch."""
-        bad = next((i for i, share in enumerate(shares) if not math.isfinite(share)), -1)
+    def gather_status(self, micro_losses=(), step_time=0.0, memory=0.0, saved=False, grad_norm=0.0):
+        """The `StepStatus` on a step: micro_losses: this process's, one a micro-batch."""
+        bad = next((i for i, loss in enumerate(micro_losses) if not math.isfinite(loss)), -1)
         signal_number = 0 if self.name is None else getattr(signal.Signals, self.name, LAUNCHER_GONE)
-        row = [sum(shares), grad_norm, bad, signal_number, saved, step_time, memory]
-        rows = self.machine.gather(row)
+        row = [sum(micro_losses), grad_norm, bad, signal_number, saved, step_time, memory]
+        rows = self.runtime.all_gather(row)
         losses, norms, bads, signals, saves, times, peaks = zip(*rows, strict=True)
         if max(bads) < 0:
             bads = [-1 if math.isfinite(norm) else 0 for norm in norms]
         number = next((int(n) for n in signals if n), 0)
         stop = number and ("the launcher's end" if number == LAUNCHER_GONE else signal.Signals(number).name)
-        return Agreement(sum(losses) / self.machine.tensor_parallel, list(norms), [int(b) for b in bads], stop or None,
+        return StepStatus(sum(losses) / self.runtime.tp_size, list(norms), [int(b) for b in bads], stop or None,
                          all(saves), list(times), list(peaks))
 
     # ------------------------------------------------------------ signals
 
     def __enter__(self):
-        self.machine.beat = self.beat
+        self.runtime.heartbeat = self.heartbeat
         self.previous = {}
         self.pipe = os.pipe()
         for end in self.pipe:
@@ -109,7 +109,7 @@ class Watch:
         finally:
             self.ended.set()
             os.write(self.pipe[1], b"\0")
-            self.machine.beat = bool
+            self.runtime.heartbeat = bool
             self.thread.join()
             for end in self.pipe:
                 os.close(end)
@@ -125,8 +125,8 @@ class Watch:
         except Exception as error:
             self._explain(error)
             if isinstance(error, DataError) and not self.alone:  # the others did not read what this one read
-                error.args = (f"rank {self.machine.rank}: {error}",)
-                error.alike = False
+                error.args = (f"rank {self.runtime.rank}: {error}",)
+                error.on_all_ranks = False
             raise
         finally:
             self._restore()
@@ -135,7 +135,7 @@ class Watch:
     def _explain(self, error):
         """Raise `PeerLostError` if that is what an exception of the main thread comes from."""
         if error is not None and not self.alone and is_broken_connection(error):
-            self.beat()
+            self.heartbeat()
             why = f"communication broke ({first_line(error)})"
             raise PeerLostError(self._line(self._silent_peers(), why)) from None
 
@@ -160,7 +160,7 @@ class Watch:
         first, last, asked = None, None, 0.0  # when signals came, and which
         count = 0
         while not self.ended.is_set():
-            ready, _, _ = select.select([self.pipe[0]], [], [], BEAT)
+            ready, _, _ = select.select([self.pipe[0]], [], [], HEARTBEAT_SECONDS)
             now = time.monotonic()
             if ready:
                 with contextlib.suppress(OSError):
@@ -169,7 +169,7 @@ class Watch:
                         first = now
                     elif numbers and now - first > 1:
                         last = (now, numbers[-1])
-            if last and now - last[0] > 2 * BEAT:  # the main thread could not honour it
+            if last and now - last[0] > 2 * HEARTBEAT_SECONDS:  # the main thread could not honour it
                 os._exit(128 + last[1])
             if self.parent is not None and os.getppid() != self.parent and self.name is None:
                 self.noted, self.name = now, "the launcher's end"
@@ -180,7 +180,7 @@ class Watch:
             still = now - self.progress
             if still > self._limit():
                 self._give_up(self._silent_peers(), f"no progress for {still:.0f} s")
-            elif self.name is not None and still > PATIENCE and now - asked > PATIENCE:
+            elif self.name is not None and still > SIGNAL_GRACE_SECONDS and now - asked > SIGNAL_GRACE_SECONDS:
                 asked = now
                 silent = self._silent_peers()
                 if silent:
@@ -190,20 +190,20 @@ class Watch:
         """Seconds without progress after which a peer must be lost."""
         if self.phase == "save":
             return self.config.save_timeout
-        return self.config.peer_timeout if self.phase in self.known else max(START_LIMIT, self.config.peer_timeout)
+        return self.config.peer_timeout if self.phase in self.known else max(FIRST_CALL_TIMEOUT, self.config.peer_timeout)
 
     def _say(self, what):
         try:
-            self.store.set(f"beat/{self.machine.rank}", json.dumps(what))
+            self.store.set(f"beat/{self.runtime.rank}", json.dumps(what))
         except RuntimeError:  # the store went with the launcher
             self.store = None
 
     def _silent_peers(self):
         """[(rank, step, phase) of the peers that gave no sign of life for a while, or stand behind this process]."""
         before = self._peers()
-        until = time.monotonic() + SILENCE
+        until = time.monotonic() + SILENCE_SECONDS
         while time.monotonic() < until:
-            time.sleep(BEAT)
+            time.sleep(HEARTBEAT_SECONDS)
             if threading.current_thread() is self.thread:
                 self._say({"beat": time.monotonic(), "step": self.step, "phase": self.phase})
         after = self._peers()
@@ -215,18 +215,18 @@ class Watch:
     def _peers(self):
         peers, store = {}, self.store  # the other thread may give it up meanwhile
         if store is not None:
-            for rank in range(self.machine.world_size):
+            for rank in range(self.runtime.world_size):
                 key = f"beat/{rank}"
                 with contextlib.suppress(RuntimeError, ValueError):
-                    if rank != self.machine.rank and store.check([key]):
+                    if rank != self.runtime.rank and store.check([key]):
                         peers[rank] = json.loads(store.get(key))
         return peers
 
     def _line(self, lost, why):
-        machine = self.machine
+        runtime = self.runtime
         who = "; ".join(f"rank {rank}, last heard of at step {step} in phase {phase}" for rank, step, phase in lost[:4])
         more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
-        return (f"rank {machine.rank} at step {self.step} in phase {self.phase}: {why}: "
+        return (f"rank {runtime.rank} at step {self.step} in phase {self.phase}: {why}: "
                 + (f"lost {who}{more}" if lost else "no peer is silent or behind (the network?)")
                 + " (go on with --resume=auto)")
 
@@ -237,16 +237,16 @@ class Watch:
             faulthandler.dump_traceback(all_threads=True)
         with contextlib.suppress(Exception):
             self.lost(line)
-        leave(PeerLostError.exit_code)
+        exit_process(PeerLostError.exit_code)
 
 
 LAUNCHER_GONE = 1000  # in the place of a signal's number
 
 
-def own_store(launch):
+def connect_watchdog_store(launch):
     """The store of the rendezvous, by a connection of the watch's own: one that waits would hold up the run's."""
     try:
-        store = launchers_store()
+        store = connect_store()
     except (RuntimeError, KeyError, ValueError):  # another kind of rendezvous: no signs of life, the limits stay
         return None
     return dist.PrefixStore(launch, store) if launch else store

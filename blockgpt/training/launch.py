@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from blockgpt.errors import CheckpointError, ConfigError, PeerLostError, UserError, shown
+from blockgpt.errors import CheckpointError, ConfigError, PeerLostError, UserError, short_repr
 from blockgpt.training.device import choose_device, choose_dtype, cpu_name, process_memory
 
-START_LIMIT = 1800.0  # seconds for what is done for the first time, compilation included, and for joining
+FIRST_CALL_TIMEOUT = 1800.0  # seconds for what is done for the first time, compilation included, and for joining
 
 
 @dataclass
-class Machine:
+class Runtime:
     """What this process computes on. `dtype` is that of the matrix products; weights stay float32."""
 
     rank: int
@@ -32,24 +32,24 @@ class Machine:
     dtype: torch.dtype
     tf32: bool
     compile: bool
-    tensor_parallel: int = 1  # neighbouring ranks that share each matrix, and read the same data
-    launch: str | None = None  # under torchrun: the name of this launch, and …
-    first_launch: str | None = None  # … of the one that its restarts take the place of: see `this_launch`
-    beat: typing.Callable = bool  # called wherever work goes on, for `Watch` to see
+    tp_size: int = 1  # neighbouring ranks that share each matrix, and read the same data
+    launch_id: str | None = None  # under torchrun: the name of this launch, and …
+    first_launch_id: str | None = None  # … of the one that its restarts take the place of: see `agree_on_launch_id`
+    heartbeat: typing.Callable = bool  # called wherever work goes on, for `Watchdog` to see
 
     @property
-    def is_main(self):
+    def is_rank_zero(self):
         return self.rank == 0
 
     @property
-    def data_rank(self):
+    def dp_rank(self):
         """Which share of a step's micro-batches this process takes …"""
-        return self.rank // self.tensor_parallel
+        return self.rank // self.tp_size
 
     @property
-    def data_size(self):
+    def dp_size(self):
         """… of how many."""
-        return self.world_size // self.tensor_parallel
+        return self.world_size // self.tp_size
 
     def autocast(self):
         """Mixed precision around the forward pass."""
@@ -57,7 +57,7 @@ class Machine:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def sum(self, *values):
+    def all_reduce_sum(self, *values):
         """The sums of `values` (numbers) over all processes, in float64, as a list."""
         if self.world_size == 1:
             return [float(v) for v in values]
@@ -65,7 +65,7 @@ class Machine:
         dist.all_reduce(total)
         return total.tolist()
 
-    def exchange(self, value, group=None):
+    def all_gather_object(self, value, group=None):
         """[the `value` of rank 0, of rank 1, …] on every process; a value is what JSON can say.
 
         group: a process group for tensors on the CPU; without one, that of the run.
@@ -80,7 +80,7 @@ class Machine:
         dist.all_gather(texts, torch.nn.functional.pad(own, (0, longest - len(own))), group=group)
         return [json.loads(text[:size].numpy().tobytes()) for text, size in zip(texts, sizes, strict=True)]
 
-    def gather(self, row):
+    def all_gather(self, row):
         """[`row` (numbers) of rank 0, of rank 1, …] on every process, in float64."""
         if self.world_size == 1:
             return [list(map(float, row))]
@@ -88,20 +88,20 @@ class Machine:
         dist.all_gather(rows, torch.tensor(row, dtype=torch.float64))
         return [r.tolist() for r in rows]
 
-    def on_main(self, function):
+    def on_rank_zero(self, function):
         """What `function()` returns on the main process (what JSON can say), or the error that it raises, on all.
 
         Errors: `UserError` and OSError; any other is the main process's alone.
         """
         outcome = {}
-        if self.is_main:
+        if self.is_rank_zero:
             try:
                 outcome = {"result": function()}
             except (UserError, OSError) as error:
                 if self.world_size == 1:
                     raise
                 outcome = {"error": str(error), "exit_code": getattr(error, "exit_code", None)}
-        outcome = self.exchange(outcome)[0]
+        outcome = self.all_gather_object(outcome)[0]
         if "error" in outcome:
             if outcome["exit_code"] is None:
                 raise OSError(outcome["error"])
@@ -129,7 +129,7 @@ class Machine:
 
 
 def init(config):
-    """Join the other processes if torchrun started us, choose the device, set the precision: a `Machine`."""
+    """Join the other processes if torchrun started us, choose the device, set the precision: a `Runtime`."""
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
                                     (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
     device = choose_device(config.device, local_rank)
@@ -146,11 +146,11 @@ def init(config):
     if missing and world_size > 1:
         raise UserError(f"WORLD_SIZE={world_size} without {', '.join(missing)}: several processes are started by "
                         "torchrun --nproc_per_node=N train.py …")
-    limit = datetime.timedelta(seconds=2 * max(START_LIMIT, config.save_timeout))
+    limit = datetime.timedelta(seconds=2 * max(FIRST_CALL_TIMEOUT, config.save_timeout))
     store, names = dist.HashStore() if missing else None, ()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not missing:
-        store = launchers_store(timeout=limit)
-        names = this_launch(store, rank, world_size, limit)
+        store = connect_store(timeout=limit)
+        names = agree_on_launch_id(store, rank, world_size, limit)
         store = dist.PrefixStore(names[0], store)
     if world_size > 1 or config.use_fsdp or config.use_zero1:
         # gloo beside nccl: what processes tell each other about the run never waits for a GPU.
@@ -158,17 +158,17 @@ def init(config):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 device_id=device if device.type == "cuda" else None, timeout=limit,
                                 **({"store": store, "rank": rank, "world_size": world_size} if store else {}))
-    return Machine(rank, local_rank, world_size, device, dtype, config.tf32 and device.type == "cuda", compile,
+    return Runtime(rank, local_rank, world_size, device, dtype, config.tf32 and device.type == "cuda", compile,
                    config.tensor_parallel, *names)
 
 
-def launchers_store(**options):
+def connect_store(**options):
     """A new connection to the store of the rendezvous."""
     return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                          wait_for_workers=False, **options)
 
 
-def this_launch(store, rank, world_size, limit):
+def agree_on_launch_id(store, rank, world_size, limit):
     """(a name that the processes of this launch share and those of no other, that of the first in this `store`).
 
     torchrun keeps one store over its restarts, and torch its keys there without saying of which: a process would meet
@@ -201,17 +201,17 @@ def this_launch(store, rank, world_size, limit):
     return own, first
 
 
-def check_alike(config, machine):
+def check_same_config(config, runtime):
     """`UserError`, on all processes, unless they were all asked for the same."""
-    asked = machine.exchange(config.flat())
+    asked = runtime.all_gather_object(config.flat())
     for rank, other in enumerate(asked):
         for key, value in asked[0].items():
             if other[key] != value:
-                raise UserError(f"{key}: is {shown(other[key])} on rank {rank} and {shown(value)} on rank 0 (start "
+                raise UserError(f"{key}: is {short_repr(other[key])} on rank {rank} and {short_repr(value)} on rank 0 (start "
                                 "every node with the same command, files and run directory)")
 
 
-def shut_down():
+def shutdown():
     """Leave the group together. A model or optimizer that outlives it can abort the interpreter at its end."""
     if dist.is_initialized():
         gc.collect()
@@ -219,7 +219,7 @@ def shut_down():
         dist.destroy_process_group()
 
 
-def leave(code):
+def exit_process(code):
     """End this process. With peers at once: destructors would wait for those that are lost."""
     if not dist.is_initialized():
         sys.exit(code)
@@ -229,7 +229,7 @@ def leave(code):
     os._exit(code)
 
 
-def together(machine, work, group=None):
+def run_on_all_ranks(runtime, work, group=None):
     """Run `work()` on every rank at once: [what each returned]; if it failed on any, an error on all alike.
 
     An OSError, `CheckpointError` or `UserError` is that of the first rank that met one; any other error stays what it
@@ -241,9 +241,9 @@ def together(machine, work, group=None):
     except Exception as error:  # a rank that left now would let the others wait
         own = error
         told = [type(error).__name__, " ".join(str(error).split()) or type(error).__name__]
-    answers = machine.exchange([told, result], group)
+    answers = runtime.all_gather_object([told, result], group)
     failed = [(rank, problem) for rank, (problem, _) in enumerate(answers) if problem]
-    if own is not None and (machine.world_size == 1 or not isinstance(own, (OSError, UserError))):
+    if own is not None and (runtime.world_size == 1 or not isinstance(own, (OSError, UserError))):
         raise own
     if failed:
         rank, (kind, text) = failed[0]

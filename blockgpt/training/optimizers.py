@@ -66,7 +66,7 @@ def clip_gradients(model, largest):
     for p in model.parameters():
         if p.grad is not None:
             groups.setdefault(mesh_names(p), []).append(p)
-    norms = [whole(get_total_norm([p.grad for p in ps])) for ps in groups.values()]
+    norms = [full_tensor(get_total_norm([p.grad for p in ps])) for ps in groups.values()]
     total = norms[0] if len(norms) == 1 else get_total_norm(norms)
     if largest:
         for parameters in groups.values():
@@ -74,7 +74,7 @@ def clip_gradients(model, largest):
     return total.item()
 
 
-def whole(tensor):
+def full_tensor(tensor):
     """A DTensor put together, on every process; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 

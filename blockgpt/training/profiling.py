@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from blockgpt.console import tell
+from blockgpt.console import echo
 
 # Which steps of a run of several processes have their communication measured: a function of the step alone, so that
 # all ranks do. One costs 8 µs an event (16 ms for the smallest models' 2000) and some 5 ms of a slower step.
@@ -34,9 +34,9 @@ class Profile:
     through, and shows these too where they fall between its steps.
     """
 
-    def __init__(self, config, machine, log):
+    def __init__(self, config, runtime, log):
         """config: `profile` says which steps are traced. log: the `RunLog`, whose directory gets the trace."""
-        self.machine, self.log, self.asked = machine, log, config.profiled_steps()
+        self.runtime, self.log, self.asked = runtime, log, config.profiled_steps()
         self.trace = self.sample = self.measured = None
         self.begun, self.due, self.working = 0, False, True
 
@@ -55,7 +55,7 @@ class Profile:
             if self.trace is None and self.working:
                 with self._failure_told():
                     self.trace = self._start(full=True)
-        elif self.machine.world_size > 1 and step % SAMPLE_EVERY == SAMPLE_FIRST and self.begun > WARM:
+        elif self.runtime.world_size > 1 and step % SAMPLE_EVERY == SAMPLE_FIRST and self.begun > WARM:
             self.due = True  # on every rank, though the profiler of one may fail
             if self.working:
                 with self._failure_told():
@@ -82,7 +82,7 @@ class Profile:
         if not self.due:
             return None
         measured, self.due, self.measured = self.measured, False, None
-        return self.machine.exchange(measured)
+        return self.runtime.all_gather_object(measured)
 
     def _start(self, full):
         """A profiler that runs."""
@@ -101,9 +101,9 @@ class Profile:
         return profiler
 
     def _wait_for_device(self):
-        cuda = self.machine.device.type == "cuda"
+        cuda = self.runtime.device.type == "cuda"
         if cuda:
-            torch.cuda.synchronize(self.machine.device)
+            torch.cuda.synchronize(self.runtime.device)
         return cuda
 
     def _communication(self):
@@ -122,10 +122,10 @@ class Profile:
             trace.stop()
             folder = Path(self.log.dir) / "profile"
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"rank-{self.machine.rank:05d}.json.gz"
+            path = folder / f"rank-{self.runtime.rank:05d}.json.gz"
             write_trace(trace, path)
-            if self.machine.is_main:
-                table = operator_table(trace.key_averages(), self.machine.device.type == "cuda")
+            if self.runtime.is_rank_zero:
+                table = operator_table(trace.key_averages(), self.runtime.device.type == "cuda")
                 (folder / "table.txt").write_text(table + "\n")
                 self.log.say(f"{table}\ntrace: {path} (chrome://tracing or ui.perfetto.dev)")
 
@@ -136,7 +136,7 @@ class Profile:
             yield
         except Exception as error:  # of the profiler, the driver, the disk
             self.trace, self.sample, self.working = None, None, False
-            warn(self.machine, self.log, f"profile: {reason(error)}: the run goes on without")
+            warn(self.runtime, self.log, f"profile: {reason(error)}: the run goes on without")
 
 
 def shares(events, took):
@@ -220,7 +220,7 @@ def write_trace(profiler, path):
 
 
 @contextlib.contextmanager
-def memory_history(config, machine, log):
+def memory_history(config, runtime, log):
     """Within it, `memory_snapshot` records CUDA's allocator; however the block ends, out of memory above all, the
     history stands in the run directory: memory_snapshot.pickle, of other ranks memory_snapshot-00001.pickle.
 
@@ -229,13 +229,13 @@ def memory_history(config, machine, log):
     if not config.memory_snapshot:
         yield
         return
-    if machine.device.type != "cuda":
-        if machine.is_main and "memory_snapshot" not in config.without_effect():  # else the header says it
-            log.warn(f"memory_snapshot has no effect here: the device is {machine.device.type}, and only CUDA's "
+    if runtime.device.type != "cuda":
+        if runtime.is_rank_zero and "memory_snapshot" not in config.keys_without_effect():  # else the header says it
+            log.warn(f"memory_snapshot has no effect here: the device is {runtime.device.type}, and only CUDA's "
                      "allocator keeps a history")
         yield
         return
-    path = Path(log.dir) / f"memory_snapshot{'' if machine.is_main else f'-{machine.rank:05d}'}.pickle"
+    path = Path(log.dir) / f"memory_snapshot{'' if runtime.is_rank_zero else f'-{runtime.rank:05d}'}.pickle"
     temporary = path.with_name(f".{path.name}.tmp")
     torch.cuda.memory._record_memory_history(max_entries=100_000)
     try:
@@ -247,18 +247,18 @@ def memory_history(config, machine, log):
             os.replace(temporary, path)
             log.say(f"memory snapshot: {path} (pytorch.org/memory_viz)")
         except Exception as error:  # it must not hide what ended the run
-            warn(machine, log, f"{path}: {reason(error)}: no memory snapshot")
+            warn(runtime, log, f"{path}: {reason(error)}: no memory snapshot")
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
 
-def warn(machine, log, text):
+def warn(runtime, log, text):
     """A warning of any rank: the log speaks for the main one alone."""
-    if machine.is_main:
+    if runtime.is_rank_zero:
         log.warn(text)
     else:
-        tell(f"warning: rank {machine.rank}: {text}", sys.stderr)
+        echo(f"warning: rank {runtime.rank}: {text}", sys.stderr)
 
 
 def reason(error):

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 
 from blockgpt.data.commands import command_parser, parse, prepare_with
 from blockgpt.data.dataset import ROOT
-from blockgpt.data.sources import files_parts
-from blockgpt.errors import UserError, told_in_one_line
+from blockgpt.data.sources import file_partitions
+from blockgpt.errors import UserError, exit_on_user_error
 
 
 def main():
@@ -32,10 +32,10 @@ def main():
     args.out_dir = args.out_dir or ROOT / "data" / args.name
     if (args.out_dir / "prepare.py").exists():
         raise UserError(f"--name: {args.name} is a dataset of the project with a prepare.py of its own (another name)")
-    prepare_with(args, files_parts(args.input, args.text_key), f"files: {' '.join(args.input)}", args.by_position,
+    prepare_with(args, file_partitions(args.input, args.text_key), f"files: {' '.join(args.input)}", args.by_position,
                  not args.no_separator)
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         main()

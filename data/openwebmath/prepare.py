@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
 
 from blockgpt.data.commands import prepare_from_hub
-from blockgpt.errors import told_in_one_line
+from blockgpt.errors import exit_on_user_error
 
 
 def main():
@@ -17,5 +17,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         main()

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 from blockgpt.console import ArgumentParser
 from blockgpt.data.prepare import write_dataset
 from blockgpt.data.tokenizer import load_tokenizer
-from blockgpt.errors import DataError, told_in_one_line
+from blockgpt.errors import DataError, exit_on_user_error
 
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
@@ -68,5 +68,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         main()

@@ -17,18 +17,18 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from blockgpt.accounting import dry_run as dry_run_module
-from blockgpt.accounting.dry_run import RESERVE, find_target, largest, machine_memory, preflight, table
+from blockgpt.accounting.dry_run import RESERVE, dry_run, find_target, largest, machine_memory, table
 from blockgpt.accounting.flops import flops_per_token
-from blockgpt.accounting.hardware import GPUS, gpu_called
+from blockgpt.accounting.hardware import GPUS, find_gpu_by_alias
 from blockgpt.accounting.memory import MemoryAccount
 from blockgpt.accounting.requirements import (
     SINGLE,
-    Mode,
-    chosen,
+    ParallelMode,
+    chosen_mode,
     gathered_bytes,
-    modes,
+    memory_need,
     most_owned,
-    need,
+    parallel_modes,
     part_of_model,
     state_of,
 )
@@ -54,21 +54,21 @@ def tell(*flags):
     config = load_config([*SMALL, *flags])
     lines = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dry_run_module, "tell", lines.append)
-        code = preflight(config, build_model)
+        patch.setattr(dry_run_module, "echo", lines.append)
+        code = dry_run(config, build_model)
     return code, "\n".join(lines)
 
 
 def ddp(n):
-    return Mode("DDP", n)
+    return ParallelMode("DDP", n)
 
 
 def zero1(n):
-    return Mode("ZeRO-1", n, zero1=True, shards=n)
+    return ParallelMode("ZeRO-1", n, zero1=True, shards=n)
 
 
 def fsdp(n, **others):
-    return Mode("FSDP", n, fsdp=True, shards=n, **others)
+    return ParallelMode("FSDP", n, fsdp=True, shards=n, **others)
 
 
 @contextlib.contextmanager
@@ -93,15 +93,15 @@ def pretended(processes, rank=0):
     ids=lambda x: " ".join(x) if isinstance(x, list) else x)
 def test_the_mode_is_that_of_the_keys(flags, name, kind):
     config = load_config([*SMALL, "--dry_run_gpus=8", "--gradient_accumulation_steps=8", *flags])
-    mode, checkpointing = chosen(config)
+    mode, checkpointing = chosen_mode(config)
     assert (mode.name, checkpointing) == (name, kind)
-    assert mode in modes(config)
+    assert mode in parallel_modes(config)
 
 
 def test_hybrid_sharding_splits_over_the_processes_of_one_copy():
     config = load_config([*SMALL, "--dry_run_gpus=8", "--gradient_accumulation_steps=8", "--use_fsdp",
                           "--fsdp_replicas=2", "--fsdp_reshard_after_forward=False", "--fsdp_cpu_offload"])
-    mode, _ = chosen(config)
+    mode, _ = chosen_mode(config)
     assert (mode.shards, mode.data, mode.reshards, mode.offloads) == (4, 8, False, True)
 
 
@@ -114,7 +114,7 @@ def test_state_is_shared_out_as_each_mode_says(account, processes):
     steps = 4 * len(account.sizes)  # AdamW's count of steps, a number for each tensor
 
     def state(mode):
-        of = need(account, mode, "none", 1, accumulating=True)
+        of = memory_need(account, mode, "none", 1, accumulating=True)
         return of.parameters + of.gradients + of.optimizer
 
     assert state(SINGLE) == state(ddp(processes)) == 16 * n + steps
@@ -161,7 +161,7 @@ def test_fsdp_gathers_blocks_in_the_products_precision_and_the_rest_in_float32(a
     assert gathered_bytes(account, fsdp(8), False, among_blocks=True) == weights + 4 * block + head
     assert gathered_bytes(account, fsdp(8), True, among_blocks=True) == weights + 4 * block + 2 * block
     assert gathered_bytes(account, fsdp(8, reshards=False), True, False) == weights + 2 * 2 * block  # all four
-    assert all(need(account, mode, "none", 1, True).gathered == 0 for mode in (SINGLE, ddp(8), zero1(8)))
+    assert all(memory_need(account, mode, "none", 1, True).gathered == 0 for mode in (SINGLE, ddp(8), zero1(8)))
 
 
 @pytest.mark.parametrize("reshards", [True, pytest.param(False, marks=pytest.mark.long)])
@@ -194,15 +194,15 @@ def test_fsdps_peak_is_at_most_what_is_told(checkpointing, sequences, n_layer, w
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             snapshot, = tracker.get_tracker_snapshot("peak").values()
-            told = need(account, fsdp(4, reshards=reshards), checkpointing, sequences, accumulating).total
+            told = memory_need(account, fsdp(4, reshards=reshards), checkpointing, sequences, accumulating).total
             assert snapshot["Total"] <= told <= 1.15 * snapshot["Total"]
 
 
 def test_offloaded_state_is_not_on_the_device(account):
-    here, there = (need(account, fsdp(8, offloads=o), "none", 4, False) for o in (False, True))
+    here, there = (memory_need(account, fsdp(8, offloads=o), "none", 4, False) for o in (False, True))
     assert there == dataclasses.replace(here, parameters=0, gradients=0, optimizer=0)
     with_cpu = MemoryAccount(build_model, account.model.config, torch.float32, gpu=False)  # whose memory is the host's
-    assert need(with_cpu, fsdp(8, offloads=True), "none", 4, False).parameters > 0
+    assert memory_need(with_cpu, fsdp(8, offloads=True), "none", 4, False).parameters > 0
 
 
 def test_tensor_parallelism_shares_out_matrices_and_what_they_make():
@@ -210,31 +210,31 @@ def test_tensor_parallelism_shares_out_matrices_and_what_they_make():
     whole = MemoryAccount(build_model, config, torch.bfloat16, gpu=True)
     part = MemoryAccount(build_model, part_of_model(config, 2), torch.bfloat16, gpu=True)
     vectors = 4 * sum(p.numel() for p in whole.model.parameters() if p.dim() < 2)
-    assert state_of(part, Mode("TP2", tensor=2)).parameters == (whole.parameter_bytes - vectors) // 2 + vectors
-    before, after = (need(account, mode, "none", 8, True) for account, mode in
-                     ((whole, SINGLE), (part, Mode("TP2", tensor=2))))
+    assert state_of(part, ParallelMode("TP2", tensor=2)).parameters == (whole.parameter_bytes - vectors) // 2 + vectors
+    before, after = (memory_need(account, mode, "none", 8, True) for account, mode in
+                     ((whole, SINGLE), (part, ParallelMode("TP2", tensor=2))))
     assert before.activations / 2 < after.activations < before.activations
 
 
 def test_checkpointing_takes_less_and_the_copies_of_weights_go_with_fsdp(account):
     for mode in (SINGLE, ddp(8), zero1(8), fsdp(8)):
-        totals = [need(account, mode, kind, 64, True).total for kind in ("full", "selective", "none")]
+        totals = [memory_need(account, mode, kind, 64, True).total for kind in ("full", "selective", "none")]
         assert totals == sorted(set(totals))
     copies = sum(block.copies for block in account.blocks)
-    shared, parted = (need(account, mode, "none", 64, True).activations for mode in (ddp(8), fsdp(8)))
+    shared, parted = (memory_need(account, mode, "none", 64, True).activations for mode in (ddp(8), fsdp(8)))
     assert shared - parted == copies > 0
 
 
 def test_the_total_is_the_sum_of_what_is_told(account):
     for mode in (SINGLE, ddp(4), zero1(4), fsdp(4)):
-        of = need(account, mode, "none", 3, False)
+        of = memory_need(account, mode, "none", 3, False)
         assert of.total == (of.parameters + of.gradients + of.optimizer + of.gathered + of.activations + of.logits)
 
 
 @settings(max_examples=60, deadline=None)
 @given(processes=st.integers(2, 4096), sequences=st.integers(1, 500), kind=st.sampled_from(sorted(KINDS)))
 def test_fsdp_on_more_never_needs_more(account, processes, sequences, kind):
-    here, more = (need(account, fsdp(n), kind, sequences, True) for n in (processes, processes + 1))
+    here, more = (memory_need(account, fsdp(n), kind, sequences, True) for n in (processes, processes + 1))
     assert more.total <= here.total
 
 
@@ -248,7 +248,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(account):
     rows = table(account, config, budget=2**28)
     assert len(rows) == 12 and all(row.largest for row in rows)
     for row in rows:
-        most, beyond = (need(account, row.mode, row.checkpointing, row.largest + more, row.mode is SINGLE)
+        most, beyond = (memory_need(account, row.mode, row.checkpointing, row.largest + more, row.mode is SINGLE)
                         for more in (0, 1))
         assert most.total <= 2**28 < beyond.total
         assert row.fits == (row.need.total <= 2**28)
@@ -264,12 +264,12 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(account):
     ("L4", "L4"), ("L40S", "L40S"), ("H20", "H20"), ("NVIDIA GeForce RTX 3090 Ti", None), ("H900", None), ("-", None),
 ])
 def test_a_gpu_is_known_by_what_people_call_it(said, meant):
-    assert (gpu_called(said) or GPUS[0]._replace(name=None)).name == meant
+    assert (find_gpu_by_alias(said) or GPUS[0]._replace(name=None)).name == meant
 
 
 def test_every_gpu_of_the_table_is_found_by_its_own_name():
     for gpu in GPUS:
-        assert gpu_called(gpu.name) == gpu and gpu.memory > 0 and gpu.watts > 0
+        assert find_gpu_by_alias(gpu.name) == gpu and gpu.memory > 0 and gpu.watts > 0
 
 
 def test_the_precision_is_what_the_gpu_has():
@@ -333,7 +333,7 @@ def test_epochs_are_those_of_the_prepared_data(data_dir):
 
 def test_a_dry_run_without_data_needs_the_vocabulary():
     with pytest.raises(UserError, match=r"dataset 'shakespeare_char' is not prepared: run python data/"):
-        preflight(load_config(["--dry_run", "--dataset=shakespeare_char", "--data_dir=nowhere", "--device=cpu"]), build_model)
+        dry_run(load_config(["--dry_run", "--dataset=shakespeare_char", "--data_dir=nowhere", "--device=cpu"]), build_model)
 
 
 # ---- advice

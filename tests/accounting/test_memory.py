@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import model_components
-from blockgpt.accounting.memory import Line, MemoryAccount
+from blockgpt.accounting.memory import LinearBytes, MemoryAccount
 from blockgpt.accounting.memory_trace import PARTS
 from blockgpt.training.optimizers import build_optimizer
 from blockgpt.training.recompute import KINDS, recompute
@@ -120,7 +120,7 @@ def test_parameters_are_told_by_their_place():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PRESETS)
 def test_saved_bytes_are_those_that_autograd_keeps(name, dtype, backend, dropout, size):
-    if backend not in get_preset(name).able_backends():
+    if backend not in get_preset(name).supported_backends():
         backend = "auto"  # Gemma 2's softcaps
     config = get_preset(name, **size, attention_backend=backend, dropout=dropout)
     account = MemoryAccount(build_model, config, dtype, gpu=False)
@@ -144,17 +144,17 @@ def test_parents_add_up(name):
     account = MemoryAccount(build_model, get_preset(name, **SIZES[0]), torch.bfloat16, gpu=False)
     whole = account.saved_in()
     assert whole.per_sequence > 0
-    assert sum(account.saved_by_part().values(), Line()) == whole
+    assert sum(account.saved_by_part().values(), LinearBytes()) == whole
     parents = {parent for s in account.saved for parent in (s.module, s.module.rpartition(".")[0])} - {""}
     for parent in parents:
         children = {s.module for s in account.saved if s.module.startswith(f"{parent}.")}
         nearest = {f"{parent}.{path.removeprefix(f'{parent}.').split('.')[0]}" for path in children}
-        own = sum((s.bytes for s in account.saved if s.module == parent), Line())
+        own = sum((s.bytes for s in account.saved if s.module == parent), LinearBytes())
         assert account.saved_in(parent) == sum((account.saved_in(child) for child in nearest), own)
     for i, block in enumerate(account.blocks):
         assert block.held == account.saved_in(f"blocks.{i}")
-    assert account.shell + sum((b.held for b in account.blocks), Line()) + sum(
-        (s.bytes for s in account.saved if s.stage == "after"), Line()) == whole
+    assert account.shell + sum((b.held for b in account.blocks), LinearBytes()) + sum(
+        (s.bytes for s in account.saved if s.stage == "after"), LinearBytes()) == whole
 
 
 def test_each_part_of_a_known_block_is_what_can_be_counted_by_hand():
@@ -178,7 +178,7 @@ def test_a_component_that_nobody_told_of_is_counted(monkeypatch):
     before = MemoryAccount(build_model, config, torch.float32, gpu=False).saved_by_part()
     monkeypatch.setattr(model_components, "ReLU", Cubed)
     after = MemoryAccount(build_model, config, torch.float32, gpu=False).saved_by_part()
-    assert after.pop("ffn") - before.pop("ffn") == Line(0, 3 * 4 * 32 * 256)  # a layer: one d_ff wide tensor more
+    assert after.pop("ffn") - before.pop("ffn") == LinearBytes(0, 3 * 4 * 32 * 256)  # a layer: one d_ff wide tensor more
     assert after == before
 
 

@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from blockgpt.data.filters import (
     FILTERS,
-    compiled,
+    compile_filters,
+    first_failing_filter,
     language_of,
     parse_filters,
-    removed_by,
     repeated_lines,
     repeated_words,
     share,
@@ -33,8 +33,8 @@ PROSE = {"en": "The house that was built on the hill is not for sale, and it was
     ("callable", "keyword:iskeyword", "while", "whilst"),
 ])
 def test_a_filter_keeps_and_removes(name, value, kept, removed):
-    filters = compiled({name: value})
-    assert removed_by(filters, kept) is None and removed_by(filters, removed) == name
+    filters = compile_filters({name: value})
+    assert first_failing_filter(filters, kept) is None and first_failing_filter(filters, removed) == name
 
 
 def test_every_filter_is_tried_above():
@@ -43,8 +43,8 @@ def test_every_filter_is_tried_above():
 
 
 def test_the_first_filter_that_removes_is_named():
-    assert removed_by(compiled({"min_chars": 3, "max_digits": 0.5}), "12") == "min_chars"
-    assert removed_by(compiled({"max_digits": 0.5, "min_chars": 3}), "12") == "max_digits"
+    assert first_failing_filter(compile_filters({"min_chars": 3, "max_digits": 0.5}), "12") == "min_chars"
+    assert first_failing_filter(compile_filters({"max_digits": 0.5, "min_chars": 3}), "12") == "max_digits"
 
 
 @pytest.mark.parametrize("language", PROSE)

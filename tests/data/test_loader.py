@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 from blockgpt.data import dataset as dataset_module
 from blockgpt.data import loader
 from blockgpt.data.dataset import Dataset, open_dataset
-from blockgpt.data.loader import Prefetch, TrainBatches, permute, scramble, to_device, val_batches, val_windows
+from blockgpt.data.loader import (
+    Prefetch,
+    TrainBatches,
+    feistel_permute,
+    splitmix64,
+    to_device,
+    val_batches,
+    val_sequences,
+)
 from blockgpt.data.tokenizer import from_meta
 from blockgpt.errors import DataError
 
@@ -39,7 +47,7 @@ def dataset(train, val=(50,)):
 
 
 def key(seed, n=1):
-    return scramble(np.full(n, seed, np.uint64))
+    return splitmix64(np.full(n, seed, np.uint64))
 
 
 def refusal(action, *args, **kwargs):
@@ -60,21 +68,21 @@ def same(a, b):
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
 def test_the_permutation_is_a_bijection(seed):
     for n in range(1, 2001):
-        assert np.array_equal(np.sort(permute(np.arange(n), n, key(seed, n))), np.arange(n))
+        assert np.array_equal(np.sort(feistel_permute(np.arange(n), n, key(seed, n))), np.arange(n))
 
 
 @given(st.integers(2**33, 2**62), SEEDS)
 def test_the_permutation_of_a_huge_range_stays_inside_and_apart(n, seed):
     index = np.concatenate([np.arange(500), np.arange(n - 500, n)])
-    out = permute(index, n, key(seed, 1000))
+    out = feistel_permute(index, n, key(seed, 1000))
     assert out.min() >= 0 and out.max() < n and len(set(out.tolist())) == 1000
 
 
 def test_the_permutation_shuffles():
     n = 10_000
-    out = permute(np.arange(n), n, key(1, n))
+    out = feistel_permute(np.arange(n), n, key(1, n))
     assert abs(np.corrcoef(out, np.arange(n))[0, 1]) < 0.05 and abs(np.corrcoef(out[1:], out[:-1])[0, 1]) < 0.05
-    first = np.bincount(permute(np.zeros(n, np.int64), 10, scramble(np.arange(n, dtype=np.uint64))), minlength=10)
+    first = np.bincount(feistel_permute(np.zeros(n, np.int64), 10, splitmix64(np.arange(n, dtype=np.uint64))), minlength=10)
     assert first.min() > 850 and first.max() < 1150  # 1000 expected, standard deviation 30
 
 
@@ -90,9 +98,9 @@ def test_each_epoch_reads_every_window_once(lengths, block_size, seed, epoch):
     assume(max(lengths) > block_size)
     b = TrainBatches(dataset(lengths), seed, block_size, batch_size=4)
     usable = [n for n in lengths if n > block_size]
-    assert b.n_windows == sum(max(1, (n - block_size) // block_size) for n in usable)
-    x, y = b.sequences(epoch * b.n_windows + np.arange(b.n_windows))
-    assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (b.n_windows, block_size)
+    assert b.n_sequences == sum(max(1, (n - block_size) // block_size) for n in usable)
+    x, y = b.sequences(epoch * b.n_sequences + np.arange(b.n_sequences))
+    assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (b.n_sequences, block_size)
     assert x.is_contiguous() and y.is_contiguous()
     assert torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(block_size))  # tokens count up by one
 
@@ -116,7 +124,7 @@ def test_each_epoch_reads_every_window_once(lengths, block_size, seed, epoch):
 
 def test_later_epochs_fall_elsewhere_in_another_order():
     b = TrainBatches(dataset([1000]), seed=3, block_size=16, batch_size=1)
-    epochs = [b.sequences(e * b.n_windows + np.arange(b.n_windows))[0][:, 0] for e in range(40)]
+    epochs = [b.sequences(e * b.n_sequences + np.arange(b.n_sequences))[0][:, 0] for e in range(40)]
     offsets = [int(e.min()) for e in epochs]
     assert offsets[0] == 0 and len(set(offsets)) > 10
     orders = {tuple(((e - o) // 16).tolist()) for e, o in zip(epochs, offsets, strict=True)}
@@ -155,7 +163,7 @@ def test_any_number_of_processes_reads_the_same_global_batch(data, world_size, b
 def test_steps_follow_each_other_without_gap():
     b = TrainBatches(dataset([500]), 0, 10, batch_size=3, gradient_accumulation_steps=2)
     x = torch.cat([b.micro_batch(s, m)[0] for s in range(8) for m in range(2)])
-    assert torch.equal(x, b.sequences(np.arange(48))[0]) and len(set(x[:, 0].tolist())) == 48 < b.n_windows + 1
+    assert torch.equal(x, b.sequences(np.arange(48))[0]) and len(set(x[:, 0].tolist())) == 48 < b.n_sequences + 1
 
 
 def test_a_late_step_of_a_large_dataset_takes_no_memory():
@@ -186,7 +194,7 @@ def test_two_terabytes_open_and_serve_in_a_few_megabytes(tmp_path):
         assert x.shape == (8, 1024)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert b.n_windows == (size // 2 - 1024) // 1024 and peak < 2 * 2**20
+    assert b.n_sequences == (size // 2 - 1024) // 1024 and peak < 2 * 2**20
     if sys.platform == "linux":  # the system was told that reading ahead is in vain
         maps = Path("/proc/self/smaps").read_text()
         flags = re.search(rf"{tmp_path}/x/train\.bin\n.*?VmFlags: (.*?)\n", maps, re.DOTALL)[1]
@@ -247,10 +255,10 @@ def test_val_windows_are_fixed_disjoint_and_even(lengths, block_size, eval_token
     d = dataset([99], lengths)
     total = sum(max(0, n - 1) // block_size for n in lengths)
     wanted = min(total, max(1, eval_tokens // block_size)) if eval_tokens else total
-    windows, numbers = val_windows(d, block_size, eval_tokens)
-    assert windows.count == total and len(numbers) == wanted
-    assert numbers[0] >= 0 and numbers[-1] < total and np.all(np.diff(numbers) >= 1)
-    gaps = np.diff([-1 - numbers[0], *numbers, 2 * total - 1 - numbers[-1]])  # mirrored at both ends
+    windows, sequence_ids = val_sequences(d, block_size, eval_tokens)
+    assert windows.count == total and len(sequence_ids) == wanted
+    assert sequence_ids[0] >= 0 and sequence_ids[-1] < total and np.all(np.diff(sequence_ids) >= 1)
+    gaps = np.diff([-1 - sequence_ids[0], *sequence_ids, 2 * total - 1 - sequence_ids[-1]])  # mirrored at both ends
     assert gaps.max() - gaps.min() <= 2
 
     whole = [torch.cat(t) for t in zip(*val_batches(d, block_size, eval_tokens, 1), strict=True)]
@@ -279,9 +287,9 @@ def test_the_whole_val_split_is_read_once():
 def test_a_split_too_short_for_the_block_says_what_would_fit():
     message = refusal(TrainBatches, dataset([20, 40, 3]), 0, 40, 1)
     assert "block_size=40" in message and "63 tokens" in message and "--block_size=39" in message
-    assert "val" in refusal(val_windows, dataset([99], [10]), 10)
+    assert "val" in refusal(val_sequences, dataset([99], [10]), 10)
     assert "val" in refusal(val_batches, dataset([99], [10]), 10, 0, 1)  # at once, not at the first batch
-    assert "--block_size" not in refusal(val_windows, dataset([99], [1]), 10)
+    assert "--block_size" not in refusal(val_sequences, dataset([99], [1]), 10)
     assert TrainBatches(dataset([41]), 0, 40, 1).micro_batch(7)[1][0, -1] == 40  # one window is enough
 
 
@@ -489,7 +497,7 @@ def test_what_a_killed_preparation_leaves_is_not_taken_for_bare_files(tmp_path):
 
 def test_an_empty_shard_among_others_is_no_harm(tmp_path):
     write_dataset(tmp_path / "x", {**SHARD_FILES, "train_2.bin": []})
-    assert TrainBatches(open_dataset("x", tmp_path), 0, 4, 1).n_windows == 13
+    assert TrainBatches(open_dataset("x", tmp_path), 0, 4, 1).n_sequences == 13
 
 
 @settings(max_examples=20)

@@ -14,7 +14,15 @@ from test_loader import dataset, same
 
 from blockgpt.data.dataset import open_dataset
 from blockgpt.data.loader import TrainBatches
-from blockgpt.data.mixture import MixedBatches, Mixture, balanced_table, check_epochs, exact_shares, label, source_seed
+from blockgpt.data.mixture import (
+    MixedBatches,
+    Mixture,
+    balanced_table,
+    check_epochs,
+    describe_phases,
+    exact_shares,
+    source_seed,
+)
 from blockgpt.data.prepare import write_dataset
 from blockgpt.data.tokenizer import ByteTokenizer
 from blockgpt.errors import ConfigError
@@ -46,11 +54,11 @@ def test_every_prefix_of_a_table_is_less_than_one_off(ratios):
     counts = [int(s * period) for s in shares]
     table = balanced_table(counts)
     assert np.bincount(table, minlength=len(counts)).tolist() == counts
-    served = np.zeros(len(counts), np.int64)
+    consumed = np.zeros(len(counts), np.int64)
     bound = 1 - Fraction(1, 2 * len(counts) - 2) if len(counts) > 1 else 0
     for place, source in enumerate(table.tolist()):
-        served[source] += 1
-        off = [abs(int(n) * period - c * (place + 1)) for n, c in zip(served, counts, strict=True)]
+        consumed[source] += 1
+        off = [abs(int(n) * period - c * (place + 1)) for n, c in zip(consumed, counts, strict=True)]
         assert max(off) <= bound * period
 
 
@@ -58,7 +66,7 @@ def test_every_prefix_of_a_table_is_less_than_one_off(ratios):
 def test_every_block_of_a_run_is_less_than_two_off_and_every_whole_table_exact(ratios, start, length):
     m = mixture((0, ratios))
     period = len(m.phases[0].table)
-    first, last, whole = m.served(start), m.served(start + length), m.served(start + 3 * period)
+    first, last, whole = m.consumed(start), m.consumed(start + length), m.consumed(start + 3 * period)
     for name, share in m.shares[0].items():
         assert abs(first[name] - share * start) < 1
         assert abs(last[name] - first[name] - share * length) < 2
@@ -73,7 +81,7 @@ def test_each_source_is_read_in_order_without_gap_through_all_phases(ratios, gap
     n = (steps[-1] + 50) * sequences_per_step
     source, index = m.assign(np.arange(n))
     for number, name in enumerate(m.names):
-        assert index[source == number].tolist() == list(range(m.served(n)[name]))
+        assert index[source == number].tolist() == list(range(m.consumed(n)[name]))
     for (step, _), shares, end in zip(zip(steps, ratios, strict=True), m.shares, [*steps[1:], steps[-1] + 50],
                                       strict=True):
         here = np.bincount(source[step * sequences_per_step:end * sequences_per_step], minlength=len(m.names))
@@ -105,7 +113,7 @@ def test_ratios_that_never_come_out_even_are_refused():
 
 def test_a_mixture_in_words():
     phases = [(0, {"fineweb": 7, "pycode": 3}), (2000, {"pycode": 1})]
-    assert label(phases) == "70% fineweb + 30% pycode, from step 2000 pycode" and label([(0, {"x": 1})]) == "x"
+    assert describe_phases(phases) == "70% fineweb + 30% pycode, from step 2000 pycode" and describe_phases([(0, {"x": 1})]) == "x"
 
 
 # The batches
@@ -133,7 +141,7 @@ def test_any_number_of_processes_and_micro_batches_reads_the_same_global_batch(w
 def test_each_source_keeps_its_own_epochs():
     lengths = {"a": 200, "b": 1000}
     b = batches({"a": 0.5, "b": 0.5}, lengths)
-    windows = {name: s.n_windows for name, s in zip(b.mixture.names, b.sources, strict=True)}
+    windows = {name: s.n_sequences for name, s in zip(b.mixture.names, b.sources, strict=True)}
     n = 2 * windows["b"]
     source, _ = b.mixture.assign(np.arange(n))
     x, y = b.sequences(np.arange(n))
@@ -167,7 +175,7 @@ def test_what_the_refusal_proposes_is_accepted(ratios, windows, sequences, most,
         with pytest.raises(ConfigError):
             check_epochs(m, windows, most, steps + 1, sequences)
     else:
-        assert all(n <= most * windows[name] for name, n in m.served(max_iters * sequences).items())
+        assert all(n <= most * windows[name] for name, n in m.consumed(max_iters * sequences).items())
 
 
 def test_epochs_are_limited_by_name():
@@ -205,10 +213,10 @@ def test_a_mixed_run_accounts_for_every_token_and_resumes_bit_for_bit(tmp_path, 
     whole = train(tmp_path, corpora, "whole", "--max_iters=10", "--lr_decay_iters=10", "--warmup_iters=2", *asked)
     assert whole.returncode == 0, whole.stderr
     run = json.loads((tmp_path / "runs/whole/run.json").read_text())
-    served = run["results"]["tokens_per_source"]
-    assert sum(served.values()) == run["results"]["tokens"] == 10 * 5 * 32
-    assert abs(served["code"] - 0.7 * 6 * 5 * 32) < 32  # within one sequence
-    assert run["data"]["sources"]["prose"]["planned_tokens"] == served["prose"]
+    consumed = run["results"]["tokens_per_source"]
+    assert sum(consumed.values()) == run["results"]["tokens"] == 10 * 5 * 32
+    assert abs(consumed["code"] - 0.7 * 6 * 5 * 32) < 32  # within one sequence
+    assert run["data"]["sources"]["prose"]["planned_tokens"] == consumed["prose"]
     assert run["data"]["dataset"] == "70% code + 30% prose, from step 6 prose"
     assert run["config"]["dataset_schedule"] == [[0, {"code": 0.7, "prose": 0.3}], [6, {"prose": 1}]]
     evals = records(tmp_path / "runs/whole", "eval")
@@ -223,19 +231,19 @@ def test_a_mixed_run_accounts_for_every_token_and_resumes_bit_for_bit(tmp_path, 
     assert resumed.returncode == 0, resumed.stderr
     assert (tmp_path / "runs/cut/model.safetensors").read_bytes() == \
         (tmp_path / "runs/whole/model.safetensors").read_bytes()
-    assert json.loads((tmp_path / "runs/cut/run.json").read_text())["results"]["tokens_per_source"] == served
+    assert json.loads((tmp_path / "runs/cut/run.json").read_text())["results"]["tokens_per_source"] == consumed
     compared = run_python(ROOT / "compare_architectures.py", cwd=tmp_path)
     assert compared.returncode == 0 and "whole" in compared.stdout and "finished" in compared.stdout
 
 
 def test_one_dataset_in_a_mixture_is_that_dataset(corpora):
-    from test_objectives import machine
+    from test_objectives import runtime
 
     from blockgpt.training.objectives import LanguageModeling
     from configurator import load_config
     flags = [f"--data_dir={corpora}", *MIX]
-    alone = LanguageModeling(load_config(["--dataset=code", *flags]), machine())
-    mixed = LanguageModeling(load_config(["--dataset={'code': 3}", *flags]), machine())
+    alone = LanguageModeling(load_config(["--dataset=code", *flags]), runtime())
+    mixed = LanguageModeling(load_config(["--dataset={'code': 3}", *flags]), runtime())
     assert alone.fingerprint == mixed.fingerprint == open_dataset("code", corpora).fingerprint
     for step in (0, 7):
         for a, b in zip(alone.micro_batches(step), mixed.micro_batches(step), strict=True):

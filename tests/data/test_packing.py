@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_loader import dataset, same
 
 from blockgpt.data import packing as packing_module
-from blockgpt.data.packing import IGNORED, PackedBatches, best_fit, pieces_of
+from blockgpt.data.packing import IGNORED, PackedBatches, best_fit, document_chunks
 from blockgpt.errors import DataError
 
 EOT = 0
@@ -33,7 +33,7 @@ def documents_of(d):
 
 def windows(batches, epoch=0):
     """The windows of an epoch, without padding, as tuples of tokens."""
-    n = batches.n_windows
+    n = batches.n_sequences
     x, y = batches.sequences(epoch * n + np.arange(n))
     assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (n, batches.block_size)
     used = (y != IGNORED).sum(1)
@@ -83,16 +83,16 @@ def test_ordinary_documents_leave_little_padding():
     lengths = np.random.default_rng(0).lognormal(6, 1.2, 20_000).astype(int) + 2
     tokens = np.ones(int(lengths.sum()), np.uint16)
     tokens[np.cumsum(lengths) - 1] = EOT
-    _, n = pieces_of([tokens], EOT, 1024)
+    _, n = document_chunks([tokens], EOT, 1024)
     _, bins = best_fit(n, 1025)
     assert n.sum() / (bins * 1025) > 0.995
 
 
 def test_the_scan_is_in_blocks(monkeypatch):
     d = corpus([3, 9, 30, 2], [5, 5])
-    whole = pieces_of(d.shards["train"], EOT, 8)
+    whole = document_chunks(d.shards["train"], EOT, 8)
     monkeypatch.setattr(packing_module, "SCANNED", 4)
-    for a, b in zip(whole, pieces_of(d.shards["train"], EOT, 8), strict=True):
+    for a, b in zip(whole, document_chunks(d.shards["train"], EOT, 8), strict=True):
         assert np.array_equal(a, b)
 
 
@@ -127,7 +127,7 @@ def test_without_a_separator_it_is_refused():
 
 def test_the_loss_is_the_mean_over_the_targets(data_dir):
     """Padding counts for nothing, however it is shared out among micro-batches."""
-    from test_objectives import exact_losses, machine
+    from test_objectives import exact_losses, runtime
 
     from blockgpt.training.objectives import LanguageModeling
     from configurator import load_config
@@ -137,7 +137,7 @@ def test_the_loss_is_the_mean_over_the_targets(data_dir):
         return LanguageModeling(load_config([
             f"--data_dir={data_dir}", "--dataset=text", "--packing=documents", "--n_layer=1", "--n_head=2",
             "--n_embd=16", "--block_size=1500", "--vocab_size=320", f"--batch_size={batch_size}", "--device=cpu",
-            f"--gradient_accumulation_steps={accumulation}"]), machine())
+            f"--gradient_accumulation_steps={accumulation}"]), runtime())
     whole = objective(6, 1)
     model = build_model(whole.config.model)
     step, x, y = next((step, x, y) for step in range(99) for x, y in whole.micro_batches(step)

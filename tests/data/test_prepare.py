@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockgpt.data import dataset as dataset_module
-from blockgpt.data.dataset import ensure, open_dataset
+from blockgpt.data.dataset import ensure_prepared, open_dataset
 from blockgpt.data.prepare import write_dataset
 from blockgpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from blockgpt.errors import DataError
@@ -248,34 +248,34 @@ def project(tmp_path, monkeypatch):
 
 
 def test_ensure_makes_the_embedded_corpus_once(project, capfd):
-    ensure("pycode")
+    ensure_prepared("pycode")
     meta = project / "data/pycode/meta.json"
     assert "--out_dir" in meta.read_text()
     assert capfd.readouterr().out.count("\n") == 1
     meta.write_text("mine")
-    ensure("pycode")
+    ensure_prepared("pycode")
     assert meta.read_text() == "mine" and capfd.readouterr().out == ""
 
 
 def test_ensure_prepares_into_another_data_dir(project, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    ensure("pycode", str(tmp_path / "elsewhere"))
+    ensure_prepared("pycode", str(tmp_path / "elsewhere"))
     assert (tmp_path / "elsewhere/pycode/meta.json").exists() and not (project / "data/pycode/meta.json").exists()
 
 
 def test_ensure_tells_why_preparing_failed(project, monkeypatch):
     monkeypatch.setenv("FAIL", "1")
-    message = refusal(ensure, "pycode")
+    message = refusal(ensure_prepared, "pycode")
     assert message.endswith("/x: disk full") and "error:" not in message
 
 
 def test_ensure_names_the_command_or_the_datasets_there_are(project, tmp_path):
-    assert "run python data/shakespeare_char/prepare.py" in refusal(ensure, "shakespeare_char")
-    assert f"--out_dir {tmp_path}/shakespeare_char" in refusal(ensure, "shakespeare_char", tmp_path)
-    assert "did you mean shakespeare_char?" in refusal(ensure, "shakespear")
+    assert "run python data/shakespeare_char/prepare.py" in refusal(ensure_prepared, "shakespeare_char")
+    assert f"--out_dir {tmp_path}/shakespeare_char" in refusal(ensure_prepared, "shakespeare_char", tmp_path)
+    assert "did you mean shakespeare_char?" in refusal(ensure_prepared, "shakespear")
     write(tmp_path / "mine")
-    ensure("mine", tmp_path)
-    assert "one of mine, pycode, shakespeare_char" in refusal(ensure, "qqq", tmp_path)
+    ensure_prepared("mine", tmp_path)
+    assert "one of mine, pycode, shakespeare_char" in refusal(ensure_prepared, "qqq", tmp_path)
 
 
 # data/pycode

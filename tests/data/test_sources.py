@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockgpt.data import sources
-from blockgpt.data.sources import files_parts, hub_parts
+from blockgpt.data.sources import file_partitions, hub_partitions
 from blockgpt.errors import DataError
 
 TEXTS = ["First document.\nTwo lines.\n", "Żółw 🐢\r\n\tend", 'with, "commas"\nand \\n', " ", "last"]
@@ -24,7 +24,7 @@ TEXTS = ["First document.\nTwo lines.\n", "Żółw 🐢\r\n\tend", 'with, "comma
 def read(patterns, **more):
     """(texts, skipped) of all parts of the files."""
     skipped = collections.Counter()
-    found = [pair for part in files_parts(list(map(str, patterns)), **more) for pair in part.documents(skipped)]
+    found = [pair for part in file_partitions(list(map(str, patterns)), **more) for pair in part.documents(skipped)]
     assert all(split is None for split, _ in found)
     return [text for _, text in found], dict(skipped)
 
@@ -108,14 +108,14 @@ def test_text_key_names_the_field(tmp_path):
 def test_a_large_file_in_pieces_gives_each_document_once(tmp_path_factory, texts, size, kind, ended):
     path = tmp_path_factory.mktemp("pieces") / f"x.{kind}"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(sources, "PART_BYTES", size)
+        monkeypatch.setattr(sources, "PARTITION_BYTES", size)
         if kind == "parquet":
             write_parquet(path, texts)
         else:
             path.write_bytes(as_jsonl(texts) if ended else as_jsonl(texts)[:-1])
         assert read([path]) == (texts, {})
         if size < 20 and len(texts) > 2:
-            assert len(files_parts([str(path)])) > 1
+            assert len(file_partitions([str(path)])) > 1
 
 
 @settings(max_examples=50)
@@ -124,7 +124,7 @@ def test_a_large_text_is_cut_between_characters_and_loses_none(tmp_path_factory,
     path = tmp_path_factory.mktemp("cut") / "x.txt"
     path.write_text(content)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(sources, "PART_BYTES", size)
+        monkeypatch.setattr(sources, "PARTITION_BYTES", size)
         monkeypatch.setattr(sources, "MAX_DOCUMENT", longest)
         texts, skipped = read([path])
     assert "".join(texts) == content and not skipped
@@ -162,19 +162,19 @@ def test_a_truncated_parquet_is_one_line(tmp_path):
 
 
 def test_a_pattern_that_matches_nothing_is_one_line(tmp_path):
-    assert "no such file" in refusal(files_parts, [f"{tmp_path}/*.txt"])
-    assert "no such file" in refusal(files_parts, [str(tmp_path)])  # an empty folder
+    assert "no such file" in refusal(file_partitions, [f"{tmp_path}/*.txt"])
+    assert "no such file" in refusal(file_partitions, [str(tmp_path)])  # an empty folder
 
 
 def test_small_files_share_a_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PART_BYTES", 100)
+    monkeypatch.setattr(sources, "PARTITION_BYTES", 100)
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text("x" * 40)
-    parts = files_parts([str(tmp_path)])
+    parts = file_partitions([str(tmp_path)])
     assert [len(p.pieces) for p in parts] == [2, 2, 2, 2, 2]
     before = [p.identity() for p in parts]
     (tmp_path / "5.txt").write_text("y" * 41)
-    changed = [a != b for a, b in zip(before, (p.identity() for p in files_parts([str(tmp_path)])), strict=True)]
+    changed = [a != b for a, b in zip(before, (p.identity() for p in file_partitions([str(tmp_path)])), strict=True)]
     assert changed == [False, False, True, False, False]
 
 
@@ -182,7 +182,7 @@ def test_large_and_small_files_come_in_the_order_of_their_paths(tmp_path, monkey
     for name, n in {"a.jsonl": 1, "b.jsonl": 30, "c.jsonl": 1, "d.jsonl": 1}.items():
         (tmp_path / name).write_bytes(as_jsonl([f"{name} {i}" for i in range(n)]))
     whole = read([tmp_path])[0]
-    monkeypatch.setattr(sources, "PART_BYTES", 100)
+    monkeypatch.setattr(sources, "PARTITION_BYTES", 100)
     assert read([tmp_path])[0] == whole == sorted(whole, key=lambda text: text.split()[0])
 
 
@@ -204,11 +204,11 @@ def hub_texts(parts):
 def test_a_hub_dataset_is_read_a_file_at_a_time(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.jsonl").write_bytes(as_jsonl([f"{i}a", "", f"{i}b"]))
-    parts = hub_parts("json", data_files=tuple(f"{tmp_path}/{i}.jsonl" for i in range(3)), into="val")
+    parts = hub_partitions("json", data_files=tuple(f"{tmp_path}/{i}.jsonl" for i in range(3)), into="val")
     assert len(parts) == 3 and len({json.dumps(p.identity()) for p in parts}) == 3
     texts, skipped = hub_texts(parts)
     assert sorted(texts) == sorted(("val", f"{i}{c}") for i in range(3) for c in "ab") and skipped["empty"] == 3
-    parts = hub_parts("json", data_files=f"{tmp_path}/0.jsonl", text_key="body")
+    parts = hub_partitions("json", data_files=f"{tmp_path}/0.jsonl", text_key="body")
     assert "no column 'body'" in refusal(hub_texts, parts)
 
 
@@ -254,7 +254,7 @@ def server(monkeypatch):
 
     monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 1)
     monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
-    monkeypatch.setattr(sources, "PAUSE", 0.0)
+    monkeypatch.setattr(sources, "RETRY_SECONDS", 0.0)
     handler = type("Handler", (Cutting,), {"content": as_jsonl([f"document {i} " + "x" * 80 for i in range(4000)])})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -264,7 +264,7 @@ def server(monkeypatch):
 
 def test_a_network_that_fails_halfway_is_met_again_where_it_failed(server):
     handler, url = server
-    parts = hub_parts("json", data_files=url)
+    parts = hub_partitions("json", data_files=url)
     handler.cuts = 2
     texts, _ = hub_texts(parts)
     assert [t.split()[1] for _, t in texts] == [str(i) for i in range(4000)] and handler.cuts == 0
@@ -272,11 +272,11 @@ def test_a_network_that_fails_halfway_is_met_again_where_it_failed(server):
 
 def test_a_network_that_stays_away_is_one_line(server):
     handler, url = server
-    parts = hub_parts("json", data_files=url)
+    parts = hub_partitions("json", data_files=url)
     handler.cuts = 10**6
     message = refusal(hub_texts, parts)
     assert message.startswith("json train: cannot be read any further: ")
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
-    assert re.search("cannot be opened: .*--source", refusal(hub_parts, f"{tmp_path}/nothing"))
+    assert re.search("cannot be opened: .*--source", refusal(hub_partitions, f"{tmp_path}/nothing"))

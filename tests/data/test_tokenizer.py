@@ -8,19 +8,18 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockgpt.data import tokenizer as tokenizer_module
 from blockgpt.data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     HFTokenizer,
     TiktokenTokenizer,
-    describe,
+    describe_tokenizer,
     from_meta,
     load_tokenizer,
-    packed,
+    pack_bytes,
     to_ranks,
 )
-from blockgpt.errors import DataError, UserError
+from blockgpt.errors import DataError, UserError, require_package
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))  # what UTF-8 can hold
 AWKWARD = ["", " ", "  a\n\n\tb  ", "Żółw 🐢👩‍👩‍👧 日本語", "\x00\x01\x7f\x1b[0m", "\ufeffx\r\n", "e\u0301 é ﬁ",
@@ -51,7 +50,7 @@ def tokenizer(request):
     if request.param == "byte":
         return ByteTokenizer()
     if request.param == "hf":
-        return HFTokenizer(packed(hf_json().encode()))
+        return HFTokenizer(pack_bytes(hf_json().encode()))
     if request.param == "gpt2":
         return request.getfixturevalue("gpt2")
     path = request.getfixturevalue("pieces")
@@ -140,7 +139,7 @@ def test_an_unknown_character_is_named():
 def test_gpt2_is_gpt2(gpt2):
     assert (gpt2.vocab_size, gpt2.eot) == (50257, 50256)
     assert gpt2.encode("Hello, world!") == [15496, 11, 995, 0]
-    assert describe(gpt2.to_meta()) == "gpt2" and gpt2.to_meta() == {"name": "tiktoken", "encoding": "gpt2"}
+    assert describe_tokenizer(gpt2.to_meta()) == "gpt2" and gpt2.to_meta() == {"name": "tiktoken", "encoding": "gpt2"}
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +158,7 @@ def test_an_exported_bpe_splits_text_as_the_model_does(model_and_ranks, sources)
     model, ranks = model_and_ranks
     for text in sources:
         check_both_split_alike(model, ranks, text)
-    assert ranks.eot == ranks.vocab_size - 1 and describe(ranks.to_meta()).startswith("tiktoken ")
+    assert ranks.eot == ranks.vocab_size - 1 and describe_tokenizer(ranks.to_meta()).startswith("tiktoken ")
 
 
 @given(text=st.text("aelnrst \n():=._0159é·×"))
@@ -178,7 +177,7 @@ def test_only_bpe_has_a_tiktoken_form(tmp_path, pieces):
 
 
 def test_a_normaliser_that_loses_text_is_refused():
-    t = HFTokenizer(packed(hf_json(tokenizers.normalizers.Lowercase()).encode()))
+    t = HFTokenizer(pack_bytes(hf_json(tokenizers.normalizers.Lowercase()).encode()))
     assert t.decode(t.encode("lower")) == "lower"
     with pytest.raises(DataError) as raised:
         t.encode("lower UPPER")
@@ -186,7 +185,7 @@ def test_a_normaliser_that_loses_text_is_refused():
 
 
 def test_the_token_that_ends_documents_can_be_named():
-    content = packed(hf_json().encode())
+    content = pack_bytes(hf_json().encode())
     assert (HFTokenizer(content).eot, HFTokenizer(content, eot="<pad>").eot) == (0, 1)
     with pytest.raises(DataError, match="no token '<end>'"):
         HFTokenizer(content, eot="<end>")
@@ -200,10 +199,10 @@ def test_the_token_that_ends_documents_can_be_named():
                                         ({"name": "char", "characters": 3}, "characters"),
                                         ({"name": "tiktoken", "encoding": "gpt3"}, "did you mean gpt2?"),
                                         ({"name": "tiktoken", "encoding": []}, "unknown"),
-                                        ({"name": "tiktoken", "ranks": packed(b"YQ== 0")}, "a byte has none"),
+                                        ({"name": "tiktoken", "ranks": pack_bytes(b"YQ== 0")}, "a byte has none"),
                                         ({"name": "sentencepiece", "model": "?"}, "damaged"),
-                                        ({"name": "sentencepiece", "model": packed(b"no")}, "not a SentencePiece"),
-                                        ({"name": "hf", "json": packed(b"{}")}, "not a tokenizer.json")])
+                                        ({"name": "sentencepiece", "model": pack_bytes(b"no")}, "not a SentencePiece"),
+                                        ({"name": "hf", "json": pack_bytes(b"{}")}, "not a tokenizer.json")])
 def test_meta_that_describes_no_tokenizer_is_one_line(meta, word):
     with pytest.raises(DataError) as raised:
         from_meta(meta)
@@ -239,5 +238,5 @@ def test_an_encoding_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
 
 def test_a_missing_package_is_one_line():
     with pytest.raises(UserError) as raised:
-        tokenizer_module.needed("sentencepiece_of_the_future")
+        require_package("sentencepiece_of_the_future")
     assert "pip install sentencepiece_of_the_future" in one_line(raised)

@@ -25,7 +25,7 @@ from blockgpt.data import writer
 from blockgpt.data.dataset import open_dataset
 from blockgpt.data.loader import TrainBatches
 from blockgpt.data.prepare import Progress, prepare, write_dataset
-from blockgpt.data.sources import files_parts
+from blockgpt.data.sources import file_partitions
 from blockgpt.data.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer
 from blockgpt.data.writer import Recipe
 from blockgpt.errors import DataError
@@ -80,7 +80,7 @@ TEXTS = [f"document {i}\n" + "x" * (i % 13) for i in range(200)]
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
     """A folder of files that makes several parts."""
-    monkeypatch.setattr(sources_module, "PART_BYTES", 5000)
+    monkeypatch.setattr(sources_module, "PARTITION_BYTES", 5000)
     (tmp_path / "corpus").mkdir()
     for i in range(40):
         lines = [json.dumps({"text": f"{i} {j} {hashlib.md5(bytes([i, j])).hexdigest() * 3}"}) for j in range(15)]
@@ -109,7 +109,7 @@ def test_each_document_comes_out_once_in_order(tmp_path_factory, texts, n, fract
 
 
 def test_the_number_of_processes_changes_nothing(tmp_path, corpus):
-    parts = files_parts([str(corpus)])
+    parts = file_partitions([str(corpus)])
     assert len(parts) > 5
     for workers in (1, 2, 3):
         run(tmp_path / f"w{workers}", parts, workers=workers)
@@ -200,13 +200,13 @@ def test_tiny_shakespeare_has_nanogpts_counts(tmp_path, gpt2, tinyshakespeare):
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources_module, "PART_BYTES", 2**20)
+    monkeypatch.setattr(sources_module, "PARTITION_BYTES", 2**20)
     monkeypatch.setattr(writer, "COPY_TOKENS", 2**16)
     line = json.dumps({"text": "word " * 2000}) + "\n"
     with open(tmp_path / "x.jsonl", "w") as file:
         for i in range(2000):
             file.write(line.replace("word", f"w{i}", 1))  # 20 MB
-    parts = files_parts([str(tmp_path / "x.jsonl")])
+    parts = file_partitions([str(tmp_path / "x.jsonl")])
     tracemalloc.start()
     run(tmp_path / "x", parts)
     _, peak = tracemalloc.get_traced_memory()
@@ -223,7 +223,7 @@ def files_command(corpus, out_dir, *flags):
 
 
 SMALL_PARTS = ("import sys, runpy; sys.path.insert(0, {root!r}); sys.argv.pop(0); import blockgpt.data.sources; "
-               "blockgpt.data.sources.PART_BYTES = 5000; {more}\nrunpy.run_path(sys.argv[0], run_name='__main__')")
+               "blockgpt.data.sources.PARTITION_BYTES = 5000; {more}\nrunpy.run_path(sys.argv[0], run_name='__main__')")
 
 
 def small_parts(corpus, out_dir, *flags, more=""):
@@ -237,7 +237,7 @@ def start(*command, cwd=None):
                             stderr=subprocess.PIPE, text=True)
 
 
-SLOW = "import blockgpt.data.writer as writer, time; old = writer.finish_part; import blockgpt.data.prepare\n" \
+SLOW = "import blockgpt.data.writer as writer, time; old = writer.finish_partition; import blockgpt.data.prepare\n" \
        "def slow(*a): old(*a); print('done', flush=True); time.sleep(0.2)\n" \
        "blockgpt.data.prepare.finish_part = slow\n" \
        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # ignored where a shell says so
@@ -260,7 +260,7 @@ def test_what_was_done_before_a_kill_is_not_done_again(tmp_path, corpus, how):
 
     again = run_python(*small_parts(corpus, out, "--workers=1", more=SLOW))
     assert again.returncode == 0, again.stderr
-    parts = len(files_parts([str(corpus)]))
+    parts = len(file_partitions([str(corpus)]))
     assert f"going on: {len(done)} of {parts} parts were done" in again.stdout
     assert again.stdout.count("done\n") - 1 == parts - len(done)
     whole = run_python(*small_parts(corpus, tmp_path / "whole", "--workers=1"))
@@ -309,11 +309,11 @@ def test_a_file_that_cannot_be_read_is_one_line_and_mended_the_rest_goes_on(tmp_
     good = gzip.compress(b'{"text": "the last document"}\n' * 50)
     bad.write_bytes(good[:-12])
     out = tmp_path / "x"
-    message = refusal(run, out, files_parts([str(corpus)]))
+    message = refusal(run, out, file_partitions([str(corpus)]))
     assert str(bad) in message and message.endswith("(the parts done are kept: the same command goes on)")
     assert [p.name[:7] for p in out.iterdir()] == [".parts."]
     bad.write_bytes(good)
-    meta = run(out, files_parts([str(corpus)]))
+    meta = run(out, file_partitions([str(corpus)]))
     assert sum(s["documents"] for s in meta["splits"].values()) == 601
     done, total = map(int, re.search(r"going on: (\d+) of (\d+) parts", capsys.readouterr().out).groups())
     assert done == total - 1 > 5
@@ -357,12 +357,12 @@ def test_the_work_of_a_process_killed_long_ago_is_removed(tmp_path, corpus):
 def test_work_that_can_go_on_is_kept_however_old_it_is(tmp_path, corpus, capsys):
     bad = corpus / "99.jsonl.gz"
     bad.write_bytes(b"no gzip")
-    refusal(run, tmp_path / "x", files_parts([str(corpus)]))
+    refusal(run, tmp_path / "x", file_partitions([str(corpus)]))
     (work,) = (tmp_path / "x").glob(".parts.*.tmp")
     for path in (*work.iterdir(), work):
         os.utime(path, (time.time() - 9 * writer.STALE,) * 2)
     bad.unlink()
-    run(tmp_path / "x", files_parts([str(corpus)]))
+    run(tmp_path / "x", file_partitions([str(corpus)]))
     assert "going on: " in capsys.readouterr().out
 
 

@@ -11,7 +11,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from blockgpt.errors import UserError
-from model_attention import KVCache, Sight
+from model_attention import AttentionMaskSpec, KVCache
 from model_builder import build_model
 from model_components import component
 from model_config import ATTENTION_BACKEND
@@ -25,10 +25,10 @@ def attention(backend, **keys):
     return randomised(component("attention_backend", c)(c, 0))
 
 
-def sight(T, S=None, window=None, causal=True, documents=None, slopes=None):
+def mask_spec(T, S=None, window=None, causal=True, documents=None, alibi_slopes=None):
     """T queries, the last of S tokens."""
     keys = torch.arange(S or T)
-    return Sight(keys[-T:], keys, window, causal, documents, slopes)
+    return AttentionMaskSpec(keys[-T:], keys, window, causal, documents, alibi_slopes)
 
 
 def by_definition(q, k, v, s, scale, cap=None):
@@ -49,7 +49,7 @@ def by_definition(q, k, v, s, scale, cap=None):
             score = q_at[b][h][i].dot(k_at[b][h * G // H][j]) * scale
             if cap is not None:
                 score = cap * torch.tanh(score / cap)
-            scores.append(score if s.slopes is None else score - float(s.slopes[h]) * abs(distance))
+            scores.append(score if s.alibi_slopes is None else score - float(s.alibi_slopes[h]) * abs(distance))
             values.append(v_at[b][h * G // H][j])
         weights = torch.stack(scores).exp()  # the scores are small
         out.append(weights @ torch.stack(values) / weights.sum())
@@ -76,11 +76,11 @@ def documents_of(B, T):
 def test_every_backend_is_attention_by_definition_for_every_mask(causal, window, documents, alibi, size, untraced):
     B, H, G, T = SIZES[size]
     q, k, v = draw(B, H, T, 6), draw(B, G, T, 6, seed=1), draw(B, G, T, 6, seed=2)
-    s = sight(T, None, window, causal, documents_of(B, T) if documents else None, slopes_of(H) if alibi else None)
+    s = mask_spec(T, None, window, causal, documents_of(B, T) if documents else None, slopes_of(H) if alibi else None)
     for cap in (None, 0.7):
         expected, cotangent = by_definition(q, k, v, s, 0.4, cap), draw(*q.shape, seed=3).detach()
         gradients = torch.autograd.grad(expected, (q, k, v), cotangent)
-        for backend in config(attn_softcap=cap).able_backends():
+        for backend in config(attn_softcap=cap).supported_backends():
             layer = attention(backend, n_head=H, n_kv_head=G, head_dim=6, attn_scale=0.4, attn_softcap=cap)
             if backend in TRAINS_HERE:
                 y = layer.attend(q, k, v, layer.mask(s))
@@ -97,9 +97,9 @@ def test_every_backend_is_attention_by_definition_for_every_mask(causal, window,
 def test_queries_behind_a_cache_see_what_their_positions_say(backend, window, T, S, untraced):
     layer = attention(backend, n_head=4, n_kv_head=2, head_dim=6)
     q, k, v = (draw(2, n, length, 6, seed=n).detach() for n, length in ((4, T), (2, S), (2, S)))
-    for slopes in (None, slopes_of(4)):
+    for alibi_slopes in (None, slopes_of(4)):
         kept = S if window is None else min(S, window - 1 + T)
-        s = sight(T, S, window, slopes=slopes)
+        s = mask_spec(T, S, window, alibi_slopes=alibi_slopes)
         near = s._replace(keys=s.keys[S - kept:])  # what a bounded cache still has
         ours = layer.attend(q, k[:, :, S - kept:], v[:, :, S - kept:], layer.mask(near))
         equal(ours, by_definition(q, k, v, s, 6**-0.5))
@@ -108,7 +108,7 @@ def test_queries_behind_a_cache_see_what_their_positions_say(backend, window, T,
 @pytest.mark.parametrize("causal, window, documents, alibi", MASKS)
 def test_no_mask_drives_torch_from_its_fused_kernels(causal, window, documents, alibi):
     layer = attention("sdpa", n_kv_head=2)
-    s = sight(9, None, window, causal, documents_of(1, 9) if documents else None, slopes_of(4) if alibi else None)
+    s = mask_spec(9, None, window, causal, documents_of(1, 9) if documents else None, slopes_of(4) if alibi else None)
     assert layer.kernel(s, torch.float32) == "flash_attention"  # the CPU's fused one
 
 
@@ -117,8 +117,8 @@ def test_flex_has_the_gradients_of_manual_for_every_mask_on_cuda():
     B, H, G, T = 2, 4, 2, 200
     q, k, v = (draw(B, n, T, 32, seed=i).detach().float().cuda().requires_grad_() for i, n in enumerate((H, G, G)))
     for (causal, window, documents, alibi), cap in itertools.product(MASKS, (None, 0.7)):
-        s = sight(T, None, window, causal, documents_of(B, T) if documents else None, slopes_of(H) if alibi else None)
-        s = Sight(*(x.cuda() if torch.is_tensor(x) else x for x in s))
+        s = mask_spec(T, None, window, causal, documents_of(B, T) if documents else None, slopes_of(H) if alibi else None)
+        s = AttentionMaskSpec(*(x.cuda() if torch.is_tensor(x) else x for x in s))
         flex, manual = (attention(b, n_head=H, n_kv_head=G, head_dim=32, attn_softcap=cap, block_size=T).float().cuda()
                         for b in ("flex", "manual"))
         a, b = (m.attend(q, k, v, m.mask(s)) for m in (flex, manual))
@@ -153,7 +153,7 @@ def test_models_are_the_same_whatever_the_backend(keys, B, T, untraced):
 
 def test_the_backends_that_can_cap_scores_agree():
     keys = dict(attn_softcap=0.3, logit_softcap=1.0, sliding_window=5, window_pattern="SL", n_kv_head=2)
-    assert config(**keys).able_backends() == ["manual", "flex"]
+    assert config(**keys).supported_backends() == ["manual", "flex"]
     idx = torch.randint(0, 61, (2, 17), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         equal(*(model(**keys, attention_backend=backend)(idx)[0] for backend in ("flex", "manual")))
@@ -193,10 +193,10 @@ def test_a_document_is_read_as_if_it_stood_alone(backend):
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_window_is_its_own_token_and_those_just_before(causal):
     for window, T in itertools.product((1, 2, 7, 24, 100), (1, 9, 24)):
-        allowed = sight(T, window=window, causal=causal).allowed()
+        bool_mask = mask_spec(T, window=window, causal=causal).bool_mask()
         for i, j in itertools.product(range(T), range(T)):
             expected = abs(i - j) < window and (j <= i or not causal)
-            assert (True if allowed is None else allowed[i, j].item()) == expected
+            assert (True if bool_mask is None else bool_mask[i, j].item()) == expected
 
 
 def test_only_the_windowed_layers_have_a_window():
@@ -205,10 +205,10 @@ def test_only_the_windowed_layers_have_a_window():
     idx = torch.randint(0, 61, (1, 24), generator=torch.Generator().manual_seed(1))
     changed = idx.clone()
     changed[0, 0] += 1
-    for layers, reach in ((1, 5), (2, 9), (3, 13)):  # a window of 5 reaches 4 tokens further back with every layer
+    for layers, is_visible in ((1, 5), (2, 9), (3, 13)):  # a window of 5 reaches 4 tokens further back with every layer
         m = model(n_layer=layers, sliding_window=5, position_encoding="none")
         differs = ~torch.isclose(m(idx)[0], m(changed)[0], rtol=1e-12, atol=1e-14).all(-1)[0]
-        assert differs.tolist() == [True] * reach + [False] * (24 - reach)
+        assert differs.tolist() == [True] * is_visible + [False] * (24 - is_visible)
 
 
 # ---------------------------------------------------------------- one layer against torch's own and formulas
@@ -240,7 +240,7 @@ def test_a_layer_projects_attends_and_projects_back(n_head, n_kv_head, head_dim,
     assert (layer.q_proj.bias is not None) == (bias if qkv_bias is None else qkv_bias)
     y = causal_attention(*projected(layer, x), (head_dim or 48 // n_head) ** -0.5).flatten(2)
     expected = y @ layer.o_proj.weight.T + (layer.o_proj.bias if bias else 0.0)
-    equal_with_gradients(layer(x, as_is, layer.mask(sight(7))), expected, x, *layer.parameters())
+    equal_with_gradients(layer(x, as_is, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
 
 
 def test_torch_s_own_multi_head_attention_agrees():
@@ -251,7 +251,7 @@ def test_torch_s_own_multi_head_attention_agrees():
                "out_proj.weight": p["o_proj.weight"], "out_proj.bias": p["o_proj.bias"]}
     future = torch.ones(7, 7, dtype=torch.bool).triu(1)
     expected = functional_call(reference, weights, (x, x, x), dict(attn_mask=future, need_weights=False))[0]
-    equal_with_gradients(layer(x, as_is, layer.mask(sight(7))), expected, x, *layer.parameters())
+    equal_with_gradients(layer(x, as_is, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
 
 
 @pytest.mark.parametrize("kind", ["head", "projection"])
@@ -274,7 +274,7 @@ def test_qk_norm_is_per_head_or_over_the_whole_projection(kind, normalization, n
     assert norms.k_norm.weight.numel() == (20 if kind == "head" else 20 * n_kv_head)
     y = causal_attention(normed(q, norms.q_norm), normed(k, norms.k_norm), v, 20**-0.5)
     expected = y.flatten(2) @ layer.o_proj.weight.T
-    equal_with_gradients(layer(x, as_is, layer.mask(sight(7))), expected, x, *layer.parameters())
+    equal_with_gradients(layer(x, as_is, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
     if normalization == "rmsnorm":  # as the models that have it, in float32 inside
         reference = Qwen3RMSNorm if kind == "head" else Olmo2RMSNorm
         theirs = functional_call(reference(norms.q_norm.weight.numel(), eps=1e-5), {"weight": norms.q_norm.weight},
@@ -292,7 +292,7 @@ def test_a_gate_multiplies_what_attention_gathered(kind, bias):
     gate = gate.view(2, 7, 4, 20) if kind == "elementwise" else gate[..., None]
     y = causal_attention(*projected(layer, x), 20**-0.5) * gate
     expected = y.flatten(2) @ layer.o_proj.weight.T + (layer.o_proj.bias if bias else 0.0)
-    equal_with_gradients(layer(x, as_is, layer.mask(sight(7))), expected, x, *layer.parameters())
+    equal_with_gradients(layer(x, as_is, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
 
 
 def test_value_embeddings_join_the_values_of_the_first_and_last_layers():
@@ -327,13 +327,13 @@ def test_value_mix_starts_with_half_of_each():
 def test_the_attention_scale_is_the_asked_one_or_follows_from_the_head(backend, keys, scale):
     layer, x = attention(backend, **keys), draw(2, 7, 48)
     expected = causal_attention(*projected(layer, x), scale).flatten(2) @ layer.o_proj.weight.T
-    equal_with_gradients(layer(x, as_is, layer.mask(sight(7))), expected, x, *layer.parameters())
+    equal_with_gradients(layer(x, as_is, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
 
 
 @pytest.mark.parametrize("backend", TRAINS_HERE)
 def test_dropout_leaves_the_mean_of_attention(backend):
     layer, x = attention(backend, dropout=0.5), draw(1, 5, 48)
-    mask = layer.mask(sight(5))
+    mask = layer.mask(mask_spec(5))
     calm = layer(x, as_is, mask)
     layer.train()
     torch.manual_seed(0)

@@ -39,7 +39,7 @@ def test_all_pairs_of_options_build_and_run_forward_and_backward(part, untraced)
     idx = torch.randint(0, 48, (2, 12), generator=torch.Generator().manual_seed(part))
     for chosen in COVERING[part::8]:
         model = build_model(ModelConfig(**architectures.TINY | chosen))
-        assert model.built() == model.config, chosen
+        assert model.infer_config() == model.config, chosen
         counts = model.parameter_counts()
         assert counts["total"] == sum(p.numel() for p in model.parameters())
         trains = not AXES["attention_backend"][chosen["attention_backend"]].trains_on

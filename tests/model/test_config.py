@@ -140,7 +140,7 @@ def test_auto_takes_the_first_backend_that_can_do_what_is_asked():
     assert ModelConfig().resolve().attention_backend == "sdpa"
     assert ModelConfig(attn_softcap=5.0).resolve().attention_backend == "manual"
     assert ModelConfig(attn_softcap=5.0, attention_backend="flex").resolve().attention_backend == "flex"
-    assert ModelConfig(attn_softcap=5.0, dropout=0.1).able_backends() == ["manual"]
+    assert ModelConfig(attn_softcap=5.0, dropout=0.1).supported_backends() == ["manual"]
 
 
 def test_labels_tell_options_apart():

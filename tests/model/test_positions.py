@@ -54,9 +54,9 @@ def test_a_position_encoding_acts_at_one_place(name):
     if name == "learned_absolute":
         randomised(ours)
     embeds = not torch.equal(ours.embed(x, positions), x)
-    turned = ours.rotate(q, k, ours.tables(positions, None))
+    turned = ours.apply_rotary_emb(q, k, ours.cos_sin(positions, None))
     rotates = not (torch.equal(turned[0], q) and torch.equal(turned[1], k))
-    biases = ours.slopes() is not None
+    biases = ours.alibi_slopes() is not None
     place = {"learned_absolute": 0, "sinusoidal": 0, "rope": 1, "alibi": 2, "none": None}[name]
     assert [embeds, rotates, biases] == [place == i for i in range(3)]
 
@@ -67,18 +67,18 @@ def test_a_position_encoding_acts_at_one_place(name):
 def test_alibi_slopes_are_the_published_ones():
     eight = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
     between = [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]  # of 16 heads every other one, as the authors' code has it
-    for n, slopes in {8: eight, 12: eight + between, 4: [1 / 4, 1 / 16, 1 / 64, 1 / 256], 1: [1 / 256],
+    for n, alibi_slopes in {8: eight, 12: eight + between, 4: [1 / 4, 1 / 16, 1 / 64, 1 / 256], 1: [1 / 256],
                       2: [1 / 16, 1 / 256], 3: [1 / 16, 1 / 256, 1 / 4]}.items():
-        torch.testing.assert_close(position(position_encoding="alibi", n_head=n, head_dim=4).slopes(),
-                                   torch.tensor(slopes))
+        torch.testing.assert_close(position(position_encoding="alibi", n_head=n, head_dim=4).alibi_slopes(),
+                                   torch.tensor(alibi_slopes))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 8, 12, 16, 20, 31, 32, 33, 112])
 def test_alibi_slopes_are_transformers(n):
-    slopes = position(position_encoding="alibi", n_head=n, head_dim=4).slopes()
+    alibi_slopes = position(position_encoding="alibi", n_head=n, head_dim=4).alibi_slopes()
     theirs = build_alibi_tensor(torch.ones(1, 2), n, torch.float32)[:, 0, 1]  # at position one
-    torch.testing.assert_close(slopes, theirs)
-    assert slopes.dtype == torch.float32 and len(slopes) == n
+    torch.testing.assert_close(alibi_slopes, theirs)
+    assert alibi_slopes.dtype == torch.float32 and len(alibi_slopes) == n
 
 
 # ---------------------------------------------------------------- on queries and keys
@@ -104,7 +104,7 @@ def test_rope_scalings_are_transformers(scaling, head_dim, fraction, theta):
     for factor, original in itertools.product((1.0, 2.0, 4.0, 8.0, 40.0), (8, 64, 100, 201, 202, 4096, 8192, 32768)):
         ours = rope(head_dim=head_dim, rope_fraction=fraction, rope_theta=theta, rope_scaling=scaling,
                     rope_scaling_factor=factor, rope_original_context=original)
-        cos, sin = (t[0].double() for t in ours.tables(torch.tensor([1])))  # no pair turns more than 1 rad a token
+        cos, sin = (t[0].double() for t in ours.cos_sin(torch.tensor([1])))  # no pair turns more than 1 rad a token
         frequencies, sharper = reference_frequencies(scaling, factor, original, theta, head_dim, fraction)
         told = f"factor {factor}, original context {original}"
         # float32 on both sides, a dozen operations
@@ -118,7 +118,7 @@ def test_yarn_is_its_paper_s():
     keys = dict(head_dim=128, rope_scaling_factor=16.0, rope_original_context=4096)
     plain, scaled = rope(**keys), rope(**keys, rope_scaling="yarn")
     one = torch.tensor([1])
-    (c0, s0), (c1, s1) = ([t[0].double() for t in r.tables(one)] for r in (plain, scaled))
+    (c0, s0), (c1, s1) = ([t[0].double() for t in r.cos_sin(one)] for r in (plain, scaled))
     before, after = torch.atan2(s0, c0), torch.atan2(s1, c1)
     turns = 4096 * before / (2 * math.pi)
     ratio = after / before
@@ -138,7 +138,7 @@ def test_rope_turns_queries_and_keys_as_transformers(scaling, T, start):
                                               max_position_embeddings=1024, rope_parameters=parameters))
     ours = rope(head_dim=20, rope_scaling=scaling, rope_scaling_factor=8.0, rope_original_context=128)
     q, k, positions = draw(2, 4, T, 20), draw(2, 2, T, 20, seed=1), torch.arange(start, start + T)
-    turned = ours.rotate(q, k, ours.tables(positions))
+    turned = ours.apply_rotary_emb(q, k, ours.cos_sin(positions))
     expected = apply_rotary_pos_emb(q, k, *theirs(q, positions[None]))
     for a, b, leaf in zip(turned, expected, (q, k), strict=True):
         equal_with_gradients(a, b, leaf, rtol=1e-6, atol=1e-7 * max(16, start + T))  # angles are float32 in both
@@ -156,7 +156,7 @@ def test_rope_turns_pairs_in_the_complex_plane(head_dim, fraction, R):
         z = torch.complex(x[..., : R // 2], x[..., R // 2 : R]) * turn
         return torch.cat((z.real, z.imag, x[..., R:]), dim=-1)
 
-    for turned, x in zip(ours.rotate(q, k, ours.tables(positions)), (q, k), strict=True):
+    for turned, x in zip(ours.apply_rotary_emb(q, k, ours.cos_sin(positions)), (q, k), strict=True):
         equal_with_gradients(turned, reference(x), x, rtol=1e-5, atol=1e-5)  # our angles are float32
         equal(turned[..., R:], x[..., R:])
 
@@ -166,14 +166,14 @@ def test_rope_scores_depend_on_distance_alone():
     q, k = draw(1, 1, 1, 8), draw(1, 1, 1, 8, seed=1)
 
     def score(i, j):
-        q_turned, _ = ours.rotate(q, k, ours.tables(torch.tensor([i])))
-        _, k_turned = ours.rotate(q, k, ours.tables(torch.tensor([j])))
+        q_turned, _ = ours.apply_rotary_emb(q, k, ours.cos_sin(torch.tensor([i])))
+        _, k_turned = ours.apply_rotary_emb(q, k, ours.cos_sin(torch.tensor([j])))
         return (q_turned * k_turned).sum()
 
     # angles are float32, so agreement is to float32's rounding
     torch.testing.assert_close(score(3, 10), score(103, 110), rtol=1e-4, atol=1e-5)
     assert not torch.isclose(score(3, 10), score(3, 11))
-    equal(ours.rotate(q, k, ours.tables(torch.tensor([0])))[0], q)
+    equal(ours.apply_rotary_emb(q, k, ours.cos_sin(torch.tensor([0])))[0], q)
 
 
 def test_layers_with_a_window_have_their_own_base_and_no_scaling():
@@ -185,17 +185,17 @@ def test_layers_with_a_window_have_their_own_base_and_no_scaling():
         one = rope(**keys, **scaled)
         far, near = rope(rope_theta=1_000_000.0, **scaled), rope(rope_theta=100.0)
         for window, expected in ((5, near), (None, far)):
-            for a, b in zip(both.tables(positions, window), expected.tables(positions), strict=True):
+            for a, b in zip(both.cos_sin(positions, window), expected.cos_sin(positions), strict=True):
                 assert torch.equal(a, b)
-        for a, b in zip(one.tables(positions, 5), far.tables(positions), strict=True):
+        for a, b in zip(one.cos_sin(positions, 5), far.cos_sin(positions), strict=True):
             assert torch.equal(a, b)  # without a base of their own they are as the others
 
 
 def test_rope_s_angles_are_float32_in_half_precision():
     ours = rope(head_dim=64)
     q = torch.randn(1, 1, 1, 64, generator=torch.Generator().manual_seed(0))
-    tables = ours.tables(torch.tensor([4001]))  # bfloat16 would make 4000 of it
-    assert all(t.dtype == torch.float32 for t in tables)
-    half, _ = ours.rotate(q.bfloat16(), q.bfloat16(), tables)
+    cos_sin = ours.cos_sin(torch.tensor([4001]))  # bfloat16 would make 4000 of it
+    assert all(t.dtype == torch.float32 for t in cos_sin)
+    half, _ = ours.apply_rotary_emb(q.bfloat16(), q.bfloat16(), cos_sin)
     assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), ours.rotate(q, q, tables)[0], rtol=0.02, atol=0.05)  # bfloat16: 8 bits
+    torch.testing.assert_close(half.float(), ours.apply_rotary_emb(q, q, cos_sin)[0], rtol=0.02, atol=0.05)  # bfloat16: 8 bits

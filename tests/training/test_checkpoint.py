@@ -21,10 +21,10 @@ from conftest import ROOT, TINY, environment, run_python
 from safetensors.torch import load_file
 
 import blockgpt.training.checkpoint as checkpoint
-from blockgpt.errors import CheckpointError, UserError, told_in_one_line
-from blockgpt.files import ReservedFile, sha256_of
+from blockgpt.errors import CheckpointError, UserError, exit_on_user_error
+from blockgpt.files import PreallocatedFile, sha256_of
 from blockgpt.training import checkpoint_saver
-from blockgpt.training.checkpoint_saver import Checkpoints
+from blockgpt.training.checkpoint_saver import CheckpointSaver
 from blockgpt.training.optimizers import build_optimizer
 from model_builder import build_model
 from model_config import get_preset
@@ -42,7 +42,7 @@ def make(preset="llama", seed=1):
 
 
 def save(run_dir, model, optimizer, state, **options):
-    return Checkpoints(run_dir, **options).save(model, optimizer, state)
+    return CheckpointSaver(run_dir, **options).save(model, optimizer, state)
 
 
 @pytest.fixture
@@ -360,7 +360,7 @@ def test_a_state_of_another_version_is_refused(run):
 
 def test_the_newest_two_and_the_best_are_kept_and_nothing_goes_before_the_new_one_is_verified(run, monkeypatch):
     seen = []
-    monkeypatch.setattr(checkpoint_saver, "reread", lambda *_: seen.append(names(run.folder)))
+    monkeypatch.setattr(checkpoint_saver, "verify_written", lambda *_: seen.append(names(run.folder)))
     for step, best, kept in ((6, 2, [2, 4, 6]), (8, 8, [6, 8]), (10, 6, [6, 8, 10]), (12, 6, [6, 10, 12]),
                              (14, None, [12, 14])):
         before = names(run.folder)
@@ -376,7 +376,7 @@ def test_the_newest_two_and_the_best_are_kept_and_nothing_goes_before_the_new_on
 
 def test_what_reads_back_otherwise_is_no_checkpoint_and_the_older_ones_stay(run, monkeypatch):
     before = contents(run.folder)
-    monkeypatch.setattr(checkpoint_saver, "forget_cached", lambda path: path.name == MODEL and flip(path, -1))
+    monkeypatch.setattr(checkpoint_saver, "drop_page_cache", lambda path: path.name == MODEL and flip(path, -1))
     with pytest.raises(OSError, match=f"{MODEL}: reads back otherwise than it was written"):
         save(run.dir, run.model, run.optimizer, state(6))
     assert contents(run.folder) == before
@@ -477,7 +477,7 @@ def test_a_full_disk_is_an_oserror_that_costs_only_the_new_checkpoint(run, room)
 
 
 ASKED_OF_THE_DISK = ((os, "mkdir"), (os, "fsync"), (os, "rename"), (os, "replace"), (os, "posix_fallocate"),
-                     (Path, "write_bytes"), (ReservedFile, "write"))
+                     (Path, "write_bytes"), (PreallocatedFile, "write"))
 
 
 def test_whatever_a_disk_refuses_the_last_good_checkpoint_stays_and_nothing_else(run, tmp_path, monkeypatch):
@@ -501,7 +501,7 @@ def test_whatever_a_disk_refuses_the_last_good_checkpoint_stays_and_nothing_else
         shutil.copytree(run.dir / "checkpoints", folder / "checkpoints")
         before, left[0] = contents(folder), i
         try:
-            path = Checkpoints(folder).save(model, optimizer, state(6))
+            path = CheckpointSaver(folder).save(model, optimizer, state(6))
         except OSError as error:
             assert "No space left on device" in str(error)
             assert contents(folder) == before and len(names(folder / "checkpoints")) == 2, i
@@ -586,7 +586,7 @@ def test_on_a_disk_that_is_really_full(tmp_path, data_dir):
 
 def told(capsys, *argv):
     """(exit code, lines on stdout, lines on stderr) of the command."""
-    with pytest.raises(SystemExit) as left, told_in_one_line():
+    with pytest.raises(SystemExit) as left, exit_on_user_error():
         verify_checkpoint(list(map(str, argv)))
         raise SystemExit(0)
     out, err = capsys.readouterr()
@@ -618,7 +618,7 @@ def test_the_command_finds_nothing(tmp_path, capsys):
 
 def test_a_save_in_the_background_holds_what_was_there_when_it_was_asked_for(tmp_path, run):
     (tmp_path / "other").mkdir()
-    checkpoints = Checkpoints(tmp_path / "other", asynchronous=True)
+    checkpoints = CheckpointSaver(tmp_path / "other", asynchronous=True)
     assert checkpoints.poll() is None and checkpoints.wait() is None
     now = state(4, best=2)
     assert checkpoints.save(run.model, run.optimizer, now) is None
@@ -629,7 +629,7 @@ def test_a_save_in_the_background_holds_what_was_there_when_it_was_asked_for(tmp
 
 
 def test_a_failure_in_the_background_is_polled_and_the_next_save_waits_for_it(run):
-    checkpoints = Checkpoints(run.dir, asynchronous=True)
+    checkpoints = CheckpointSaver(run.dir, asynchronous=True)
     before = contents(run.folder)
     with largest_file(1000):
         checkpoints.save(run.model, run.optimizer, state(6))
@@ -642,8 +642,8 @@ def test_a_failure_in_the_background_is_polled_and_the_next_save_waits_for_it(ru
 
 
 def test_a_bug_in_the_background_is_no_failure_of_a_disk(run, monkeypatch):
-    checkpoints = Checkpoints(run.dir, asynchronous=True)
-    monkeypatch.setattr(checkpoint_saver, "finish", lambda *_: 1 / 0)
+    checkpoints = CheckpointSaver(run.dir, asynchronous=True)
+    monkeypatch.setattr(checkpoint_saver, "commit", lambda *_: 1 / 0)
     checkpoints.save(run.model, run.optimizer, state(6))
     with pytest.raises(ZeroDivisionError):
         checkpoints.wait()

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from blockgpt import files
-from blockgpt.files import ReservedFile, reserve
-from blockgpt.training.checkpoint_files import DTYPES, TORCH, Index, TensorFile, share_out, tiles
+from blockgpt.files import PreallocatedFile, preallocate
+from blockgpt.training.checkpoint_files import DTYPES, TORCH, Index, TensorFile, assign_owners, tiles
 
 names = st.text(max_size=20) | st.text("abc./_\\\"'\0é🐎", max_size=9)
 names = names.filter(lambda name: name != "__metadata__" and name.isprintable())
@@ -46,7 +46,7 @@ def test_what_is_written_the_library_reads_bit_for_bit(tmp_path_factory, layout)
 
 
 def test_what_is_not_contiguous_and_larger_than_a_piece_is_written_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 1000)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 1000)
     tensor = torch.randn(300, 70).t()
     with TensorFile(tmp_path / "f", {"a": (torch.float32, (70, 300))}) as file:
         file.fill(lambda key: tensor)
@@ -118,8 +118,8 @@ def test_any_box_is_read_from_whatever_pieces(tmp_path_factory, data, dtype):
 
 @given(sizes=st.dictionaries(st.text(max_size=3), st.integers(0, 100), max_size=20), n=st.integers(1, 5))
 def test_shares_are_fair_and_the_same_for_everyone(sizes, n):
-    taker = share_out(sizes, n)
-    assert taker == share_out(dict(reversed(sizes.items())), n) and taker.keys() == sizes.keys()
+    taker = assign_owners(sizes, n)
+    assert taker == assign_owners(dict(reversed(sizes.items())), n) and taker.keys() == sizes.keys()
     loads = [sum(sizes[name] for name in sizes if taker[name] == i) for i in range(n)]
     assert max(loads) - min(loads) <= max(sizes.values(), default=0)
 
@@ -127,7 +127,7 @@ def test_shares_are_fair_and_the_same_for_everyone(sizes, n):
 # ---- room
 
 def test_room_is_taken_before_the_first_byte(tmp_path):
-    with ReservedFile(tmp_path / "f", 100_000) as file:
+    with PreallocatedFile(tmp_path / "f", 100_000) as file:
         assert os.path.getsize(tmp_path / "f") == 100_000 and os.stat(tmp_path / "f").st_blocks * 512 >= 100_000
         with pytest.raises(AssertionError):
             file.finish()
@@ -142,9 +142,9 @@ def test_a_file_system_that_reserves_nothing_is_written_all_the_same(tmp_path, m
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     if raised:
         with pytest.raises(OSError, match=r".* for 1,234 bytes: .*f"):
-            ReservedFile(tmp_path / "f", 1234)
+            PreallocatedFile(tmp_path / "f", 1234)
         return
-    with ReservedFile(tmp_path / "f", 3) as file:
+    with PreallocatedFile(tmp_path / "f", 3) as file:
         file.write(b"abc")
         assert file.finish()["sha256"] == hashlib.sha256(b"abc").hexdigest()
 
@@ -152,5 +152,5 @@ def test_a_file_system_that_reserves_nothing_is_written_all_the_same(tmp_path, m
 def test_where_the_system_knows_no_reserving_nothing_is_reserved(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "posix_fallocate")
     with open(tmp_path / "f", "wb") as f:
-        reserve(f.fileno(), 10**18)
+        preallocate(f.fileno(), 10**18)
     assert os.path.getsize(tmp_path / "f") == 0

@@ -10,15 +10,15 @@ from conftest import records
 
 import blockgpt.training.faults as faults
 from blockgpt.errors import DataError, PeerLostError
-from blockgpt.training.faults import Watch, is_broken_connection
-from blockgpt.training.launch import Machine
+from blockgpt.training.faults import Watchdog, is_broken_connection
+from blockgpt.training.launch import Runtime
 from configurator import load_config
 
 CPU = torch.device("cpu")
 
 
-def watch():
-    return Watch(Machine(0, 0, 1, CPU, torch.float32, False, False), load_config([]))
+def watchdog():
+    return Watchdog(Runtime(0, 0, 1, CPU, torch.float32, False, False), load_config([]))
 
 
 # ---- one process
@@ -29,18 +29,18 @@ def clock(monkeypatch):
     time = [0.0]
     monkeypatch.setattr(faults.time, "monotonic", lambda: time[0])
     # All, as a job in the background starts with Ctrl-C ignored.
-    before = {s: signal.signal(s, signal.default_int_handler) for s in Watch.SIGNALS}
+    before = {s: signal.signal(s, signal.default_int_handler) for s in Watchdog.SIGNALS}
     yield time
-    found = [signal.getsignal(s) for s in Watch.SIGNALS]
+    found = [signal.getsignal(s) for s in Watchdog.SIGNALS]
     for s, handler in before.items():
         signal.signal(s, handler)
     assert found == [signal.default_int_handler] * 3
 
 
-@pytest.mark.parametrize("first", Watch.SIGNALS)
-@pytest.mark.parametrize("last", Watch.SIGNALS)
+@pytest.mark.parametrize("first", Watchdog.SIGNALS)
+@pytest.mark.parametrize("last", Watchdog.SIGNALS)
 def test_the_first_signal_is_noted_and_one_after_it_ends_the_process(clock, first, last):
-    with watch() as w, w.training():
+    with watchdog() as w, w.training():
         assert w.agree().stop is None
         signal.raise_signal(first)
         assert w.agree().stop == first.name
@@ -54,7 +54,7 @@ def test_the_first_signal_is_noted_and_one_after_it_ends_the_process(clock, firs
 
 
 def test_signals_are_wishes_while_training_alone(clock):
-    with watch() as w:
+    with watchdog() as w:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
         with w.training():
@@ -63,7 +63,7 @@ def test_signals_are_wishes_while_training_alone(clock):
 
 
 def test_one_process_agrees_with_itself():
-    with watch() as w:
+    with watchdog() as w:
         known = w.agree([1.0, 2.5], 0.25, 7, saved=True)
         assert (known.loss, known.bad, known.stop) == (3.5, [-1], None)
         assert known.saved is True and known.step_times == [0.25] and known.memory == [7]
@@ -74,7 +74,7 @@ def test_one_process_agrees_with_itself():
 
 def test_an_error_of_one_process_stays_what_it_is():
     for error in (DataError("x"), RuntimeError("shape '[2]' is invalid"), KeyboardInterrupt()):
-        with pytest.raises(type(error)) as raised, watch() as w, w.training():
+        with pytest.raises(type(error)) as raised, watchdog() as w, w.training():
             raise error
         assert raised.value is error
     assert is_broken_connection(RuntimeError("[…/gloo/transport/tcp/pair.cc:553] Connection closed by peer"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from blockgpt.errors import DataError
-from blockgpt.training.launch import Machine
+from blockgpt.training.launch import Runtime
 from blockgpt.training.objectives import LanguageModeling
 from configurator import load_config
 from model_builder import build_model
@@ -15,7 +15,7 @@ from model_builder import build_model
 BLOCK = 16
 
 
-class Alone(Machine):
+class Alone(Runtime):
     """A process that hears nothing of the others: its sums are its own, and it finds the datasets itself."""
 
     asked = 0
@@ -28,7 +28,7 @@ class Alone(Machine):
         return function()
 
 
-def machine(rank=0, world_size=1):
+def runtime(rank=0, world_size=1):
     return Alone(rank, rank, world_size, torch.device("cpu"), torch.float32, False, False)
 
 
@@ -53,7 +53,7 @@ def exact_losses(model, x, y):
 def test_the_shares_of_a_step_sum_to_the_mean_over_its_tokens(config):
     c = config(batch_size=3, gradient_accumulation_steps=4)
     model = build_model(c.model)
-    one = LanguageModeling(c, machine())
+    one = LanguageModeling(c, runtime())
     batches = list(one.micro_batches(5))
     assert len(batches) == one.micro_steps == 4 and one.tokens_per_step == 4 * 3 * BLOCK
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -61,7 +61,7 @@ def test_the_shares_of_a_step_sum_to_the_mean_over_its_tokens(config):
     assert sum(one.loss(model, b).item() for b in batches) == pytest.approx(mean, rel=1e-6)
     shares = []
     for rank in range(2):  # two processes share the same step
-        part = LanguageModeling(c, machine(rank, 2))
+        part = LanguageModeling(c, runtime(rank, 2))
         assert part.micro_steps == 2 and part.tokens_per_step == one.tokens_per_step
         shares += [part.loss(model, b).item() for b in part.micro_batches(5)]
     assert sorted(shares) == sorted(one.loss(model, b).item() for b in batches)
@@ -69,7 +69,7 @@ def test_the_shares_of_a_step_sum_to_the_mean_over_its_tokens(config):
 
 def test_an_evaluation_is_the_mean_over_the_whole_split(config):
     c = config(eval_tokens=0, dropout=0.5)
-    model, objective = build_model(c.model), LanguageModeling(c, machine())
+    model, objective = build_model(c.model), LanguageModeling(c, runtime())
     data = np.fromfile(objective.dataset.directory / "val.bin", "<u2").astype(np.int64)
     n = (len(data) - 1) // BLOCK
     x, y = (torch.from_numpy(data[i:i + n * BLOCK].reshape(n, BLOCK)) for i in (0, 1))
@@ -83,18 +83,18 @@ def test_an_evaluation_is_the_mean_over_the_whole_split(config):
 def test_an_evaluation_does_not_depend_on_batches_or_processes(config):
     c = config(eval_tokens=37 * BLOCK)
     model = build_model(c.model)
-    whole = LanguageModeling(c, machine()).evaluate(model)["val_loss"]
+    whole = LanguageModeling(c, runtime()).evaluate(model)["val_loss"]
     for batch_size in (1, 3, 64):
-        other = LanguageModeling(config(eval_tokens=37 * BLOCK, batch_size=batch_size), machine())
+        other = LanguageModeling(config(eval_tokens=37 * BLOCK, batch_size=batch_size), runtime())
         assert other.evaluate(model)["val_loss"] == pytest.approx(whole, rel=1e-6)
     c = config(eval_tokens=37 * BLOCK, gradient_accumulation_steps=2)
-    parts = [LanguageModeling(c, machine(rank, 2)).evaluate(model)["val_loss"] for rank in range(2)]
+    parts = [LanguageModeling(c, runtime(rank, 2)).evaluate(model)["val_loss"] for rank in range(2)]
     assert (19 * parts[0] + 18 * parts[1]) / 37 == pytest.approx(whole, rel=1e-6)
 
 
 def test_documents_are_kept_apart_as_if_each_were_alone(config):
     c = config(mask_documents=True, position_encoding="none", n_layer=2, init_std=0.3)
-    model, objective = build_model(c.model).eval(), LanguageModeling(c, machine())
+    model, objective = build_model(c.model).eval(), LanguageModeling(c, runtime())
     eot = objective.eot
     x = torch.randint(0, 256, (2, BLOCK), generator=torch.Generator().manual_seed(0))
     x[0, [3, 4, 9]] = eot  # a document that is nothing but its end, too
@@ -108,21 +108,21 @@ def test_documents_are_kept_apart_as_if_each_were_alone(config):
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
     objective.step_targets = y.numel()
     assert objective.loss(model, (x, y)).item() * y.numel() == pytest.approx(expected, rel=1e-6)
-    assert LanguageModeling(config(), machine()).documents(x) is None
+    assert LanguageModeling(config(), runtime()).documents(x) is None
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_an_evaluation_is_without_dropout_and_leaves_the_mode_as_it_was(config, training):
     c = config(eval_tokens=64, dropout=0.5)
-    model, objective = build_model(c.model).train(training), LanguageModeling(c, machine())
+    model, objective = build_model(c.model).train(training), LanguageModeling(c, runtime())
     assert objective.evaluate(model) == objective.evaluate(model)
     assert all(m.training == training for m in model.modules())
 
 
 def test_no_process_waits_for_one_that_found_no_dataset(config):
-    """It is for `on_main` to find, and to tell all: if only the first one raised, the others would wait for it."""
+    """It is for `on_rank_zero` to find, and to tell all: if only the first one raised, the others would wait for it."""
     for rank in range(2):
-        process = machine(rank, 2)
+        process = runtime(rank, 2)
         with pytest.raises(DataError, match="does not exist"):
             LanguageModeling(config("nothing", gradient_accumulation_steps=2), process)
         assert process.asked == 1

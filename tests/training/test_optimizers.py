@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockgpt.training.diagnostics import Spikes, gradient_statistics
+from blockgpt.training.diagnostics import LossSpikeDetector, gradient_statistics
 from blockgpt.training.optimizers import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from model_builder import build_model
 from model_config import get_preset
@@ -153,7 +153,7 @@ def noise(n, seed=0):
 
 
 def test_a_spike_is_a_loss_far_above_its_running_mean():
-    spikes = Spikes(6.0)
+    spikes = LossSpikeDetector(6.0)
     assert [spikes(loss) for loss in noise(500)] == [None] * 500  # six standard deviations of normal noise
     assert spikes.state["mean"] == pytest.approx(3.0, abs=0.05) and spikes.state["variance"] ** 0.5 == pytest.approx(
         0.1, rel=0.3)
@@ -164,24 +164,24 @@ def test_a_spike_is_a_loss_far_above_its_running_mean():
 
 
 def test_early_losses_are_no_spikes_and_a_new_level_is_soon_none():
-    spikes = Spikes(6.0)
+    spikes = LossSpikeDetector(6.0)
     assert [spikes(loss) for loss in (10.0, 3.0, 30.0, 5.0)] == [None] * 4
-    spikes = Spikes(6.0)
+    spikes = LossSpikeDetector(6.0)
     for loss in noise(300):
         spikes(loss)
     told = [spikes(loss + 2.0) is not None for loss in noise(300, seed=1)]
     assert told[0] and not any(told[100:])
-    constant = Spikes(6.0)
+    constant = LossSpikeDetector(6.0)
     assert [constant(1.0) for _ in range(200)] == [None] * 200 and constant(1.001) is None  # no noise, no verdict on it
 
 
 def test_spikes_go_on_from_their_state():
     losses = noise(250)
-    whole, first = Spikes(2.0), Spikes(2.0)
+    whole, first = LossSpikeDetector(2.0), LossSpikeDetector(2.0)
     told = [whole(loss) for loss in losses]
     for loss in losses[:170]:
         first(loss)
-    rest = Spikes(2.0, json.loads(json.dumps(first.state)))
+    rest = LossSpikeDetector(2.0, json.loads(json.dumps(first.state)))
     assert [rest(loss) for loss in losses[170:]] == told[170:] and any(told[170:])
 
 

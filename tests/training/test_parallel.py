@@ -14,12 +14,12 @@ from conftest import ROOT, records, run_python
 
 from blockgpt.errors import ConfigError, PeerLostError, UserError
 from blockgpt.training.device import choose_device, choose_dtype, process_memory
-from blockgpt.training.launch import Machine, check_alike, this_launch
+from blockgpt.training.launch import Runtime, agree_on_launch_id, check_same_config
 from blockgpt.training.parallel import seed_micro_batch
 from configurator import load_config
 from model_config import PRESETS
 from tools import bench_parallel
-from training_logger import begun_before
+from training_logger import find_restarted_run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -88,7 +88,7 @@ def test_a_precision_the_device_lacks_is_an_error(gpus):
 def test_autocast_is_for_reduced_precision_alone():
     x = torch.ones(2, 2)
     for dtype in (torch.float32, torch.bfloat16):
-        with Machine(0, 0, 1, CPU, dtype, False, False).autocast():
+        with Runtime(0, 0, 1, CPU, dtype, False, False).autocast():
             assert (x @ x).dtype == dtype
 
 
@@ -128,10 +128,10 @@ config = load_config(["--device=cpu", "--gradient_accumulation_steps=2"])
 machine = parallel.init(config)
 rank = machine.rank
 assert machine.world_size == 2 and machine.device.type == "cpu" and machine.is_main == (rank == 0)
-assert machine.sum(rank + 1, 0.25) == [3.0, 0.5]
-assert machine.sum(2**53 if rank else 1 - 2**53) == [1.0]  # exactly, in float64
+assert machine.all_reduce_sum(rank + 1, 0.25) == [3.0, 0.5]
+assert machine.all_reduce_sum(2**53 if rank else 1 - 2**53) == [1.0]  # exactly, in float64
 assert machine.exchange({"rank": rank, "text": "ä" * rank}) == [{"rank": 0, "text": ""}, {"rank": 1, "text": "ä"}]
-assert machine.gather([rank, 0.5]) == [[0.0, 0.5], [1.0, 0.5]]
+assert machine.all_gather([rank, 0.5]) == [[0.0, 0.5], [1.0, 0.5]]
 assert machine.on_main(lambda: {"rank": rank}) == {"rank": 0}
 
 def fail(error):
@@ -197,7 +197,7 @@ def test_a_launch_has_a_name_of_its_own_in_a_store_that_outlives_it():
         def join(rank):
             time.sleep(random.random() / 20)
             try:
-                return this_launch(store, rank, size, limit)
+                return agree_on_launch_id(store, rank, size, limit)
             except PeerLostError as error:
                 return str(error)
 
@@ -219,8 +219,8 @@ def test_a_launch_has_a_name_of_its_own_in_a_store_that_outlives_it():
 
 def test_a_restart_goes_on_with_its_own_run_alone(tmp_path):
     def goes_on(launch, *flags):
-        machine = Machine(0, 0, 1, CPU, torch.float32, False, False, launch=launch, first_launch=launch and "a")
-        return begun_before(load_config([f"--out_dir={tmp_path}", *flags]), machine)
+        runtime = Runtime(0, 0, 1, CPU, torch.float32, False, False, launch=launch, first_launch=launch and "a")
+        return find_restarted_run(load_config([f"--out_dir={tmp_path}", *flags]), runtime)
 
     def made(name, launch):
         (tmp_path / name).mkdir(exist_ok=True)
@@ -240,11 +240,11 @@ def test_a_restart_goes_on_with_its_own_run_alone(tmp_path):
 
 def test_processes_that_were_asked_for_different_runs_end_in_one_line():
     configs = [load_config([f"--learning_rate={rate}"]) for rate in (1, 1, 2)]
-    machine = SimpleNamespace(exchange=lambda value: [config.flat() for config in configs])
+    runtime = SimpleNamespace(all_gather_object=lambda value: [config.flat() for config in configs])
     with pytest.raises(UserError, match=r"^learning_rate: is 2.0 on rank 2 and 1.0 on rank 0 .*the same command"):
-        check_alike(configs[0], machine)
+        check_same_config(configs[0], runtime)
     configs.pop()
-    check_alike(configs[0], machine)
+    check_same_config(configs[0], runtime)
 
 
 # ---- the modes

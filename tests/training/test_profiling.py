@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_checkpoint import largest_file
 
-from blockgpt.accounting.out_of_memory import memory_advice
+from blockgpt.accounting.out_of_memory import out_of_memory_hint
 from blockgpt.training import profiling
 from blockgpt.training.profiling import Profile, memory_history, merged, shares, without
 
@@ -20,9 +20,9 @@ CPU = torch.device("cpu")
 EQUAL = ("loss", "grad_norm", "lr", "tokens")
 
 
-def machine(rank=0, world_size=1, device="cpu"):
+def runtime(rank=0, world_size=1, device="cpu"):
     return SimpleNamespace(rank=rank, world_size=world_size, is_main=rank == 0, device=torch.device(device),
-                           exchange=lambda value: [value] * world_size)
+                           all_gather_object=lambda value: [value] * world_size)
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def log(tmp_path):
 
 
 def watching(log, steps=range(0), **of_machine):
-    return Profile(SimpleNamespace(profiled_steps=lambda: steps), machine(**of_machine), log)
+    return Profile(SimpleNamespace(profiled_steps=lambda: steps), runtime(**of_machine), log)
 
 
 def steps_of(profile, last, work=lambda: torch.ones(8, 8) @ torch.ones(8, 8)):
@@ -274,10 +274,10 @@ def allocator(monkeypatch):
 def test_the_allocators_history_is_left_whatever_ends_the_run(log, allocator, error, rank, name):
     config = SimpleNamespace(memory_snapshot=True)
     if error:
-        with pytest.raises(error), memory_history(config, machine(rank, 4, "cuda"), log):
+        with pytest.raises(error), memory_history(config, runtime(rank, 4, "cuda"), log):
             raise error
     else:
-        with memory_history(config, machine(rank, 4, "cuda"), log):
+        with memory_history(config, runtime(rank, 4, "cuda"), log):
             pass
     assert [p.name for p in log.dir.iterdir()] == [name] and allocator == [True, None]
 
@@ -287,15 +287,15 @@ def test_a_history_that_cannot_be_written_does_not_hide_the_error(log, allocator
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", full)
     with (pytest.raises(torch.OutOfMemoryError),
-          memory_history(SimpleNamespace(memory_snapshot=True), machine(device="cuda"), log)):
+          memory_history(SimpleNamespace(memory_snapshot=True), runtime(device="cuda"), log)):
         raise torch.OutOfMemoryError
     assert len(log.warnings) == 1 and "No space left on device: no memory snapshot" in log.warnings[0]
 
 
 @pytest.mark.parametrize("asked, device, warnings", [(False, "cuda", 0), (True, "cpu", 1)])
 def test_without_being_asked_or_without_cuda_nothing_is_recorded(log, allocator, asked, device, warnings):
-    config = SimpleNamespace(memory_snapshot=asked, without_effect=dict)
-    with memory_history(config, machine(device=device), log):
+    config = SimpleNamespace(memory_snapshot=asked, keys_without_effect=dict)
+    with memory_history(config, runtime(device=device), log):
         pass
     assert allocator == [] and not list(log.dir.iterdir()) and len(log.warnings) == warnings
 
@@ -311,12 +311,12 @@ def test_without_being_asked_or_without_cuda_nothing_is_recorded(log, allocator,
     ((1, 1, 1, "full", False, False), "a smaller block_size, n_embd or n_layer, or more processes"),
 ])
 def test_what_to_do_without_memory_in_order_and_only_what_is_left(state, advice):
-    assert memory_advice(*state) == f"out of memory: {advice}"
+    assert out_of_memory_hint(*state) == f"out of memory: {advice}"
 
 
 def test_the_advice_leaves_the_step_what_it_is():
     for batch_size in range(2, 50):
-        text = memory_advice(batch_size, 6, 2, "none", False, False)
+        text = out_of_memory_hint(batch_size, 6, 2, "none", False, False)
         sizes = {key: int(text.split(f"--{key}=")[1].split()[0].strip("),"))
                  for key in ("batch_size", "gradient_accumulation_steps")}
         assert sizes["batch_size"] * sizes["gradient_accumulation_steps"] == batch_size * 6

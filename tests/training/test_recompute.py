@@ -119,10 +119,10 @@ def test_attention_that_drops_out_is_run_again():
 def test_the_model_is_what_it_was(kind):
     model = build_model(get_preset("llama", **SIZE, sliding_window=4))
     idx = torch.arange(8)[None]
-    before = (model.built(), [n for n, _ in model.named_modules()], list(model.state_dict()),
+    before = (model.infer_config(), [n for n, _ in model.named_modules()], list(model.state_dict()),
               model.generate(idx, 9, temperature=0).tolist(), model.eval()(idx)[0].tolist())
     assert recompute(model, kind) is model
-    after = (model.built(), [n for n, _ in model.named_modules()], list(model.state_dict()),
+    after = (model.infer_config(), [n for n, _ in model.named_modules()], list(model.state_dict()),
              model.generate(idx, 9, temperature=0).tolist(), model.eval()(idx)[0].tolist())
     assert after == before
 

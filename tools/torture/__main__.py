@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from blockgpt.console import ArgumentParser
-from blockgpt.errors import did_you_mean, told_in_one_line
+from blockgpt.errors import did_you_mean, exit_on_user_error
 from tools.torture.files import damage, malicious
 from tools.torture.ranks import PHASES
 from tools.torture.runs import EVERY, MODES, STEPS, Tool
@@ -311,5 +311,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with exit_on_user_error():
         sys.exit(main(sys.argv[1:]))

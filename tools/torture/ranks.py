@@ -25,13 +25,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # The phases of a save: where each begins and ends. "rename" is what `finish` does from its os.rename on.
 WRAPPED = {
-    "save": ("blockgpt.training.checkpoint_saver", "Checkpoints._write"),
+    "save": ("blockgpt.training.checkpoint_saver", "CheckpointSaver._write"),
     "reserve": ("blockgpt.training.checkpoint_files", "TensorFile.__init__"),
     "tensors": ("blockgpt.training.checkpoint_saver", "write_pieces"),
     "exchange": ("blockgpt.training.checkpoint_saver", "together"),
-    "index": ("blockgpt.training.checkpoint_saver", "finish"),
-    "verify": ("blockgpt.training.checkpoint_saver", "reread"),
-    "prune": ("blockgpt.training.checkpoint_saver", "Checkpoints._prune"),
+    "index": ("blockgpt.training.checkpoint_saver", "commit"),
+    "verify": ("blockgpt.training.checkpoint_saver", "verify_written"),
+    "prune": ("blockgpt.training.checkpoint_saver", "CheckpointSaver._prune"),
     "export": ("blockgpt.training.checkpoint", "write_export"),
 }
 PHASES = ("reserve", "tensors", "exchange", "index", "rename", "verify", "prune", "export")
@@ -67,18 +67,18 @@ class Fault:
             *cls, name = name.split(".")
             owner = getattr(owner, cls[0]) if cls else owner
             setattr(owner, name, self.wrapped(phase, getattr(owner, name)))
-        enter, leave = faults.Watch.enter, faults.Watch.__exit__
+        enter, leave = faults.Watchdog.enter, faults.Watchdog.__exit__
 
-        def enter_and_look(watch, phase, step=None):
-            enter(watch, phase, step)
-            self.step = watch.step
+        def enter_and_look(watchdog, phase, step=None):
+            enter(watchdog, phase, step)
+            self.step = watchdog.step
             self.loop_enters(phase)
 
-        def leave_and_tell(watch, *error):
-            Path(f"rank{self.rank}.json").write_text(json.dumps({"step": watch.step, "counts": self.counts}))
-            return leave(watch, *error)
+        def leave_and_tell(watchdog, *error):
+            Path(f"rank{self.rank}.json").write_text(json.dumps({"step": watchdog.step, "counts": self.counts}))
+            return leave(watchdog, *error)
 
-        faults.Watch.enter, faults.Watch.__exit__ = enter_and_look, leave_and_tell
+        faults.Watchdog.enter, faults.Watchdog.__exit__ = enter_and_look, leave_and_tell
         if self.kind == "nonfinite":
             self.poison(objectives_module, optimizers_module)
 
