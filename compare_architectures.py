@@ -41,10 +41,10 @@ FIELDS = {"step": ("tokens", "tokens_per_sec", "mfu", "step_time"), "eval": ("to
 TRAINING_KEYS = ("learning_rate", "max_iters", "batch_size", "gradient_accumulation_steps", "seed", "weight_decay")
 # Runs whose config differs only here are repeats of one another: another seed, or kept and watched otherwise.
 NOT_THE_EXPERIMENT = ("seed", "run_name", "out_dir", "init_from", "resume", "resume_force", "data_dir",
-                      "checkpoint_interval", "keep_checkpoints", "checkpoint_async", "log_interval",
+                      "checkpoint_interval", "keep_last", "checkpoint_async", "log_interval",
                       "gradient_log_interval", "wandb_log", "wandb_project", "profile", "memory_snapshot",
-                      "peer_timeout", "save_timeout", "use_zero1", "use_fsdp", "fsdp_reshard_after_forward",
-                      "fsdp_cpu_offload", "fsdp_replicas", "tensor_parallel", "activation_checkpointing")
+                      "rank_timeout", "save_timeout", "use_zero1", "use_fsdp", "fsdp_reshard_after_forward",
+                      "fsdp_cpu_offload", "dp_replicate", "tensor_parallel", "activation_checkpointing")
 SEEN = {  # runs that agree in all of these saw the same tokens in the same order
     "data fingerprint": lambda run: run["data"].get("fingerprint"),
     "seed": lambda run: run["config"].get("seed"),

@@ -35,14 +35,14 @@ class Config:
     model: ModelConfig
     explicit: dict  # key -> the file or flag that set it
     changed: dict = field(default_factory=dict)  # key -> [what the resumed run had, what it has now]
+    resuming: bool = False  # whether this process continues an existing run
     forced: tuple = ()  # those of `changed` that resume_force let through
 
     run_name: str | None = key(None, "names runs/<run_name>; None: date, time and preset", group="run")
     out_dir: str = key("runs", "where run directories are made", group="run")
-    init_from: str = key("scratch", "scratch, or resume: go on with run_name, whose keys are taken over",
-                         group="run", choices=("scratch", "resume"))
-    resume: str | None = key(None, "auto: go on with the newest usable checkpoint of run_name, or start if there is "
-                             "none yet; torchrun's restarts do so by themselves", group="run", choices=("auto",))
+    resume: str = key("never", "never; auto: continue run_name from its newest usable checkpoint, or start it if it does "
+                      "not exist; must: continue it, or fail. torchrun's restarts resume automatically",
+                      group="run", choices=("never", "auto", "must"))
     resume_force: bool = key(False, "resume though a change makes the run another experiment; the log records it",
                              group="run")
     eval_only: bool = key(False, "evaluate once and stop", group="run")
@@ -89,21 +89,21 @@ class Config:
     fsdp_reshard_after_forward: bool = key(True, "free a block's gathered weights between forward and backward pass",
                                            group="parallel")
     fsdp_cpu_offload: bool = key(False, "keep what is shared out in the memory of the host", group="parallel")
-    fsdp_replicas: int = key(1, "whole copies of the model, each shared out within its group of processes (hybrid "
+    dp_replicate: int = key(1, "whole copies of the model, each shared out within its group of processes (hybrid "
                              "sharding): the number of nodes, say", group="parallel", minimum=1)
     tensor_parallel: int = key(1, "neighbouring processes that split each matrix, for models too wide for one",
                                group="parallel", minimum=1)
     activation_checkpointing: str = key("none", "what the backward pass computes again to save memory: full: each "
                                         "block, selective: all of it but matrix products and attention",
                                         group="parallel", choices=("none", "full", "selective"))
-    peer_timeout: float = key(300.0, "seconds without progress after which another process must be lost (the first "
+    rank_timeout: float = key(300.0, "seconds without progress after which another process must be lost (the first "
                               "step and evaluation, which may compile, have half an hour)", group="parallel", above=0.0)
     save_timeout: float = key(1800.0, "the same in a save", group="parallel", above=0.0)
     skip_spikes: bool = key(False, "leave out the update of a step whose loss is a spike", group="optimization")
     spike_threshold: float = key(6.0, "standard deviations above its running mean from which a loss is a spike",
                                  group="optimization", above=0.0)
 
-    keep_checkpoints: int = key(2, "newest checkpoints that stay, beside the best", group="evaluation", minimum=2)
+    keep_last: int = key(2, "newest checkpoints that stay, beside the best", group="evaluation", minimum=2)
     checkpoint_async: bool = key(False, "write checkpoints while training goes on, from a copy in memory",
                                  group="evaluation")
 
@@ -143,10 +143,8 @@ class Config:
                                                 "(raise it, or lower warmup_iters)")
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ConfigError("min_lr", f"{self.min_lr:g} is above learning_rate={self.learning_rate:g}")
-        if self.init_from == "resume" and not self.run_name:
-            raise ConfigError("init_from", "resume needs --run_name=NAME, the run to go on with")
-        if self.resume and not self.run_name:
-            raise ConfigError("resume", "auto needs --run_name=NAME, the run to go on with")
+        if self.resume != "never" and not self.run_name:
+            raise ConfigError("resume", f"{self.resume} needs --run_name=NAME, the run to continue")
         check_folder_name("run_name", self.run_name or "x")
         self.check_sources()
         self.profiled_steps()
@@ -195,8 +193,8 @@ class Config:
         if self.gradient_accumulation_steps % shares:
             raise ConfigError("gradient_accumulation_steps", f"{self.gradient_accumulation_steps} cannot be shared by "
                               f"{shares} processes (a multiple of {shares}: it counts over all of them)")
-        if shares % self.fsdp_replicas:
-            raise ConfigError("fsdp_replicas", f"{self.fsdp_replicas} does not divide the {shares} processes that "
+        if shares % self.dp_replicate:
+            raise ConfigError("dp_replicate", f"{self.dp_replicate} does not divide the {shares} processes that "
                                                "share the data")
         if self.dtype == "float16" and (self.use_fsdp or tensor > 1):
             raise ConfigError("dtype", "'float16' with its scaled gradients cannot be shared out (bfloat16 and float32 "
@@ -269,13 +267,13 @@ class Config:
         elif self.dry_run_gpu is not None:
             unused["device"] = "dry_run_gpu names the device"
         if not self.use_fsdp:
-            fsdp = ("fsdp_reshard_after_forward", "fsdp_cpu_offload", "fsdp_replicas")
+            fsdp = ("fsdp_reshard_after_forward", "fsdp_cpu_offload", "dp_replicate")
             unused |= dict.fromkeys(fsdp, "use_fsdp is off")
         elif self.device in ("cpu", "mps"):
             unused["fsdp_cpu_offload"] = f"device is {self.device}"
         if self.processes == 1:
-            unused |= dict.fromkeys(("peer_timeout", "save_timeout"), "one process has no peers")
-        if self.init_from != "resume" and not self.resume:
+            unused |= dict.fromkeys(("rank_timeout", "save_timeout"), "one process has no peers")
+        if self.resume == "never":
             unused["resume_force"] = "nothing is resumed"
         if not self.wandb_log:
             unused["wandb_project"] = "wandb_log is off"
@@ -286,7 +284,7 @@ class Config:
         if self.eval_only:
             training = [f.name for f in dataclasses.fields(self) if f.metadata.get("group") == "optimization"]
             training += ["max_epochs", "packing", "gradient_accumulation_steps", "eval_interval", "checkpoint_interval",
-                         "keep_checkpoints", "checkpoint_async", "log_interval", "gradient_log_interval", "mfu_peak",
+                         "keep_last", "checkpoint_async", "log_interval", "gradient_log_interval", "mfu_peak",
                          "profile", "memory_snapshot"]
             unused |= dict.fromkeys((*training, "dropout"), "eval_only trains nothing")
         if self.dtype in ("bfloat16", "float16"):
@@ -314,6 +312,9 @@ def key_fields():
     return {n: f for group in order for n, f in fields.items() if f.metadata["group"] == group}
 
 
+# Keys of earlier versions: {old name: new name}. Recorded runs that have them are read as they are.
+RENAMED_KEYS = {"fsdp_replicas": "dp_replicate", "keep_checkpoints": "keep_last", "peer_timeout": "rank_timeout",
+                "init_from": "resume"}
 KEYS = key_fields()
 TYPES = key_types(ModelConfig) | key_types(Config)
 
@@ -345,15 +346,14 @@ def load_config(argv, restarted=None):
     for name, text in flags:
         where = f"--{name}"
         given[name], explicit[name] = coerce(name, parse_value(name, text, where), where), where
-    recorded, elsewhere = {}, "defaults"
+    recorded, elsewhere, resuming = {}, "defaults", False
     if restarted:
         given["run_name"], given["resume"] = restarted, "auto"
         explicit.setdefault("run_name", "torchrun")
     if given.get("run_name"):
         run = Path(given.get("out_dir", Config.out_dir), given["run_name"])
-        if given.get("resume") == "auto" and run_exists(run):
-            given["init_from"] = "resume"
-        if given.get("init_from") == "resume":
+        resuming = given.get("resume") == "must" or (given.get("resume") == "auto" and run_exists(run))
+        if resuming:
             elsewhere = run / "run.json"
             recorded = recorded_config(elsewhere, explicit["run_name"])
             # The vocabulary it was built with then is not for the dataset to decide again.
@@ -365,7 +365,7 @@ def load_config(argv, restarted=None):
     forced = check_resumable(config, given, recorded)
     now = config.flat()
     changed = {k: [recorded[k], now[k]] for k in now if k in recorded and recorded[k] != now[k]}
-    return dataclasses.replace(config, changed=changed, forced=forced)
+    return dataclasses.replace(config, changed=changed, forced=forced, resuming=resuming)
 
 
 def run_exists(run):
@@ -406,13 +406,23 @@ def split_arguments(argv):
             meant = f" (did you mean --{name}=…?)" if name in KEYS else ""
             raise UserError(f"{short_repr(argument)}: neither a config file (*.py) nor --key=value{meant}")
         if name not in KEYS:
-            raise UserError(f"--{name}: {name}: no such key{did_you_mean(name, KEYS)}")
+            raise unknown_key(f"--{name}", name)
         if not equals:
             text = None
             if rest and is_value_of(name, rest[0]):
                 text = rest.pop(0)
         flags.append((name, text))
     return files, flags
+
+
+def unknown_key(where, name):
+    """The `UserError` for a key that does not exist, or no longer under this name."""
+    if name == "init_from":
+        return UserError(f"{where}: init_from was replaced by resume (--resume=must in place of --init_from=resume)")
+    if name in RENAMED_KEYS:
+        return UserError(f"{where}: {name} was renamed to {RENAMED_KEYS[name]} (--{RENAMED_KEYS[name]}=…)")
+    own = "" if where.startswith("--") else f", or _{name} for a variable of your own"
+    return UserError(f"{where}: {name}: no such key{did_you_mean(name, KEYS)}{own}")
 
 
 def is_value_of(name, text):
@@ -485,7 +495,7 @@ def read_config_file(path):
     values = {k: v for k, v in namespace.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
     for name in values:
         if name not in KEYS:
-            raise UserError(f"{path}: {name}: no such key{did_you_mean(name, KEYS)}, or _{name} for a name of your own")
+            raise unknown_key(path, name)
     return values
 
 
@@ -529,9 +539,9 @@ def recorded_config(path, where):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{where}: run_name: {path} cannot be read ({type(error).__name__}): the run cannot be resumed "
                         "(start another)") from None
-    return {k: coerce(k, v, path) for k, v in items
-            if k in KEYS and k not in ("run_name", "out_dir", "init_from", "resume", "resume_force", "eval_only",
-                                       "profile")
+    renamed = {RENAMED_KEYS.get(k, k): v for k, v in items}
+    return {k: coerce(k, v, path) for k, v in renamed.items()
+            if k in KEYS and k not in ("run_name", "out_dir", "resume", "resume_force", "eval_only", "profile")
             and KEYS[k].metadata["group"] != "dry run"}
 
 

@@ -51,7 +51,7 @@ def train(config, runtime, watchdog):
     state = {"step": 0, "tokens": 0, "best": None, "spikes": None, "skipped": 0, "scaler": None,
              "data": objective.fingerprint,
              "description": {"model": model.infer_config().flat(), "tokenizer": objective.tokenizer}}
-    resumed, path, changed = config.init_from == "resume", None, dict(config.changed)
+    resumed, path, changed = config.resuming, None, dict(config.changed)
     if resumed:  # path None: it ended before its first save
         path = checkpoint.find_newest(run_dir, runtime, or_none=config.resume == "auto")
     if path:
@@ -83,12 +83,12 @@ def train(config, runtime, watchdog):
     runtime.on_rank_zero(lambda: checkpoint_saver.check_disk_space(run_dir, header["parameters"]["total"], config))
     run_dir = Path(runtime.on_rank_zero(log.open))  # another one, if a run that began in the same second took that name
     runtime.on_rank_zero(lambda: checkpoint.clean(run_dir))
-    watchdog.lost, saved = log.lost, state["step"] if path else None
-    saves = checkpoint_saver.CheckpointSaver(run_dir, runtime, config.keep_checkpoints, config.checkpoint_async)
+    watchdog.on_peer_lost, saved = log.lost, state["step"] if path else None
+    saves = checkpoint_saver.CheckpointSaver(run_dir, runtime, config.keep_last, config.checkpoint_async)
 
     def evaluate():
         """Validation metrics into the log; whether they are the best so far."""
-        watchdog.enter("evaluation")
+        watchdog.enter_phase("evaluation")
         metrics = objective.evaluate(wrapped)
         log.evaluation(state["step"], state["tokens"], **metrics)
         best = math.isfinite(metrics["val_loss"]) and (
@@ -100,7 +100,7 @@ def train(config, runtime, watchdog):
 
     def save(last=False):
         """Write a checkpoint of `state`, at the end the weights alone too. A failure warns; the last is exit 4."""
-        watchdog.enter("save")
+        watchdog.enter_phase("save")
         now = {**state, "scaler": scaler.state_dict() or None, "spikes": spikes.state, "config": config.flat(),
                "seed": config.seed, "sequences": state["step"] * objective.sequences_per_step}
         started = time.perf_counter()
@@ -120,7 +120,7 @@ def train(config, runtime, watchdog):
         """Say how a save ended, whose last good one is the step to go back to."""
         nonlocal saved
         if problem:
-            log.warn(f"the checkpoint of step {step} failed: {problem}; training goes on")
+            log.warning(f"the checkpoint of step {step} failed: {problem}; training goes on")
         else:
             saved = step
             log.saved(step, seconds)
@@ -129,7 +129,7 @@ def train(config, runtime, watchdog):
         if runtime.is_rank_zero:
             print_header(header, config, model, flops, run_dir)
         if resumed:
-            log.say(f"resumed from {path} at step {state['step']}" if path else f"{run_dir}: no checkpoint, from 0")
+            log.info(f"resumed from {path} at step {state['step']}" if path else f"{run_dir}: no checkpoint, from 0")
             if not config.eval_only:
                 log.resumed_at(state["step"], changed, (*config.forced, *({"data"} & changed.keys())),
                                runtime.world_size)
@@ -140,13 +140,13 @@ def train(config, runtime, watchdog):
         # ------------------------------------------------------------ the loop
         first = state["step"]
         if first >= config.max_iters:
-            log.say(f"nothing left to do at step {first} of max_iters={config.max_iters} (raise it to go on)")
+            log.info(f"nothing left to do at step {first} of max_iters={config.max_iters} (raise it to go on)")
             save(last=True)  # the export may be what failed, or was deleted
         busy, since_log = 0.0, 0
         for step in range(first, config.max_iters):
             profile.begin(step + 1)
             started = time.perf_counter()
-            watchdog.enter("step", step + 1)
+            watchdog.enter_phase("step", step + 1)
             rate = learning_rate(step, config)
             set_learning_rate(optimizer, rate)
 
@@ -167,22 +167,22 @@ def train(config, runtime, watchdog):
             logged = done % config.log_interval == 0 or ended or step == first
 
             # What is decided now, all processes decide alike: they know the same.
-            all_know = watchdog.gather_status(torch.stack(shares).tolist(), time.perf_counter() - started,
+            status = watchdog.gather_status(torch.stack(shares).tolist(), time.perf_counter() - started,
                                    (runtime.memory() or {}).get("peak") or 0 if logged else 0, saves.ended, grad_norm)
-            grad_norm = next((norm for norm in all_know.grad_norms if not math.isfinite(norm)), grad_norm)
-            if not math.isfinite(grad_norm + all_know.loss) and not (scaler.is_enabled() and scaler.get_scale() > 1):
+            grad_norm = next((norm for norm in status.grad_norms if not math.isfinite(norm)), grad_norm)
+            if not math.isfinite(grad_norm + status.loss) and not (scaler.is_enabled() and scaler.get_scale() > 1):
                 if outcome := saves.wait():  # what is being saved is good still
                     note_save(*outcome)
                 raise NonFiniteError(
-                    f"step {done}: loss {all_know.loss:g}, gradient norm {grad_norm:g} at learning rate {rate:.3g}"
-                    f"{where_not_finite(all_know.bad, objective, runtime, step)}: stopped before the update (try a "
+                    f"step {done}: loss {status.loss:g}, gradient norm {grad_norm:g} at learning rate {rate:.3g}"
+                    f"{where_not_finite(status.nonfinite_micro_steps, objective, runtime, step)}: stopped before the update (try a "
                     "lower learning_rate, a longer warmup_iters, grad_clip=1, or dtype=float32; the last good "
                     f"checkpoint: {'none' if saved is None else f'step {saved}'})")
             if config.gradient_log_interval and done % config.gradient_log_interval == 0:
                 log.gradients(done, gradient_statistics(model))
-            excess = spikes(all_know.loss)
+            excess = spikes(status.loss)
             if excess is not None:
-                log.spike(done, all_know.loss, excess, skipped=config.skip_spikes)
+                log.spike(done, status.loss, excess, skipped=config.skip_spikes)
                 state["skipped"] += config.skip_spikes
             if excess is None or not config.skip_spikes:
                 scaler.step(optimizer)
@@ -200,28 +200,28 @@ def train(config, runtime, watchdog):
                 speed = objective.tokens_per_step / step_time
                 achieved = flops["train"] * speed
                 if peak and achieved > peak * runtime.world_size:
-                    log.warn(f"MFU of {achieved / peak / runtime.world_size:.0%}: the peak, {peak / 1e12:.4g} TFLOP/s "
+                    log.warning(f"MFU of {achieved / peak / runtime.world_size:.0%}: the peak, {peak / 1e12:.4g} TFLOP/s "
                              f"({peak_source}), cannot be right; no MFU from here on (set one with --mfu_peak=TFLOPS)")
                     peak = None
-                log.step(step=done, tokens=state["tokens"], loss=all_know.loss, lr=rate, grad_norm=grad_norm,
+                log.step(step=done, tokens=state["tokens"], loss=status.loss, lr=rate, grad_norm=grad_norm,
                          step_time=step_time, tokens_per_sec=speed, tflops=achieved / 1e12,
                          mfu=achieved / (peak * runtime.world_size) if peak else None, memory=runtime.memory(),
                          tokens_per_source=objective.consumed(done),
-                         ranks={"step_time": all_know.step_times, "memory_peak": all_know.memory,
+                         ranks={"step_time": status.step_times, "memory_peak": status.memory_peaks,
                                 "communication": profile.communication()})
                 busy, since_log = 0.0, 0
-            if all_know.saved:  # a save in the background has ended, everywhere
+            if status.save_finished:  # a save in the background has ended, everywhere
                 note_save(*saves.poll())
             is_best = evaluate() if done % config.eval_interval == 0 or ended else False
             interval = config.eval_interval if config.checkpoint_interval is None else config.checkpoint_interval
-            if ended or all_know.stop or (interval and (done % interval == 0 or is_best)):
-                save(last=bool(ended or all_know.stop))
-            if all_know.stop and not ended:
-                log.interrupted(f"{all_know.stop} at step {done}")
-                log.say(f"interrupted by {all_know.stop} at step {done}, saved; go on with --init_from=resume "
+            if ended or status.stop_reason or (interval and (done % interval == 0 or is_best)):
+                save(last=bool(ended or status.stop_reason))
+            if status.stop_reason and not ended:
+                log.interrupted(f"{status.stop_reason} at step {done}")
+                log.info(f"interrupted by {status.stop_reason} at step {done}, saved; go on with --resume=must "
                         f"--run_name={run_dir.name}")
                 return
-        log.say(f"done: {run_dir}")
+        log.info(f"done: {run_dir}")
 
 
 def where_not_finite(bad, objective, runtime, step):

@@ -46,7 +46,7 @@ def run_directory(config):
         names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
         return next(p for p in (Path(config.out_dir) / n for n in names) if not os.path.lexists(p))
     path = Path(config.out_dir) / config.run_name
-    if config.init_from == "scratch" and os.path.lexists(path) and not (config.resume and path.is_dir()):
+    if not config.resuming and os.path.lexists(path) and not (config.resume == "auto" and path.is_dir()):
         raise UserError(f"--run_name: run_name: {path} exists (--resume=auto to go on with it, or another name)")
     return path
 
@@ -85,13 +85,13 @@ class RunLog:
         if self.config.wandb_log:
             self.record.setdefault("wandb_id", uuid.uuid4().hex[:8])  # ours, so that nobody waits to be told of it
             self._update_record()
-            self.tracker = WandbTracker(self.config, self.dir, finite(self.record), self.warn)
+            self.tracker = WandbTracker(self.config, self.dir, finite(self.record), self.warning)
         return str(self.dir)
 
     def _make_directory(self):
         while True:
             try:
-                return self.dir.mkdir(parents=True, exist_ok=bool(self.config.resume))
+                return self.dir.mkdir(parents=True, exist_ok=self.config.resume == "auto")
             except FileExistsError:  # another run, started in the same second, was faster
                 self.dir = run_directory(self.config)
 
@@ -107,7 +107,7 @@ class RunLog:
             return before
         kept = {k: before[k] for k in ("created_at", "wandb_id", "resumes") if k in before}
         origin = {k: v for k, v in before["config"].items()  # where it came from
-                  if k in ("init_from", "resume", "resume_force", "eval_only")}
+                  if k in ("resume", "resume_force", "eval_only")}
         return {**header, **kept, "config": {**header["config"], **origin}}
 
     def __enter__(self):
@@ -138,7 +138,7 @@ class RunLog:
         entry = {"step": step, "changed": changed, "forced": list(forced), "world_size": world_size}
         self.record["resumes"] = [*self.record.get("resumes", []), entry]
         for name, (before, now) in changed.items():
-            self.say(f"  {name}: {before} -> {now}{' (forced)' if name in forced else ''}")
+            self.info(f"  {name}: {before} -> {now}{' (forced)' if name in forced else ''}")
         self._update_record()
 
     def interrupted(self, reason):
@@ -158,7 +158,7 @@ class RunLog:
             return
         self._append("save", {"step": step, "seconds": seconds})
         self.results["saved_step"] = step
-        self.say(f"step {step:>6}   saved" + ("" if seconds is None else f" in {seconds:.2f} s"))
+        self.info(f"step {step:>6}   saved" + ("" if seconds is None else f" in {seconds:.2f} s"))
 
     def spike(self, step, loss, excess, skipped):
         """A loss `excess` standard deviations above its running mean; skipped: whether its update was left out."""
@@ -167,7 +167,7 @@ class RunLog:
         self._append("spike", {"step": step, "loss": loss, "excess": excess, "skipped": skipped})
         self.results["spikes"] = self.results.get("spikes", 0) + 1
         self.results["skipped_steps"] = self.results.get("skipped_steps", 0) + skipped
-        self.warn(f"step {step}: the loss of {loss:.4f} is a spike, {excess:.1f} standard deviations above its mean"
+        self.warning(f"step {step}: the loss of {loss:.4f} is a spike, {excess:.1f} standard deviations above its mean"
                   + ("; its update is left out" if skipped else ""))
 
     def step(self, ranks=None, **values):
@@ -203,7 +203,7 @@ class RunLog:
         self.results |= {"step": step, "tokens": tokens, **metrics}
         self._update_record()
         words = "   ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
-        self.say(f"step {step:>6}   {words}")
+        self.info(f"step {step:>6}   {words}")
 
     def best(self, best):
         """Note the best evaluation so far: {"step", "val_loss", "val_bpb"}."""
@@ -215,13 +215,13 @@ class RunLog:
         if not self.quiet:
             self._append("gradients", {"step": step, "layers": layers})
 
-    def say(self, text):
+    def info(self, text):
         """A line that stays on the console."""
         if not self.quiet:
             self._clear_line()
             echo(text)
 
-    def warn(self, text):
+    def warning(self, text):
         """A line on stderr."""
         if not self.quiet:
             self._clear_line()
@@ -261,7 +261,7 @@ class RunLog:
             self.metrics.write(line.encode() + b"\n")
             self.metrics.flush()
         except OSError as error:
-            self.warn(f"metrics.jsonl: {error.strerror}: the {kind} line of step {values['step']} may be lost")
+            self.warning(f"metrics.jsonl: {error.strerror}: the {kind} line of step {values['step']} may be lost")
         if self.tracker:
             self.tracker.log(kind, finite(values))
 
@@ -284,7 +284,7 @@ class RunLog:
         try:
             self._write_record()
         except OSError as error:
-            self.warn(f"run.json: {error.strerror}: it keeps what it said before")
+            self.warning(f"run.json: {error.strerror}: it keeps what it said before")
 
 
 def rank_statistics(ranks):

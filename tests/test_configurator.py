@@ -233,7 +233,7 @@ def recorded(tmp_path, monkeypatch):
     return record
 
 
-RESUME = ("--init_from=resume", "--run_name=mine")
+RESUME = ("--resume=must", "--run_name=mine")
 
 
 def test_a_resumed_run_takes_over_its_keys(recorded):
@@ -274,8 +274,8 @@ def test_what_is_refused_can_be_forced_and_is_named(recorded, flag):
 
 def test_what_changed_freely_is_told_and_nothing_is_forced(recorded):
     recorded("--learning_rate=1", "--wandb_log")
-    config = load_config([*RESUME, "--learning_rate=2", "--wandb_log", "--max_iters=2000", "--keep_checkpoints=3"])
-    assert config.changed == {"learning_rate": [1.0, 2.0], "keep_checkpoints": [2, 3]} and config.forced == ()
+    config = load_config([*RESUME, "--learning_rate=2", "--wandb_log", "--max_iters=2000", "--keep_last=3"])
+    assert config.changed == {"learning_rate": [1.0, 2.0], "keep_last": [2, 3]} and config.forced == ()
     assert load_config(["--learning_rate=3"]).changed == {}
 
 
@@ -474,7 +474,7 @@ def test_any_recorded_run_resumes_or_is_one_line(tmp_path_factory, config):
     run.mkdir(exist_ok=True)
     with contextlib.suppress(TypeError):  # bytes are no JSON
         (run / "run.json").write_text(json.dumps({"config": config}))
-    told(["--init_from=resume", "--run_name=resumed", f"--out_dir={run.parent}"])
+    told(["--resume=must", "--run_name=resumed", f"--out_dir={run.parent}"])
 
 
 def test_every_key_has_a_line_of_help_and_a_default_that_it_takes():

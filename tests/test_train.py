@@ -31,7 +31,7 @@ def test_runs_repeat_and_resume_bit_for_bit(tmp_path, train, flags):
         assert train(name, "--max_iters=100", *schedule).returncode == 0
     assert train("cut", "--max_iters=50", *schedule).returncode == 0
     before = (tmp_path / "runs/cut/metrics.jsonl").read_bytes()
-    resumed = train("cut", "--max_iters=100", "--init_from=resume")
+    resumed = train("cut", "--max_iters=100", "--resume=must")
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed from" in resumed.stdout
 
@@ -92,7 +92,7 @@ def test_keys_without_effect_are_said_so(train):
 def test_eval_only_trains_nothing(tmp_path, train):
     train("base", "--max_iters=5")
     before = (tmp_path / "runs/base/model.safetensors").read_bytes()
-    done = train("base", "--init_from=resume", "--eval_only")
+    done = train("base", "--resume=must", "--eval_only")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/base/model.safetensors").read_bytes() == before
     last = [json.loads(line) for line in (tmp_path / "runs/base/metrics.jsonl").read_text().splitlines()][-3:]
@@ -110,14 +110,14 @@ def test_a_fresh_run_never_overwrites_another(tmp_path, train):
 @pytest.mark.parametrize("key", ["--n_layer=3", "--arch_preset=gpt2", "--seed=5", "--batch_size=8", "--d_ff=7"])
 def test_a_resumed_run_refuses_to_become_another(tmp_path, train, key):
     train("mine", "--max_iters=2")
-    done = train("mine", "--max_iters=4", "--init_from=resume", key)
+    done = train("mine", "--max_iters=4", "--resume=must", key)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: {key.split('=')[0]}: ")
 
 
 def test_a_forced_resume_says_what_changed_and_the_log_records_it(tmp_path, train):
     train("mine", "--max_iters=2", "--dropout=0.1")
-    done = train("mine", "--max_iters=4", "--init_from=resume", "--dropout=0.2", "--seed=5", "--resume_force")
+    done = train("mine", "--max_iters=4", "--resume=must", "--dropout=0.2", "--seed=5", "--resume_force")
     assert done.returncode == 0, done.stderr
     lines = [line.strip() for line in done.stdout.splitlines() if " -> " in line]
     assert sorted(lines) == ["dropout: 0.1 -> 0.2 (forced)", "max_iters: 2 -> 4", "seed: 1337 -> 5 (forced)"]
@@ -176,12 +176,12 @@ def test_resume_without_a_usable_checkpoint_is_exit_3(tmp_path, train):
     data = bytearray(damaged.read_bytes())
     data[-1] ^= 1
     damaged.write_bytes(data)
-    done = train("mine", "--max_iters=6", "--init_from=resume")
+    done = train("mine", "--max_iters=6", "--resume=must")
     if len(checkpoints) > 1:  # the best, an earlier one, serves
         assert done.returncode == 0 and "passed over" in done.stderr
     for path in (tmp_path / "runs/mine/checkpoints").iterdir():
         (path / "manifest.json").write_text("{}")
-    done = train("mine", "--max_iters=8", "--init_from=resume")
+    done = train("mine", "--max_iters=8", "--resume=must")
     assert done.returncode == 3
     assert done.stderr.splitlines()[-1].startswith("error: ") and "no usable checkpoint" in done.stderr
 
@@ -210,7 +210,7 @@ def test_spikes_are_logged_left_out_where_asked_and_go_on_with_the_run(tmp_path,
     results = json.loads((tmp_path / "runs/whole/run.json").read_text())["results"]
     assert results["spikes"] == results["skipped_steps"] == len(told)
     assert train("cut", *flags, "--max_iters=120", "--lr_decay_iters=140", "--warmup_iters=14").returncode == 0
-    assert train("cut", "--init_from=resume", "--max_iters=140").returncode == 0
+    assert train("cut", "--resume=must", "--max_iters=140").returncode == 0
     assert curve(tmp_path / "runs/whole") == curve(tmp_path / "runs/cut")  # the running mean goes on too
     assert told.keys() == records(tmp_path / "runs/cut", "spike").keys()
 
@@ -229,7 +229,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_path,
     assert process.wait() == 0 and f"interrupted by {sent.name}" in rest
     run = json.loads((tmp_path / "runs/cut/run.json").read_text())
     assert run["status"] == "interrupted" and 40 <= run["results"]["step"] < 300
-    assert train("cut", "--init_from=resume").returncode == 0
+    assert train("cut", "--resume=must").returncode == 0
     assert curve(tmp_path / "runs/whole") == curve(tmp_path / "runs/cut")
     assert json.loads((tmp_path / "runs/cut/run.json").read_text())["status"] == "finished"
 
@@ -249,7 +249,7 @@ def test_a_run_killed_outright_leaves_a_log_that_reads_and_resumes(tmp_path, tra
     assert json.loads((tmp_path / "runs/cut/run.json").read_text())["status"] == "running"
     table = run_python(ROOT / "compare_architectures.py", "runs/cut", cwd=tmp_path)
     assert table.returncode == 0 and "cut" in table.stdout
-    assert train("cut", "--init_from=resume").returncode == 0
+    assert train("cut", "--resume=must").returncode == 0
     assert train("whole", *flags).returncode == 0
     text = (tmp_path / "runs/cut/metrics.jsonl").read_text()
     torn = '{"kind": "step", "st\n'

@@ -115,8 +115,8 @@ def test_other_processes_write_nothing(tmp_path, capsys):
         log.step(**STEP)
         log.evaluation(1, 8, val_loss=1.0)
         log.gradients(1, {})
-        log.say("x")
-        log.warn("x")
+        log.info("x")
+        log.warning("x")
         log.interrupted("x")
     assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
 

@@ -33,7 +33,7 @@ MODES = {  # name: (processes, flags)
     "DDP 4": (4, []),
     "ZeRO-1 4": (4, ["--use_zero1=True"]),
     "FSDP 4": (4, ["--use_fsdp=True"]),
-    "FSDP, 2 copies": (4, ["--use_fsdp=True", "--fsdp_replicas=2"]),
+    "FSDP, 2 copies": (4, ["--use_fsdp=True", "--dp_replicate=2"]),
     "FSDP × TP": (4, ["--use_fsdp=True", "--tensor_parallel=2"]),
 }
 SIZE = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=32", "--batch_size=2", "--eval_tokens=512",

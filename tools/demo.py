@@ -32,7 +32,7 @@ def train(preset, name):
     """Train a preset at the demo's size and return its run directory."""
     run("train.py", f"config/arch_{preset}.py", "config/size_demo.py", f"--run_name={name}")
     if json.loads((ROOT / "runs" / name / "run.json").read_text())["status"] != "finished":
-        raise UserError(f"stopped; the run is kept: python train.py --init_from=resume --run_name={name}")
+        raise UserError(f"stopped; the run is kept: python train.py --resume=must --run_name={name}")
     return f"runs/{name}"
 
 

@@ -31,7 +31,7 @@ SINGLE = ParallelMode("single")
 def parallel_modes(config):
     """[`ParallelMode`] that the processes of the run could train in, from the simplest on."""
     processes, data = config.processes, config.data_processes
-    fsdp = ParallelMode("FSDP", data, fsdp=True, shards=max(1, data // config.fsdp_replicas),
+    fsdp = ParallelMode("FSDP", data, fsdp=True, shards=max(1, data // config.dp_replicate),
                 reshards=config.fsdp_reshard_after_forward, offloads=config.fsdp_cpu_offload)
     if config.tensor_parallel > 1:
         name = f"TP{config.tensor_parallel}"

@@ -159,7 +159,7 @@ def check_disk_space(run_dir, parameters, config):
         return
     one = 12 * parameters
     there = len(list_checkpoints(run_dir))
-    most = (config.keep_checkpoints + 2 - there) * one + 4 * parameters  # with the best, and the next before pruning
+    most = (config.keep_last + 2 - there) * one + 4 * parameters  # with the best, and the next before pruning
     disk = next(path for path in (Path(run_dir).absolute(), *Path(run_dir).absolute().parents) if path.exists())
     free = shutil.disk_usage(disk).free
     if free < one + 4 * parameters:
@@ -167,7 +167,7 @@ def check_disk_space(run_dir, parameters, config):
                         f"{human_bytes(4 * parameters)}, {human_bytes(free)} are free (--out_dir=…)")
     if free < most:
         print(f"warning: {disk}: checkpoints will need {human_bytes(most)} more, {human_bytes(free)} are free "
-              "(--out_dir=…, --keep_checkpoints=…)", file=sys.stderr)
+              "(--out_dir=…, --keep_last=…)", file=sys.stderr)
 
 
 def commit(temporary, final, answers, state):

@@ -31,11 +31,11 @@ class StepStatus(NamedTuple):
 
     loss: float
     grad_norms: list  # alike but where memory or a link failed
-    bad: list  # number of the first micro-batch whose loss is not finite; without one 0 if the gradient is not, or -1
-    stop: str | None  # the signal that asks for an end
-    saved: bool  # whether an asynchronous save has ended everywhere
+    nonfinite_micro_steps: list  # number of the first micro-batch whose loss is not finite; without one 0 if the gradient is not, or -1
+    stop_reason: str | None  # the signal that asks for an end
+    save_finished: bool  # whether an asynchronous save has ended everywhere
     step_times: list
-    memory: list  # peak bytes, where asked for
+    memory_peaks: list  # peak bytes, where asked for
 
 
 class Watchdog:
@@ -45,7 +45,7 @@ class Watchdog:
     ends the process at once. Within a second it is the same wish: a scheduler signals torchrun and its workers, and
     torchrun passes it on. The launcher's end is such a wish too.
 
-    A process of several that makes no progress for peer_timeout seconds (save_timeout in a save, START_LIMIT for what
+    A process of several that makes no progress for rank_timeout seconds (save_timeout in a save, START_LIMIT for what
     it does for the first time), or whose communication breaks, says which rank was lost, at which step and in which
     phase, shows its stacks and leaves with exit code 6.
     """
@@ -54,7 +54,7 @@ class Watchdog:
 
     def __init__(self, runtime, config):
         self.runtime, self.config = runtime, config
-        self.lost = bool  # called with the line that says which peer was lost, before the process leaves
+        self.on_peer_lost = bool  # called with the line that says which peer was lost, before the process leaves
         self.name = None  # of the signal
         self.step, self.phase, self.known = 0, "start", set()
         self.alone = runtime.world_size == 1
@@ -64,7 +64,7 @@ class Watchdog:
 
     # ------------------------------------------------------------ what the run says
 
-    def enter(self, phase, step=None):
+    def enter_phase(self, phase, step=None):
         """Say what is done from here on. A phase that was once left is known: its limit is the short one."""
         self.known.add(self.phase)
         self.phase = phase
@@ -130,7 +130,7 @@ class Watchdog:
             raise
         finally:
             self._restore()
-            self.enter("end")
+            self.enter_phase("end")
 
     def _explain(self, error):
         """Raise `PeerLostError` if that is what an exception of the main thread comes from."""
@@ -190,7 +190,7 @@ class Watchdog:
         """Seconds without progress after which a peer must be lost."""
         if self.phase == "save":
             return self.config.save_timeout
-        return self.config.peer_timeout if self.phase in self.known else max(FIRST_CALL_TIMEOUT, self.config.peer_timeout)
+        return self.config.rank_timeout if self.phase in self.known else max(FIRST_CALL_TIMEOUT, self.config.rank_timeout)
 
     def _say(self, what):
         try:
@@ -236,7 +236,7 @@ class Watchdog:
         with contextlib.suppress(Exception):  # whatever stderr is
             faulthandler.dump_traceback(all_threads=True)
         with contextlib.suppress(Exception):
-            self.lost(line)
+            self.on_peer_lost(line)
         exit_process(PeerLostError.exit_code)
 
 

@@ -127,7 +127,7 @@ class Profile:
             if self.runtime.is_rank_zero:
                 table = operator_table(trace.key_averages(), self.runtime.device.type == "cuda")
                 (folder / "table.txt").write_text(table + "\n")
-                self.log.say(f"{table}\ntrace: {path} (chrome://tracing or ui.perfetto.dev)")
+                self.log.info(f"{table}\ntrace: {path} (chrome://tracing or ui.perfetto.dev)")
 
     @contextlib.contextmanager
     def _failure_told(self):
@@ -231,7 +231,7 @@ def memory_history(config, runtime, log):
         return
     if runtime.device.type != "cuda":
         if runtime.is_rank_zero and "memory_snapshot" not in config.keys_without_effect():  # else the header says it
-            log.warn(f"memory_snapshot has no effect here: the device is {runtime.device.type}, and only CUDA's "
+            log.warning(f"memory_snapshot has no effect here: the device is {runtime.device.type}, and only CUDA's "
                      "allocator keeps a history")
         yield
         return
@@ -245,7 +245,7 @@ def memory_history(config, runtime, log):
             torch.cuda.memory._dump_snapshot(str(temporary))
             torch.cuda.memory._record_memory_history(enabled=None)
             os.replace(temporary, path)
-            log.say(f"memory snapshot: {path} (pytorch.org/memory_viz)")
+            log.info(f"memory snapshot: {path} (pytorch.org/memory_viz)")
         except Exception as error:  # it must not hide what ended the run
             warn(runtime, log, f"{path}: {reason(error)}: no memory snapshot")
         finally:
@@ -256,7 +256,7 @@ def memory_history(config, runtime, log):
 def warn(runtime, log, text):
     """A warning of any rank: the log speaks for the main one alone."""
     if runtime.is_rank_zero:
-        log.warn(text)
+        log.warning(text)
     else:
         echo(f"warning: rank {runtime.rank}: {text}", sys.stderr)
 

@@ -23,9 +23,9 @@ def device_mesh(config, runtime):
     """The processes as a grid: (copies of the model, FSDP's shards of one, tensor-parallel neighbours), where asked."""
     sizes = {}
     if config.use_fsdp:
-        sizes = {"shard": runtime.dp_size // config.fsdp_replicas}
-        if config.fsdp_replicas > 1:
-            sizes = {"replica": config.fsdp_replicas, **sizes}
+        sizes = {"shard": runtime.dp_size // config.dp_replicate}
+        if config.dp_replicate > 1:
+            sizes = {"replica": config.dp_replicate, **sizes}
     if runtime.tp_size > 1:
         sizes["tensor"] = runtime.tp_size
     return init_device_mesh(runtime.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)) if sizes else None

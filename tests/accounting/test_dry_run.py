@@ -100,7 +100,7 @@ def test_the_mode_is_that_of_the_keys(flags, name, kind):
 
 def test_hybrid_sharding_splits_over_the_processes_of_one_copy():
     config = load_config([*SMALL, "--dry_run_gpus=8", "--gradient_accumulation_steps=8", "--use_fsdp",
-                          "--fsdp_replicas=2", "--fsdp_reshard_after_forward=False", "--fsdp_cpu_offload"])
+                          "--dp_replicate=2", "--fsdp_reshard_after_forward=False", "--fsdp_cpu_offload"])
     mode, _ = chosen_mode(config)
     assert (mode.shards, mode.data, mode.reshards, mode.offloads) == (4, 8, False, True)
 

@@ -227,7 +227,7 @@ def test_a_mixed_run_accounts_for_every_token_and_resumes_bit_for_bit(tmp_path, 
 
     cut = train(tmp_path, corpora, "cut", "--max_iters=5", "--lr_decay_iters=10", "--warmup_iters=2", *asked)
     assert cut.returncode == 0, cut.stderr
-    resumed = train(tmp_path, corpora, "cut", "--max_iters=10", "--init_from=resume")
+    resumed = train(tmp_path, corpora, "cut", "--max_iters=10", "--resume=must")
     assert resumed.returncode == 0, resumed.stderr
     assert (tmp_path / "runs/cut/model.safetensors").read_bytes() == \
         (tmp_path / "runs/whole/model.safetensors").read_bytes()

@@ -534,7 +534,7 @@ def test_training_outlives_a_full_disk_and_says_so_at_the_end(tmp_path, train):
     assert done.returncode == 0, done.stderr
     run_dir = tmp_path / "runs/full"
     good = contents(run_dir / "checkpoints")
-    done = limited("full", "--init_from=resume", "--max_iters=8")
+    done = limited("full", "--resume=must", "--max_iters=8")
     assert done.returncode == 4
     lines = done.stderr.splitlines()
     assert len(lines) == 2 and "Traceback" not in done.stderr
@@ -544,7 +544,7 @@ def test_training_outlives_a_full_disk_and_says_so_at_the_end(tmp_path, train):
     assert not [p for p in run_dir.rglob(".*")]
     run = json.loads((run_dir / "run.json").read_text())
     assert run["status"] == "failed" and run["results"]["step"] == 8
-    done = train("full", "--init_from=resume")  # there is room again
+    done = train("full", "--resume=must")  # there is room again
     assert done.returncode == 0 and "resumed from" in done.stdout and done.stderr == ""
     assert checkpoint.read_export(run_dir)[1]["step"] == 8
 

@@ -114,7 +114,7 @@ def test_a_killed_rank_is_named_by_the_other(tmp_path, processes, victim):
 
 
 def test_a_rank_that_stands_still_is_named_with_the_stacks(tmp_path, processes):
-    ranks = processes(2, "mine", "--peer_timeout=3", *ENDLESS)
+    ranks = processes(2, "mine", "--rank_timeout=3", *ENDLESS)
     wait_for(tmp_path / "runs/mine", 5)
     ranks[1].send_signal(signal.SIGSTOP)
     _, error = ranks[0].communicate(timeout=60)

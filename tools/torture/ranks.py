@@ -67,7 +67,7 @@ class Fault:
             *cls, name = name.split(".")
             owner = getattr(owner, cls[0]) if cls else owner
             setattr(owner, name, self.wrapped(phase, getattr(owner, name)))
-        enter, leave = faults.Watchdog.enter, faults.Watchdog.__exit__
+        enter, leave = faults.Watchdog.enter_phase, faults.Watchdog.__exit__
 
         def enter_and_look(watchdog, phase, step=None):
             enter(watchdog, phase, step)
@@ -78,7 +78,7 @@ class Fault:
             Path(f"rank{self.rank}.json").write_text(json.dumps({"step": watchdog.step, "counts": self.counts}))
             return leave(watchdog, *error)
 
-        faults.Watchdog.enter, faults.Watchdog.__exit__ = enter_and_look, leave_and_tell
+        faults.Watchdog.enter_phase, faults.Watchdog.__exit__ = enter_and_look, leave_and_tell
         if self.kind == "nonfinite":
             self.poison(objectives_module, optimizers_module)
 

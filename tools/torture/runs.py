@@ -27,7 +27,7 @@ STEPS, EVERY = 12, 2
 FLAGS = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2", "--dropout=0.1",
          "--gradient_accumulation_steps=4", "--eval_tokens=256", "--dataset=text", "--device=cpu", "--mfu_peak=1",
          "--log_interval=1", "--eval_interval=4", f"--checkpoint_interval={EVERY}", f"--max_iters={STEPS}",
-         "--warmup_iters=2", "--run_name=run", "--resume=auto", "--peer_timeout=30", "--save_timeout=30"]
+         "--warmup_iters=2", "--run_name=run", "--resume=auto", "--rank_timeout=30", "--save_timeout=30"]
 PATIENCE = 60.0  # seconds for a launch of a tiny run
 GRACE = 10.0  # … for a rank whose peer was killed
 
@@ -341,7 +341,7 @@ class Tool:
     def reference(self, mode):
         with self.lock:
             if mode not in self.references:
-                trial = Trial(self, mode, self.folder / f"reference-{mode}", ["--keep_checkpoints=3"])
+                trial = Trial(self, mode, self.folder / f"reference-{mode}", ["--keep_last=3"])
                 result = trial.launch(fault={})
                 assert set(result.codes) == {0}, result.err
                 self.references[mode] = Reference((trial.run_dir / "model.safetensors").read_bytes(),
