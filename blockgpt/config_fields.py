@@ -8,14 +8,16 @@ from dataclasses import field
 from blockgpt.errors import ConfigError, did_you_mean, short_repr
 
 
-def key(default, help, *, group, minimum=None, above=None, maximum=None, below=None, choices=None, label=None):
+def key(default, help, *, group, minimum=None, above=None, maximum=None, below=None, choices=None, label=None,
+        example=None):
     """A dataclass field that is a configuration key: its default, its line of help, its legal range.
 
     minimum / maximum are inclusive bounds, above / below exclusive; choices lists the legal values. label: what an
-    unusual value adds to the architecture's name, as "FF{}".
+    unusual value adds to the architecture's name, as "FF{}". example: a legal value other than the default, for tests
+    and tables.
     """
     metadata = dict(help=help, group=group, minimum=minimum, above=above, maximum=maximum, below=below,
-                    choices=tuple(choices) if choices else None, label=label)
+                    choices=tuple(choices) if choices else None, label=label, example=example)
     return field(default=default, metadata=metadata)
 
 
