@@ -236,7 +236,7 @@ class MemoryAccount:
     def moments(self, sequences, checkpointing, accumulating, copies=True):
         """(gradients made, activations, logits and loss), in bytes, at the fullest moment of each phase of a step.
 
-        checkpointing: a kind of `blockgpt.training.recompute.KINDS`. accumulating: whether every gradient is there already, from an
+        checkpointing: a kind of `blockgpt.training.recompute.CHECKPOINTING_MODES`. accumulating: whether every gradient is there already, from an
         earlier micro-batch. copies: whether autocast makes low-precision copies of the blocks' weights.
         """
         of = self._pass(checkpointing, accumulating)

@@ -76,7 +76,7 @@ def memory_need(account, mode, checkpointing, sequences, accumulating):
     """The `MemoryNeed` of the fullest process of a `ParallelMode` for micro-batches of `sequences`.
 
     account: a `MemoryAccount` of the model, or of a process's part of it: see `part_of_model`. checkpointing: a kind of
-    `blockgpt.training.recompute.KINDS`. accumulating: whether a process takes several micro-batches a step. DDP's and ZeRO-1's
+    `blockgpt.training.recompute.CHECKPOINTING_MODES`. accumulating: whether a process takes several micro-batches a step. DDP's and ZeRO-1's
     gradients outlive the step; FSDP's are whole from the first micro-batch to the last, which alone shares them out.
     """
     state = state_of(account, mode)

@@ -1,6 +1,6 @@
 """Activation checkpointing: what a block's forward pass saves less, and its backward pass computes again.
 
-A kind is a line in `KINDS`. It stands here, below the account of memory, so that the account runs what training runs.
+A kind is a line in `CHECKPOINTING_MODES`. It stands here, below the account of memory, so that the account runs what training runs.
 """
 
 from functools import partial
@@ -31,7 +31,7 @@ def drops_out(operator, args, kwargs):
     return bool({**dict(zip(names, args, strict=False)), **kwargs}.get("dropout_p"))
 
 
-KINDS = {  # activation_checkpointing: what its checkpoints are given beside the defaults; None: no checkpoint
+CHECKPOINTING_MODES = {  # activation_checkpointing: what its checkpoints are given beside the defaults; None: no checkpoint
     "none": None,
     "full": {},
     "selective": {"context_fn": partial(create_selective_checkpoint_contexts, keep_products)},
@@ -51,7 +51,7 @@ def recompute(model, kind):
     parameter names, and hooks such as FSDP's, stay as they are. To be called before torch.compile.
     Chen et al. 2016; selective: Korthikanti et al. 2022.
     """
-    options = KINDS[kind]
+    options = CHECKPOINTING_MODES[kind]
     for block in model.blocks:
         vars(block).pop("forward", None)
         if options is not None:

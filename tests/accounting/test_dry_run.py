@@ -34,7 +34,7 @@ from blockgpt.accounting.requirements import (
 )
 from blockgpt.errors import UserError
 from blockgpt.training.optimizers import build_optimizer
-from blockgpt.training.recompute import KINDS, recompute
+from blockgpt.training.recompute import CHECKPOINTING_MODES, recompute
 from configurator import load_config
 from model_builder import build_model
 from model_config import get_preset
@@ -166,7 +166,7 @@ def test_fsdp_gathers_blocks_in_the_products_precision_and_the_rest_in_float32(a
 
 @pytest.mark.parametrize("reshards", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("sequences, n_layer, width, vocab_size", [(4, 5, 256, 512), (2, 4, 128, 4096)])
-@pytest.mark.parametrize("checkpointing", KINDS)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES)
 def test_fsdps_peak_is_at_most_what_is_told(checkpointing, sequences, n_layer, width, vocab_size, reshards):
     config = get_preset("llama", n_layer=n_layer, n_head=4, n_embd=width, block_size=64, vocab_size=vocab_size)
     idx = torch.zeros(sequences, 64, dtype=torch.long)
@@ -232,7 +232,7 @@ def test_the_total_is_the_sum_of_what_is_told(account):
 
 
 @settings(max_examples=60, deadline=None)
-@given(processes=st.integers(2, 4096), sequences=st.integers(1, 500), kind=st.sampled_from(sorted(KINDS)))
+@given(processes=st.integers(2, 4096), sequences=st.integers(1, 500), kind=st.sampled_from(sorted(CHECKPOINTING_MODES)))
 def test_fsdp_on_more_never_needs_more(account, processes, sequences, kind):
     here, more = (memory_need(account, fsdp(n), kind, sequences, True) for n in (processes, processes + 1))
     assert more.total <= here.total

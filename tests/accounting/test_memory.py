@@ -16,7 +16,7 @@ import model_components
 from blockgpt.accounting.memory import LinearBytes, MemoryAccount
 from blockgpt.accounting.memory_trace import PARTS
 from blockgpt.training.optimizers import build_optimizer
-from blockgpt.training.recompute import KINDS, recompute
+from blockgpt.training.recompute import CHECKPOINTING_MODES, recompute
 from configurator import load_config
 from model_builder import build_model
 from model_config import PRESETS, ModelConfig, get_preset
@@ -192,7 +192,7 @@ def test_the_peak_is_that_of_torchs_tracker(name, dtype):
                                  (1, dict(n_layer=5, n_head=2, n_embd=256, block_size=16, vocab_size=99, dropout=0.1))):
         config = get_preset(name, **overrides)
         account = MemoryAccount(build_model, config, dtype, gpu=False)
-        for accumulating, checkpointing in itertools.product((False, True), KINDS):
+        for accumulating, checkpointing in itertools.product((False, True), CHECKPOINTING_MODES):
             measured = really_needed(config, dtype, sequences, accumulating, checkpointing)
             assert peak(account, sequences, accumulating, checkpointing) == pytest.approx(measured, rel=1e-3)
 
@@ -211,7 +211,7 @@ def test_blocks_of_several_kinds_are_each_run(monkeypatch):
     kinds = [block.kind for block in account.blocks]
     assert kinds[0] == kinds[2] == kinds[3] != kinds[1]
     monkeypatch.setitem(globals(), "build_model", uneven)
-    for checkpointing in KINDS:
+    for checkpointing in CHECKPOINTING_MODES:
         assert peak(account, 4, checkpointing=checkpointing) == pytest.approx(
             really_needed(config, torch.float32, 4, checkpointing=checkpointing), rel=0.02)
 
@@ -222,7 +222,7 @@ sizes = st.fixed_dictionaries(dict(n_layer=st.integers(1, 3), n_head=st.sampled_
 
 @settings(max_examples=8, deadline=None)
 @given(name=st.sampled_from(sorted(PRESETS)), size=sizes, sequences=st.integers(1, 9), accumulating=st.booleans(),
-       checkpointing=st.sampled_from(sorted(KINDS)), dtype=st.sampled_from(DTYPES))
+       checkpointing=st.sampled_from(sorted(CHECKPOINTING_MODES)), dtype=st.sampled_from(DTYPES))
 def test_memory_grows_with_the_batch_and_the_layers(name, size, sequences, accumulating, checkpointing, dtype):
     how = (accumulating, checkpointing)
     account = MemoryAccount(build_model, get_preset(name, **size), dtype, gpu=True)
@@ -264,7 +264,7 @@ def test_flex_attention_costs_what_the_fused_kernel_does():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("checkpointing", KINDS)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES)
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_estimate_is_within_a_tenth_of_a_gpus_peak(name, checkpointing):
     config = get_preset(name, n_layer=6, n_head=12, n_embd=768, block_size=1024, vocab_size=50304)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from blockgpt.training.recompute import KINDS, PRODUCTS, drops_out, recompute
+from blockgpt.training.recompute import CHECKPOINTING_MODES, PRODUCTS, drops_out, recompute
 from model_builder import build_model
 from model_config import PRESETS, ModelConfig, get_preset
 
@@ -37,7 +37,7 @@ def equal(one, other):
 def check(config, dtype):
     model = build_model(config)
     plain = step(model, dtype)
-    for kind in KINDS:
+    for kind in CHECKPOINTING_MODES:
         assert equal(step(recompute(model, kind), dtype), plain), kind
 
 
@@ -115,7 +115,7 @@ def test_attention_that_drops_out_is_run_again():
 # ---- what it leaves alone
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CHECKPOINTING_MODES)
 def test_the_model_is_what_it_was(kind):
     model = build_model(get_preset("llama", **SIZE, sliding_window=4))
     idx = torch.arange(8)[None]
