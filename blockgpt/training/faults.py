@@ -72,7 +72,7 @@ class Watchdog:
             self.step = step
         self.heartbeat()
 
-    def beat(self):
+    def heartbeat(self):
         """Say that work goes on."""
         self.progress = time.monotonic()
 
