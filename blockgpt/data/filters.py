@@ -1,14 +1,19 @@
-"""Which documents are kept: each filter a function of (text, limit), named and counted.
+"""Document filters: which documents stay in a dataset.
 
-To add one: a function and a line in `FILTERS`. It returns whether the text stays.
+To add one: a function of (text, value) that returns whether the text stays, and a line in `FILTERS`. The command line
+flag --filter, its validation and the counts in meta.json read that table.
 """
 
 import importlib
 import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from blockgpt.errors import UserError, did_you_mean, short_repr
 
-# The commonest words of a language make up a third of its running text, and few of them are another's.
+CompiledFilter = tuple[str, Callable[[str, Any], bool], Any]  # (name, filter function, its value)
+
+# The most common words make up about a third of running text, and few of them belong to another language too.
 COMMON_WORDS = {language: frozenset(words.split()) for language, words in {
     "de": "der die das und ist nicht mit ein eine zu den von sich auf für dem im auch es wie werden bei",
     "en": "the of and to in is that it was for on with as be at by this are or from have not you which",
@@ -22,8 +27,8 @@ COMMON_WORDS = {language: frozenset(words.split()) for language, words in {
 WORD = re.compile(r"[^\W\d_]+")
 
 
-def repeated_lines(text):
-    """The share of the characters that stand in lines which stood in the text before."""
+def repeated_line_fraction(text: str) -> float:
+    """The fraction of the characters that are in lines that occur earlier in the text."""
     seen, repeated, total = set(), 0, 0
     for line in filter(None, map(str.strip, text.splitlines())):
         total += len(line)
@@ -33,75 +38,87 @@ def repeated_lines(text):
     return repeated / total if total else 0.0
 
 
-def repeated_words(text, n=5):
-    """The share of runs of n words that stood in the text before."""
+def repeated_ngram_fraction(text: str, n: int = 5) -> float:
+    """The fraction of the n-grams of words that occur earlier in the text."""
     words = text.split()
-    runs = max(0, len(words) - n + 1)
-    return 1 - len({tuple(words[i:i + n]) for i in range(runs)}) / runs if runs else 0.0
+    n_grams = max(0, len(words) - n + 1)
+    return 1 - len({tuple(words[i:i + n]) for i in range(n_grams)}) / n_grams if n_grams else 0.0
 
 
-def share(text, belongs):
-    """The share of the characters, spaces apart, of which `belongs` is true."""
-    solid = "".join(text.split())
-    return sum(map(belongs, solid)) / len(solid) if solid else 0.0
+def character_fraction(text: str, predicate: Callable[[str], bool]) -> float:
+    """The fraction of the characters, whitespace excluded, for which `predicate` is true."""
+    characters = "".join(text.split())
+    return sum(map(predicate, characters)) / len(characters) if characters else 0.0
 
 
-def is_symbol(character):
+def is_symbol(character: str) -> bool:
     return not character.isalnum()
 
 
-def is_control(character):
+def is_control(character: str) -> bool:
     return not character.isprintable()
 
 
-def language_of(text):
-    """The language of `COMMON_WORDS` whose words are the most frequent, None below one word in twelve."""
+def detect_language(text: str) -> str | None:
+    """The language of `COMMON_WORDS` whose words are the most frequent; None if fewer than one word in twelve is."""
     words = [w.lower() for w in WORD.findall(text[:20_000])]
     hits = {language: sum(w in common for w in words) for language, common in COMMON_WORDS.items()}
-    best = max(hits, key=hits.get)
+    best = max(hits, key=hits.__getitem__)
     return best if words and hits[best] >= len(words) / 12 else None
 
 
-FILTERS = {
+FILTERS: dict[str, Callable[[str, Any], bool]] = {
     "min_chars": lambda text, n: len(text) >= n,
     "max_chars": lambda text, n: len(text) <= n,
-    "max_repeated_lines": lambda text, most: repeated_lines(text) <= most,
-    "max_repeated_words": lambda text, most: repeated_words(text) <= most,
-    "min_letters": lambda text, least: share(text, str.isalpha) >= least,
-    "max_digits": lambda text, most: share(text, str.isdigit) <= most,
-    "max_symbols": lambda text, most: share(text, is_symbol) <= most,
-    "max_control": lambda text, most: share(text, is_control) <= most,
-    "language": lambda text, language: language_of(text) == language,
+    "max_repeated_lines": lambda text, most: repeated_line_fraction(text) <= most,
+    "max_repeated_words": lambda text, most: repeated_ngram_fraction(text) <= most,
+    "min_letters": lambda text, least: character_fraction(text, str.isalpha) >= least,
+    "max_digits": lambda text, most: character_fraction(text, str.isdigit) <= most,
+    "max_symbols": lambda text, most: character_fraction(text, is_symbol) <= most,
+    "max_control": lambda text, most: character_fraction(text, is_control) <= most,
+    "language": lambda text, language: detect_language(text) == language,
     "callable": lambda text, function: bool(function(text)),
 }
 
 
-def parse_filters(settings):
-    """["min_chars=200", "language=en", "callable=module:function"] -> {name: value}; `UserError` if one is wrong."""
-    filters = {}
+def parse_filters(settings: Iterable[str] | None) -> dict[str, Any]:
+    """Parse the values of --filter.
+
+    Args:
+        settings: "name=value" each, such as "min_chars=200", "language=en" or "callable=module:function".
+
+    Returns:
+        {name: value}; the value is a float, except for "language" and "callable".
+
+    Raises:
+        UserError: an unknown filter, a value of the wrong type, a function that cannot be imported.
+    """
+    filters: dict[str, Any] = {}
     for setting in settings or ():
         name, _, value = setting.partition("=")
         if name not in FILTERS:
             raise UserError(f"--filter {short_repr(setting)}: no such filter{did_you_mean(name, FILTERS)}")
         if name == "language" and value not in COMMON_WORDS:
             raise UserError(f"--filter {setting}: {short_repr(value)} is unknown{did_you_mean(value, COMMON_WORDS)}")
-        if name not in ("language", "callable"):
-            try:
-                value = float(value)
-            except ValueError:
-                raise UserError(f"--filter {short_repr(setting)}: {short_repr(value)} is not a number") from None
-        filters[name] = value
-    compile_filters(filters)  # a function that is not there is told now
+        if name in ("language", "callable"):
+            filters[name] = value
+            continue
+        try:
+            filters[name] = float(value)
+        except ValueError:
+            raise UserError(f"--filter {short_repr(setting)}: {short_repr(value)} is not a number") from None
+    compile_filters(filters)  # a function that cannot be imported is an error before any text is read
     return filters
 
 
-def compile_filters(filters):
-    """{name: value} -> [(name, text -> whether it stays)]. A callable may be given as "module:function"."""
-    return [(name, FILTERS[name], import_function(value) if name == "callable" else value) for name, value in filters.items()]
+def compile_filters(filters: dict[str, Any]) -> list[CompiledFilter]:
+    """Look up the functions of {name: value}; the value of "callable" may be a function or "module:function"."""
+    return [(name, FILTERS[name], import_function(value) if name == "callable" else value)
+            for name, value in filters.items()]
 
 
-def import_function(function):
-    """The function that "module:function" names."""
+def import_function(function: str | Callable[[str], Any]) -> Callable[[str], Any]:
+    """Import the function named "module:function"; a function is returned as it is."""
     if callable(function):
         return function
     module, _, name = function.partition(":")
@@ -111,6 +128,6 @@ def import_function(function):
         raise UserError(f"--filter callable={function}: {error} (module:function, importable from here)") from None
 
 
-def first_failing_filter(filters, text):
-    """The name of the first of the `compile_filters` filters that the text does not pass, or None."""
+def first_failing_filter(filters: list[CompiledFilter], text: str) -> str | None:
+    """The name of the first of the compiled filters that rejects the text, or None."""
     return next((name for name, keeps, value in filters if not keeps(text, value)), None)
