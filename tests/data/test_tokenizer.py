@@ -1,4 +1,4 @@
-"""What the tokenizers promise: text comes back whole or is refused in one line that says why."""
+"""Tokenizers: decoding gives the text back, or encoding refuses it with a one-line error."""
 
 import json
 
@@ -32,7 +32,7 @@ def one_line(raised):
 
 
 def hf_json(normalizer=None):
-    """A byte-level BPE as Hugging Face writes it, trained on the spot."""
+    """The tokenizer.json of a small byte-level BPE."""
     t = tokenizers.Tokenizer(tokenizers.models.BPE())
     t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = tokenizers.decoders.ByteLevel()
@@ -46,7 +46,7 @@ def hf_json(normalizer=None):
 
 @pytest.fixture(scope="session", params=["byte", "sentencepiece", "ranks", "hf", "gpt2"])
 def tokenizer(request):
-    """Each tokenizer that takes any text."""
+    """Each tokenizer that accepts any text."""
     if request.param == "byte":
         return ByteTokenizer()
     if request.param == "hf":
@@ -57,7 +57,7 @@ def tokenizer(request):
     return load_tokenizer(str(path if request.param == "sentencepiece" else path.with_suffix(".tiktoken")))
 
 
-# What all of them promise
+# Every tokenizer
 
 
 def check_round_trip(t, text):
@@ -84,14 +84,14 @@ def test_awkward_text_comes_back(tokenizer, text):
 @given(text=TEXT)
 def test_a_tokenizer_survives_meta_json(tokenizer, text):
     for t in (tokenizer, CharTokenizer(text)):
-        again = from_meta(json.loads(json.dumps(t.to_meta())))
-        assert type(again) is type(t) and (again.vocab_size, again.eot) == (t.vocab_size, t.eot)
+        restored = from_meta(json.loads(json.dumps(t.to_meta())))
+        assert type(restored) is type(t) and (restored.vocab_size, restored.eot) == (t.vocab_size, t.eot)
         if "▁" not in text:
-            assert again.encode(text) == t.encode(text)
-        assert again.to_meta() == t.to_meta()
+            assert restored.encode(text) == t.encode(text)
+        assert restored.to_meta() == t.to_meta()
 
 
-def test_a_lone_surrogate_is_named(tokenizer):
+def test_a_lone_surrogate_is_refused_with_its_position(tokenizer):
     for encode in (tokenizer.encode, tokenizer.encode_array):
         with pytest.raises(DataError) as raised:
             encode("ab\udcff")
@@ -116,7 +116,7 @@ def test_chars_round_trip(text):
 
 
 @given(st.lists(st.integers(0, 400)))
-def test_decoding_drops_what_stands_for_no_text(ids):
+def test_decoding_drops_ids_without_text(ids):
     t = ByteTokenizer()
     text = bytes(i for i in ids if i < 256).decode(errors="replace")
     assert t.decode(ids) == t.decode(np.array(ids, np.int64)) == text
@@ -136,7 +136,7 @@ def test_an_unknown_character_is_named():
 # Byte pairs
 
 
-def test_gpt2_is_gpt2(gpt2):
+def test_gpt2_has_the_published_ids(gpt2):
     assert (gpt2.vocab_size, gpt2.eot) == (50257, 50256)
     assert gpt2.encode("Hello, world!") == [15496, 11, 995, 0]
     assert describe_tokenizer(gpt2.to_meta()) == "gpt2" and gpt2.to_meta() == {"name": "tiktoken", "encoding": "gpt2"}
@@ -147,8 +147,8 @@ def model_and_ranks(pieces):
     return load_tokenizer(str(pieces)), load_tokenizer(str(pieces.with_suffix(".tiktoken")))
 
 
-def check_both_split_alike(model, ranks, text):
-    """Whatever the characters that the model has seen."""
+def check_same_tokens(model, ranks, text):
+    """For all characters that the model has seen."""
     known = {c for c in set(text) - {"▁"} if len(model.encode(c)) == 1}
     text = "".join(c for c in text if c in known)
     assert [model.decode([i]) for i in model.encode(text)] == [ranks.decode([i]) for i in ranks.encode(text)]
@@ -157,16 +157,16 @@ def check_both_split_alike(model, ranks, text):
 def test_an_exported_bpe_splits_text_as_the_model_does(model_and_ranks, sources):
     model, ranks = model_and_ranks
     for text in sources:
-        check_both_split_alike(model, ranks, text)
+        check_same_tokens(model, ranks, text)
     assert ranks.eot == ranks.vocab_size - 1 and describe_tokenizer(ranks.to_meta()).startswith("tiktoken ")
 
 
 @given(text=st.text("aelnrst \n():=._0159é·×"))
-def test_an_exported_bpe_splits_any_text_alike(model_and_ranks, text):
-    check_both_split_alike(*model_and_ranks, text)
+def test_an_exported_bpe_splits_any_text_as_the_model_does(model_and_ranks, text):
+    check_same_tokens(*model_and_ranks, text)
 
 
-def test_only_bpe_has_a_tiktoken_form(tmp_path, pieces):
+def test_only_bpe_can_be_exported(tmp_path, pieces):
     from tools.train_tokenizer import main
     main(["--input", f"{pieces.parent}/*.txt", "--vocab_size=400", "--model=unigram", f"--output={tmp_path}/u"])
     with pytest.raises(UserError, match="only a BPE model"):
@@ -176,7 +176,7 @@ def test_only_bpe_has_a_tiktoken_form(tmp_path, pieces):
 # Hugging Face
 
 
-def test_a_normaliser_that_loses_text_is_refused():
+def test_text_that_a_normaliser_changes_is_refused():
     t = HFTokenizer(pack_bytes(hf_json(tokenizers.normalizers.Lowercase()).encode()))
     assert t.decode(t.encode("lower")) == "lower"
     with pytest.raises(DataError) as raised:
@@ -184,7 +184,7 @@ def test_a_normaliser_that_loses_text_is_refused():
     assert "at character 6, 'UPPER' comes back as 'upper'" in one_line(raised)
 
 
-def test_the_token_that_ends_documents_can_be_named():
+def test_the_end_of_text_token_can_be_named():
     content = pack_bytes(hf_json().encode())
     assert (HFTokenizer(content).eot, HFTokenizer(content, eot="<pad>").eot) == (0, 1)
     with pytest.raises(DataError, match="no token '<end>'"):
@@ -203,7 +203,7 @@ def test_the_token_that_ends_documents_can_be_named():
                                         ({"name": "sentencepiece", "model": "?"}, "damaged"),
                                         ({"name": "sentencepiece", "model": pack_bytes(b"no")}, "not a SentencePiece"),
                                         ({"name": "hf", "json": pack_bytes(b"{}")}, "not a tokenizer.json")])
-def test_meta_that_describes_no_tokenizer_is_one_line(meta, word):
+def test_invalid_meta_is_a_one_line_error(meta, word):
     with pytest.raises(DataError) as raised:
         from_meta(meta)
     assert word in one_line(raised)
@@ -216,7 +216,7 @@ def test_meta_that_describes_no_tokenizer_is_one_line(meta, word):
     ("x.tiktoken", b"YQ==", "not a .tiktoken file"), ("x.tiktoken", b"? 0", "not a .tiktoken file"),
     ("x.txt", b"", "or a file: *.model, *.json, *.tiktoken"),
 ])
-def test_a_name_that_is_no_tokenizer_is_one_line(tmp_path, monkeypatch, name, content, words):
+def test_an_unknown_or_damaged_tokenizer_is_a_one_line_error(tmp_path, monkeypatch, name, content, words):
     monkeypatch.chdir(tmp_path)
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -225,10 +225,10 @@ def test_a_name_that_is_no_tokenizer_is_one_line(tmp_path, monkeypatch, name, co
     assert words in one_line(raised)
 
 
-def test_an_encoding_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
+def test_an_encoding_that_cannot_be_downloaded_is_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens on that port
     import tiktoken.registry
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     with pytest.raises(DataError) as raised:
@@ -236,7 +236,7 @@ def test_an_encoding_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
     assert "cannot fetch 'p50k_base'" in one_line(raised) and "TIKTOKEN_CACHE_DIR" in one_line(raised)
 
 
-def test_a_missing_package_is_one_line():
+def test_a_missing_package_is_a_one_line_error():
     with pytest.raises(UserError) as raised:
         require_package("sentencepiece_of_the_future")
     assert "pip install sentencepiece_of_the_future" in one_line(raised)
