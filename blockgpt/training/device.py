@@ -1,14 +1,28 @@
-"""Device and precision of this process."""
+"""The device of this process, its precision, and the memory that it uses.
+
+A device type is added in `choose_device`, its precisions in `choose_dtype`, its memory in `Runtime.memory`.
+"""
 
 import os
+import platform
+import resource
+import sys
 
 import torch
 
 from blockgpt.errors import ConfigError
 
 
-def choose_device(name, local_rank):
-    """The torch.device that `name` means here; `ConfigError` where it is not to be had."""
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The device of this process.
+
+    Args:
+        name: the key `device`: auto, cpu, cuda, cuda:N or mps.
+        local_rank: the rank among the processes of this host, which picks the GPU.
+
+    Raises:
+        ConfigError: the name is unknown, or this host does not have the device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -18,52 +32,56 @@ def choose_device(name, local_rank):
     if device.type not in ("cpu", "cuda", "mps"):
         raise ConfigError("device", f"{name!r} is unknown (one of auto, cpu, cuda, cuda:1, mps)")
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError("device", f"{name!r}: torch sees no CUDA device here (--device=cpu)")
-        processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        if processes > 1 and device.index is not None:
-            raise ConfigError("device", f"{name!r} is one GPU for {processes} processes (--device=cuda: one for each)")
-        if processes > count:  # told by every process, not by those alone that find none
-            raise ConfigError("device", f"{name!r}: {processes} processes need as many GPUs, here are {count} "
-                                        f"(torchrun --nproc_per_node={count})")
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= count:
-            raise ConfigError("device", f"{name!r} is not among the CUDA devices here, 0 to {count - 1}")
+        return choose_gpu(name, device.index, local_rank)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device", "'mps': torch sees no Apple GPU here (--device=cpu)")
+        raise ConfigError("device", "'mps': torch finds no Apple GPU (--device=cpu)")
     return device
 
 
-def choose_dtype(name, device):
-    """The torch.dtype of the matrix products that `name` means on `device`."""
+def choose_gpu(name: str, index: int | None, local_rank: int) -> torch.device:
+    """CUDA device `index`, or without one that of `local_rank`; raises `ConfigError` if it does not exist."""
+    if not torch.cuda.is_available():
+        raise ConfigError("device", f"{name!r}: torch finds no CUDA device (--device=cpu)")
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > 1 and index is not None:
+        raise ConfigError("device", f"{name!r} is one GPU for {processes} processes (--device=cuda gives each its own)")
+    if processes > gpus:  # an error on every process, not only on those without a GPU
+        raise ConfigError("device", f"{name!r}: {processes} processes need {processes} GPUs, this host has {gpus} "
+                                    f"(torchrun --nproc_per_node={gpus})")
+    device = torch.device("cuda", local_rank if index is None else index)
+    if device.index >= gpus:
+        raise ConfigError("device", f"{name!r} does not exist, this host has CUDA devices 0 to {gpus - 1}")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the matrix products; name: the key `dtype`. Raises `ConfigError` if `device` does not support it."""
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
-    if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise ConfigError("dtype", "'bfloat16': this GPU has none (--dtype=float16)")
+        name = "bfloat16" if device.type == "cuda" and has_bfloat16 else "float32"
+    if name == "bfloat16" and not has_bfloat16:
+        raise ConfigError("dtype", "'bfloat16' is not supported by this GPU (--dtype=float16)")
     if name == "float16" and device.type != "cuda":
-        raise ConfigError("dtype", f"'float16' trains on CUDA alone, this is {device.type} (--dtype=bfloat16)")
-    return getattr(torch, name)
+        raise ConfigError("dtype", f"'float16' needs a CUDA device, this is {device.type} (--dtype=bfloat16)")
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
-def cpu_name():
+def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as f:
             return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
     except (OSError, StopIteration):
-        import platform
-
-        return platform.processor() or platform.runtime()
+        return platform.processor() or platform.machine()
 
 
-def process_memory():
-    """{allocated, peak, reserved}: resident bytes of this process now and at their most."""
-    import resource
-    import sys
-
+def process_memory() -> dict[str, int | None]:
+    """{allocated, peak, reserved}: resident bytes of this process, now and at the peak; a CPU has no reserved ones."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     try:
         with open("/proc/self/statm") as f:
             now = int(f.read().split()[1]) * resource.getpagesize()
     except OSError:
-        now = None
-    return {"allocated": now, "peak": max(peak, now or 0), "reserved": None}  # the kernel counts the two apart
+        return {"allocated": None, "peak": peak, "reserved": None}
+    return {"allocated": now, "peak": max(peak, now), "reserved": None}  # the kernel counts the two separately

@@ -1,7 +1,8 @@
-"""What may happen to a run from outside: signals, a peer that dies or hangs, this process's own standstill.
+"""Faults from outside: signals, a rank that dies or hangs, a loss that is not finite on one rank.
 
-Every process has a `Watchdog`. It tells the others twice a second, through the store that torchrun keeps, where it is; it
-asks about them only when something is wrong. What the processes must decide alike they decide in `agree`, once a step.
+Every process has a `Watchdog`, a background thread. It sends a heartbeat to torchrun's store twice a second, and reads
+those of the other ranks only when something is wrong. What all ranks decide together, they decide on the `StepStatus`
+of each step. A new value to decide on is a column of `gather_status` and a field of `StepStatus`.
 """
 
 import contextlib
@@ -14,246 +15,302 @@ import signal
 import sys
 import threading
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple, TypedDict
 
 import torch.distributed as dist
 
 from blockgpt.errors import DataError, PeerLostError, first_line
-from blockgpt.training.launch import FIRST_CALL_TIMEOUT, connect_store, exit_process
+from blockgpt.training.launch import FIRST_CALL_TIMEOUT, Runtime, connect_store, exit_process, no_heartbeat
 
-HEARTBEAT_SECONDS = 0.5  # seconds between two signs of life
-SILENCE_SECONDS = 4 * HEARTBEAT_SECONDS  # how long no sign must come from a peer that is to be called silent
-SIGNAL_GRACE_SECONDS = 10 * HEARTBEAT_SECONDS  # without progress after a signal, before the peers are asked about: torchrun grants 30 s in all
+HEARTBEAT_SECONDS = 0.5  # between two heartbeats
+SILENCE_SECONDS = 4 * HEARTBEAT_SECONDS  # without a heartbeat, after which a rank counts as silent
+SIGNAL_GRACE_SECONDS = 10 * HEARTBEAT_SECONDS  # without progress after a signal, before the others' heartbeats are read
+SIGNAL_REPEAT_SECONDS = 1.0  # a second signal within it is the first one, passed on by torchrun
+LAUNCHER_EXIT = 1000  # in place of a signal's number: torchrun is gone
+LAUNCHER_EXIT_NAME = "the exit of torchrun"
 
 
 class StepStatus(NamedTuple):
-    """What all processes know alike after a step; lists are by rank."""
+    """What all ranks know after a step; the lists are by rank."""
 
     loss: float
-    grad_norms: list  # alike but where memory or a link failed
-    nonfinite_micro_steps: list  # number of the first micro-batch whose loss is not finite; without one 0 if the gradient is not, or -1
-    stop_reason: str | None  # the signal that asks for an end
-    save_finished: bool  # whether an asynchronous save has ended everywhere
-    step_times: list
-    memory_peaks: list  # peak bytes, where asked for
+    grad_norms: list[float]  # equal on all ranks unless memory or a link is faulty
+    nonfinite_micro_steps: list[int]  # the first one whose loss is not finite; 0 if only the gradient is not; else -1
+    stop_reason: str | None  # the signal that asks for the end of the run
+    save_finished: bool  # whether an asynchronous save has ended on all ranks
+    step_times: list[float]
+    memory_peaks: list[float]  # bytes, where measured
+
+
+class Heartbeat(TypedDict):
+    """What a rank writes to the store."""
+
+    count: int
+    step: int
+    phase: str
+
+
+class Peer(NamedTuple):
+    """Where a rank was at its last heartbeat."""
+
+    rank: int
+    step: int
+    phase: str
 
 
 class Watchdog:
-    """Over a run, a context manager; over its steps, `training`.
+    """Watches this process and its peers. A context manager for the whole run; `training` is one for its steps.
 
-    There Ctrl-C, SIGTERM and SIGUSR1 are a wish to stop, honoured by all processes after the same step; another one
-    ends the process at once. Within a second it is the same wish: a scheduler signals torchrun and its workers, and
-    torchrun passes it on. The launcher's end is such a wish too.
+    Within `training`, SIGINT (Ctrl-C), SIGTERM and SIGUSR1 ask for a stop: all ranks stop after the same step. A second
+    signal ends the process at once, unless it arrives within a second: a scheduler signals torchrun and its workers,
+    and torchrun passes the signal on. The exit of torchrun asks for a stop too.
 
-    A process of several that makes no progress for rank_timeout seconds (save_timeout in a save, START_LIMIT for what
-    it does for the first time), or whose communication breaks, says which rank was lost, at which step and in which
-    phase, shows its stacks and leaves with exit code 6.
+    A process of several ends with exit code 6 if it makes no progress for `rank_timeout` seconds (`save_timeout` in a
+    save, FIRST_CALL_TIMEOUT in a phase that it enters for the first time) or if its communication breaks. It prints
+    which rank was lost, at which step and in which phase, and its own stacks.
+
+    Attributes:
+        on_peer_lost: called with the message that names the lost rank, before the process exits.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, runtime, config):
+    def __init__(self, runtime: Runtime, config: Any) -> None:
         self.runtime, self.config = runtime, config
-        self.on_peer_lost = bool  # called with the line that says which peer was lost, before the process leaves
-        self.name = None  # of the signal
-        self.step, self.phase, self.known = 0, "start", set()
-        self.alone = runtime.world_size == 1
-        self.ended = threading.Event()
-        self.progress = time.monotonic()
-        self.store = None if self.alone else connect_watchdog_store(runtime.launch_id)
+        self.on_peer_lost: Callable[[str], object] = lambda message: None
+        self.step, self.phase = 0, "start"
+        self.finished_phases: set[str] = set()
+        self.last_progress = time.monotonic()
+        self.signal_name: str | None = None
+        self.signal_time = 0.0
+        self.previous_handlers: dict[signal.Signals, Any] = {}
+        self.single_process = runtime.world_size == 1
+        self.store = None if self.single_process else connect_watchdog_store(runtime.launch_id)
+        self.exiting = threading.Event()
 
-    # ------------------------------------------------------------ what the run says
+    # ------------------------------------------------------------ progress
 
-    def enter_phase(self, phase, step=None):
-        """Say what is done from here on. A phase that was once left is known: its limit is the short one."""
-        self.known.add(self.phase)
+    def enter_phase(self, phase: str, step: int | None = None) -> None:
+        """Record what the process does from now on. The first time, a phase has the longer FIRST_CALL_TIMEOUT."""
+        self.finished_phases.add(self.phase)
         self.phase = phase
         if step is not None:
             self.step = step
         self.heartbeat()
 
-    def heartbeat(self):
-        """Say that work goes on."""
-        self.progress = time.monotonic()
+    def heartbeat(self) -> None:
+        """Record that the phase makes progress."""
+        self.last_progress = time.monotonic()
 
-    def gather_status(self, micro_losses=(), step_time=0.0, memory=0.0, saved=False, grad_norm=0.0):
-        """The `StepStatus` on a step: micro_losses: this process's, one a micro-batch."""
-        bad = next((i for i, loss in enumerate(micro_losses) if not math.isfinite(loss)), -1)
-        signal_number = 0 if self.name is None else getattr(signal.Signals, self.name, LAUNCHER_GONE)
-        row = [sum(micro_losses), grad_norm, bad, signal_number, saved, step_time, memory]
-        rows = self.runtime.all_gather(row)
-        losses, norms, bads, signals, saves, times, peaks = zip(*rows, strict=True)
-        if max(bads) < 0:
-            bads = [-1 if math.isfinite(norm) else 0 for norm in norms]
-        number = next((int(n) for n in signals if n), 0)
-        stop = number and ("the launcher's end" if number == LAUNCHER_GONE else signal.Signals(number).name)
-        return StepStatus(sum(losses) / self.runtime.tp_size, list(norms), [int(b) for b in bads], stop or None,
-                         all(saves), list(times), list(peaks))
+    def gather_status(self, micro_losses: Sequence[float] = (), step_time: float = 0.0, memory_peak: float = 0.0,
+                      save_finished: bool = False, grad_norm: float = 0.0) -> StepStatus:
+        """The `StepStatus` of a step; collective.
 
-    # ------------------------------------------------------------ signals
+        Args:
+            micro_losses: the losses of this rank's micro-batches, which add up to its loss.
+        """
+        nonfinite = next((i for i, loss in enumerate(micro_losses) if not math.isfinite(loss)), -1)
+        own_signal = 0 if self.signal_name is None else getattr(signal.Signals, self.signal_name, LAUNCHER_EXIT)
+        rows = self.runtime.all_gather(
+            [sum(micro_losses), grad_norm, nonfinite, own_signal, save_finished, step_time, memory_peak])
+        losses, grad_norms, nonfinites, signals, saves, step_times, memory_peaks = map(list, zip(*rows, strict=True))
+        if max(nonfinites) < 0:
+            nonfinites = [-1 if math.isfinite(norm) else 0 for norm in grad_norms]
+        signal_number = next((int(n) for n in signals if n), None)
+        if signal_number is None:
+            stop_reason = None
+        else:
+            stop_reason = (LAUNCHER_EXIT_NAME if signal_number == LAUNCHER_EXIT else
+                           signal.Signals(signal_number).name)
+        return StepStatus(sum(losses) / self.runtime.tp_size, grad_norms, [int(n) for n in nonfinites], stop_reason,
+                          all(saves), step_times, memory_peaks)
 
-    def __enter__(self):
+    # ------------------------------------------------------------ the run and its steps
+
+    def __enter__(self) -> "Watchdog":
         self.runtime.heartbeat = self.heartbeat
-        self.previous = {}
-        self.pipe = os.pipe()
-        for end in self.pipe:
-            os.set_blocking(end, False)
-        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self.thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self.read_fd, self.write_fd = os.pipe()
+        os.set_blocking(self.read_fd, False)
+        os.set_blocking(self.write_fd, False)
+        self.launcher_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.thread = threading.Thread(target=self._monitor, name="watchdog", daemon=True)
         self.thread.start()
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
         try:
-            self._explain(error)
+            self._raise_if_peer_lost(error)
         finally:
-            self.ended.set()
-            os.write(self.pipe[1], b"\0")
-            self.runtime.heartbeat = bool
+            self.exiting.set()
+            os.write(self.write_fd, b"\0")  # wakes the thread
+            self.runtime.heartbeat = no_heartbeat
             self.thread.join()
-            for end in self.pipe:
-                os.close(end)
+            os.close(self.read_fd)
+            os.close(self.write_fd)
 
     @contextlib.contextmanager
-    def training(self):
-        """Over the steps, inside the log: signals are wishes, and a lost peer is named before the log is closed."""
-        self.previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+    def training(self) -> Iterator["Watchdog"]:
+        """For the steps of a run: signals ask for a stop, and a lost rank is named while the log is still open."""
+        self.previous_handlers = {s: signal.signal(s, self._handle_signal) for s in self.SIGNALS}
         # A main thread that waits in a collective runs no Python handler; a byte in this pipe wakes the other thread.
-        self.old_descriptor = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
+        self.previous_wakeup_fd = signal.set_wakeup_fd(self.write_fd, warn_on_full_buffer=False)
         try:
             yield self
         except Exception as error:
-            self._explain(error)
-            if isinstance(error, DataError) and not self.alone:  # the others did not read what this one read
+            self._raise_if_peer_lost(error)
+            if isinstance(error, DataError) and not self.single_process:  # other ranks read other data
                 error.args = (f"rank {self.runtime.rank}: {error}",)
                 error.on_all_ranks = False
             raise
         finally:
-            self._restore()
+            self._restore_handlers()
             self.enter_phase("end")
 
-    def _explain(self, error):
-        """Raise `PeerLostError` if that is what an exception of the main thread comes from."""
-        if error is not None and not self.alone and is_broken_connection(error):
+    def _raise_if_peer_lost(self, error: BaseException | None) -> None:
+        """Raise `PeerLostError` if an exception of the main thread comes from a broken connection."""
+        if error is not None and not self.single_process and is_broken_connection(error):
             self.heartbeat()
-            why = f"communication broke ({first_line(error)})"
-            raise PeerLostError(self._line(self._silent_peers(), why)) from None
+            message = self._lost_message(self._lost_peers(), f"communication broke ({first_line(error)})")
+            raise PeerLostError(message) from None
 
-    def _restore(self):
-        if self.previous:
-            signal.set_wakeup_fd(self.old_descriptor)
-            for s, handler in self.previous.items():
+    def _restore_handlers(self) -> None:
+        if self.previous_handlers:
+            signal.set_wakeup_fd(self.previous_wakeup_fd)
+            for s, handler in self.previous_handlers.items():
                 signal.signal(s, handler)
-            self.previous = {}
+            self.previous_handlers = {}
 
-    def _note(self, number, frame):
+    def _handle_signal(self, signal_number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.name is None:
-            self.name, self.noted = signal.Signals(number).name, now
-        elif now - self.noted > 1:
-            self._restore()
-            signal.raise_signal(number)
+        if self.signal_name is None:
+            self.signal_name, self.signal_time = signal.Signals(signal_number).name, now
+        elif now - self.signal_time > SIGNAL_REPEAT_SECONDS:
+            self._restore_handlers()
+            signal.raise_signal(signal_number)
 
     # ------------------------------------------------------------ the thread
 
-    def _look(self):
-        first, last, asked = None, None, 0.0  # when signals came, and which
+    def _monitor(self) -> None:
+        """The background thread: sends heartbeats, and ends the process where its main thread cannot."""
+        first_signal: float | None = None  # when it arrived
+        repeated: tuple[float, int] | None = None  # when a later one arrived, and its number
+        checked_peers = 0.0
         count = 0
-        while not self.ended.is_set():
-            ready, _, _ = select.select([self.pipe[0]], [], [], HEARTBEAT_SECONDS)
+        while not self.exiting.is_set():
+            ready, _, _ = select.select([self.read_fd], [], [], HEARTBEAT_SECONDS)
             now = time.monotonic()
-            if ready:
-                with contextlib.suppress(OSError):
-                    numbers = [n for n in os.read(self.pipe[0], 64) if n in self.SIGNALS]
-                    if numbers and first is None:
-                        first = now
-                    elif numbers and now - first > 1:
-                        last = (now, numbers[-1])
-            if last and now - last[0] > 2 * HEARTBEAT_SECONDS:  # the main thread could not honour it
-                os._exit(128 + last[1])
-            if self.parent is not None and os.getppid() != self.parent and self.name is None:
-                self.noted, self.name = now, "the launcher's end"
+            signals = self._read_signals() if ready else []
+            if signals and first_signal is None:
+                first_signal = now
+            elif signals and first_signal is not None and now - first_signal > SIGNAL_REPEAT_SECONDS:
+                repeated = (now, signals[-1])
+            if repeated and now - repeated[0] > 2 * HEARTBEAT_SECONDS:  # the main thread could not handle it
+                os._exit(128 + repeated[1])
+            if self.launcher_pid is not None and os.getppid() != self.launcher_pid and self.signal_name is None:
+                self.signal_time, self.signal_name = now, LAUNCHER_EXIT_NAME
             if self.store is None:
                 continue
             count += 1
-            self._say({"beat": count, "step": self.step, "phase": self.phase})
-            still = now - self.progress
-            if still > self._limit():
-                self._give_up(self._silent_peers(), f"no progress for {still:.0f} s")
-            elif self.name is not None and still > SIGNAL_GRACE_SECONDS and now - asked > SIGNAL_GRACE_SECONDS:
-                asked = now
-                silent = self._silent_peers()
-                if silent:
-                    self._give_up(silent, f"no progress for {still:.0f} s after {self.name}")
+            self._send_heartbeat(count)
+            idle = now - self.last_progress
+            if idle > self._timeout():
+                self._exit_peer_lost(self._lost_peers(), f"no progress for {idle:.0f} s")
+            elif (self.signal_name is not None and idle > SIGNAL_GRACE_SECONDS
+                  and now - checked_peers > SIGNAL_GRACE_SECONDS):
+                checked_peers = now
+                lost = self._lost_peers()
+                if lost:
+                    self._exit_peer_lost(lost, f"no progress for {idle:.0f} s after {self.signal_name}")
 
-    def _limit(self):
+    def _read_signals(self) -> list[int]:
+        """The numbers of the signals that have arrived since the last call."""
+        with contextlib.suppress(OSError):
+            return [n for n in os.read(self.read_fd, 64) if n in self.SIGNALS]
+        return []
+
+    def _timeout(self) -> float:
         """Seconds without progress after which a peer must be lost."""
         if self.phase == "save":
             return self.config.save_timeout
-        return self.config.rank_timeout if self.phase in self.known else max(FIRST_CALL_TIMEOUT, self.config.rank_timeout)
+        if self.phase in self.finished_phases:
+            return self.config.rank_timeout
+        return max(FIRST_CALL_TIMEOUT, self.config.rank_timeout)
 
-    def _say(self, what):
+    # ------------------------------------------------------------ the other ranks
+
+    def _send_heartbeat(self, count: int) -> None:
+        if self.store is None:
+            return
+        heartbeat: Heartbeat = {"count": count, "step": self.step, "phase": self.phase}
         try:
-            self.store.set(f"beat/{self.runtime.rank}", json.dumps(what))
-        except RuntimeError:  # the store went with the launcher
+            self.store.set(f"heartbeat/{self.runtime.rank}", json.dumps(heartbeat))
+        except RuntimeError:  # the store's process has ended
             self.store = None
 
-    def _silent_peers(self):
-        """[(rank, step, phase) of the peers that gave no sign of life for a while, or stand behind this process]."""
-        before = self._peers()
-        until = time.monotonic() + SILENCE_SECONDS
-        while time.monotonic() < until:
-            time.sleep(HEARTBEAT_SECONDS)
-            if threading.current_thread() is self.thread:
-                self._say({"beat": time.monotonic(), "step": self.step, "phase": self.phase})
-        after = self._peers()
-        silent = [rank for rank in after if after[rank] == before.get(rank)]
-        behind = [rank for rank, peer in after.items() if (peer["step"], peer["phase"]) != (self.step, self.phase)
-                  and peer["step"] <= self.step]
-        return [(rank, after[rank]["step"], after[rank]["phase"]) for rank in silent or behind]
-
-    def _peers(self):
-        peers, store = {}, self.store  # the other thread may give it up meanwhile
+    def _read_heartbeats(self) -> dict[int, Heartbeat]:
+        """The last heartbeat of every other rank that has sent one."""
+        heartbeats: dict[int, Heartbeat] = {}
+        store = self.store  # the other thread may set it to None meanwhile
         if store is not None:
             for rank in range(self.runtime.world_size):
-                key = f"beat/{rank}"
+                key = f"heartbeat/{rank}"
                 with contextlib.suppress(RuntimeError, ValueError):
                     if rank != self.runtime.rank and store.check([key]):
-                        peers[rank] = json.loads(store.get(key))
-        return peers
+                        heartbeats[rank] = json.loads(store.get(key))
+        return heartbeats
 
-    def _line(self, lost, why):
-        runtime = self.runtime
-        who = "; ".join(f"rank {rank}, last heard of at step {step} in phase {phase}" for rank, step, phase in lost[:4])
+    def _lost_peers(self) -> list[Peer]:
+        """The ranks without a heartbeat for SILENCE_SECONDS; if there are none, those that are behind this one."""
+        before = self._read_heartbeats()
+        deadline = time.monotonic() + SILENCE_SECONDS
+        count = -1  # other than any that `_monitor` sends
+        while time.monotonic() < deadline:
+            time.sleep(HEARTBEAT_SECONDS)
+            if threading.current_thread() is self.thread:
+                self._send_heartbeat(count)
+                count -= 1
+        after = self._read_heartbeats()
+        silent = [rank for rank in after if after[rank] == before.get(rank)]
+        behind = [rank for rank, peer in after.items()
+                  if peer["step"] <= self.step and (peer["step"], peer["phase"]) != (self.step, self.phase)]
+        return [Peer(rank, after[rank]["step"], after[rank]["phase"]) for rank in silent or behind]
+
+    def _lost_message(self, lost: list[Peer], reason: str) -> str:
+        peers = "; ".join(f"rank {peer.rank}, last heartbeat at step {peer.step} in phase {peer.phase}"
+                          for peer in lost[:4])
         more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
-        return (f"rank {runtime.rank} at step {self.step} in phase {self.phase}: {why}: "
-                + (f"lost {who}{more}" if lost else "no peer is silent or behind (the network?)")
-                + " (go on with --resume=auto)")
+        return (f"rank {self.runtime.rank} at step {self.step} in phase {self.phase}: {reason}: "
+                + (f"lost {peers}{more}" if lost else "no rank is silent or behind (is it the network?)")
+                + " (continue with --resume=auto)")
 
-    def _give_up(self, lost, why):
-        line = self._line(lost, why)
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        with contextlib.suppress(Exception):  # whatever stderr is
+    def _exit_peer_lost(self, lost: list[Peer], reason: str) -> None:
+        """End the process: print the error and all stacks, tell the log."""
+        message = self._lost_message(lost, reason)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):  # stderr may not be a file
             faulthandler.dump_traceback(all_threads=True)
         with contextlib.suppress(Exception):
-            self.on_peer_lost(line)
+            self.on_peer_lost(message)
         exit_process(PeerLostError.exit_code)
 
 
-LAUNCHER_GONE = 1000  # in the place of a signal's number
+def connect_watchdog_store(launch_id: str | None) -> dist.Store | None:
+    """The watchdog's own connection to the store: on a shared one, a call that waits would block the others.
 
-
-def connect_watchdog_store(launch):
-    """The store of the rendezvous, by a connection of the watch's own: one that waits would hold up the run's."""
+    Without a store (another kind of rendezvous) there are no heartbeats; the timeouts still apply.
+    """
     try:
         store = connect_store()
-    except (RuntimeError, KeyError, ValueError):  # another kind of rendezvous: no signs of life, the limits stay
+    except (RuntimeError, KeyError, ValueError):
         return None
-    return dist.PrefixStore(launch, store) if launch else store
+    return dist.PrefixStore(launch_id, store) if launch_id else store
 
 
-def is_broken_connection(error):
-    """Whether an exception of the main thread means that a peer is gone."""
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether an exception means that another rank is gone."""
     words = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError)
                                                  and any(word in str(error) for word in words))

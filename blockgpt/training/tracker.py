@@ -102,7 +102,7 @@ class WandbTracker:
         try:
             import wandb
 
-            mode = os.environ.get("WANDB_MODE")
+            mode: Any = os.environ.get("WANDB_MODE")  # wandb checks the value
             if mode is None and not wandb.login(prompt=False, verify=False):  # never stop to ask for a key
                 mode = "offline"
                 self.warnings.put("wandb: not logged in, logging offline (wandb login; wandb sync)")
