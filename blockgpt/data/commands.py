@@ -1,99 +1,127 @@
 """What the prepare.py scripts share: their flags, and what they do with them."""
 
+import argparse
 import collections
 import os
 import shlex
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from blockgpt.console import ArgumentParser
 from blockgpt.data.filters import parse_filters
 from blockgpt.data.prepare import prepare, write_dataset
-from blockgpt.data.sources import SHAKESPEARE, hub_partitions, text_of
+from blockgpt.data.sources import SHAKESPEARE, Partition, hub_partitions, read_or_download
 from blockgpt.data.tokenizer import CharTokenizer, load_tokenizer
-from blockgpt.data.writer import (
-    SHARD_TOKENS,
-    Recipe,
-)
+from blockgpt.data.writer import SHARD_TOKENS, Recipe
 from blockgpt.errors import UserError
 
 
-def command_parser(description, out_dir, tokenizer="gpt2", val_fraction=0.01):
-    """An `ArgumentParser` with the options of every dataset that `prepare_with` reads."""
+def command_parser(description: str | None, out_dir: Path | None, tokenizer: str = "gpt2",
+                   val_fraction: float = 0.01) -> ArgumentParser:
+    """An `ArgumentParser` with the flags of every dataset that `prepare_with` prepares.
+
+    Args:
+        out_dir, tokenizer, val_fraction: the defaults of these flags.
+    """
     parser = ArgumentParser(description=description)
-    parser.add_argument("--out_dir", type=Path, default=out_dir, help="where the files go")
+    parser.add_argument("--out_dir", type=Path, default=out_dir, help="the dataset's folder")
     parser.add_argument("--tokenizer", default=tokenizer,
                         help="byte, char, gpt2, cl100k_base, o200k_base, or a file: *.model, *.tiktoken, *.json")
     parser.add_argument("--val_fraction", type=float, default=val_fraction,
-                        help="share of the documents that is for validation")
-    parser.add_argument("--workers", type=int, help="processes; None: one a core")
-    parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens of a file, about")
+                        help="fraction of the documents that is for validation")
+    parser.add_argument("--workers", type=int, help="processes; None: one per core")
+    parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens per file, about")
     parser.add_argument("--filter", action="append", metavar="NAME=VALUE",
-                        help="keep what passes, e.g. min_chars=200, language=en, callable=module:function; repeatable")
-    parser.add_argument("--keep_duplicates", action="store_true", help="do not drop documents that were there before")
+                        help="keep only documents that pass, e.g. min_chars=200, language=en, "
+                             "callable=module:function; repeatable")
+    parser.add_argument("--keep_duplicates", action="store_true", help="keep documents that occurred before")
     return parser
 
 
-def parse(parser):
-    """The parsed command line; `UserError` for a value out of range, before anything is read."""
+def parse(parser: ArgumentParser) -> argparse.Namespace:
+    """Parse sys.argv; `UserError` for a value out of range, before anything is read.
+
+    Returns:
+        The flags, and `filters`, the parsed values of --filter.
+    """
     args = parser.parse_args()
-    sys.path.append(os.getcwd())  # where a user's --filter callable=module:function stands
+    sys.path.append(os.getcwd())  # --filter callable=module:function may name a module there
     args.filters = parse_filters(args.filter)
-    for name, ok, range_ in (("val_fraction", 0 < args.val_fraction < 1, "above 0 and below 1"),
-                             ("workers", args.workers is None or args.workers >= 1, "at least 1"),
-                             ("shard_tokens", args.shard_tokens >= 1, "at least 1")):
-        if not ok:
-            raise UserError(f"--{name}: {getattr(args, name)} is out of range, must be {range_}")
+    check_ranges(args, {"val_fraction": (0 < args.val_fraction < 1, "above 0 and below 1"),
+                        "workers": (args.workers is None or args.workers >= 1, "at least 1"),
+                        "shard_tokens": (args.shard_tokens >= 1, "at least 1")})
     return args
 
 
-def prepare_with(args, parts, source, by_position=False, separate=True, **extras):
-    """`prepare` as the parsed options of `command_parser` ask."""
+def check_ranges(args: argparse.Namespace, ranges: Mapping[str, tuple[bool, str]]) -> None:
+    """`UserError` for the first flag that is out of range.
+
+    Args:
+        ranges: {flag: (whether its value is in range, the range in words)}.
+    """
+    for name, (in_range, words) in ranges.items():
+        if not in_range:
+            raise UserError(f"--{name}: {getattr(args, name)} is out of range, must be {words}")
+
+
+def prepare_with(args: argparse.Namespace, partitions: Sequence[Partition], source: str, by_position: bool = False,
+                 separate: bool = True, **extras: Any) -> dict[str, Any]:
+    """Call `prepare` with the parsed flags of `command_parser`."""
     recipe = Recipe(args.val_fraction, by_position, separate, not args.keep_duplicates, args.filters)
-    tokenizer = characters_of(parts) if args.tokenizer == "char" else load_tokenizer(args.tokenizer)
-    return prepare(args.out_dir, tokenizer, parts, source=source, recipe=recipe, workers=args.workers,
+    tokenizer = char_tokenizer(partitions) if args.tokenizer == "char" else load_tokenizer(args.tokenizer)
+    return prepare(args.out_dir, tokenizer, partitions, source=source, recipe=recipe, workers=args.workers,
                    shard_tokens=args.shard_tokens, command=shlex.join(["python", *sys.argv]), **extras)
 
 
-def prepare_from_hub(description, script, source, *, val_fraction, splits=(("train", None),), samples=None):
-    """What a prepare.py does whose text stands on the Hugging Face hub, there as `source`.
+def prepare_from_hub(description: str | None, script: str, source: str, *, val_fraction: float,
+                     splits: Iterable[tuple[str, str | None]] = (("train", None),),
+                     samples: Mapping[str, str] | None = None) -> None:
+    """The command of a dataset whose text is on the Hugging Face hub.
 
-    script: its __file__. splits: (the hub's, the one of ours that it fills) each; None: a document's hash decides.
-    samples: {value of --sample: the hub's name of it}, the default first.
+    Args:
+        script: the prepare.py's __file__; the dataset goes into its folder.
+        source: the name on the hub.
+        splits: (the hub's split, ours) each; None: decided for each document by its hash.
+        samples: {value of --sample: its name on the hub}, the default first.
     """
-    how = ("Streamed through `datasets`, a file of it at a time by each process. Killed, or cut off from the network, "
-           "the same command goes on. --source: another name on the hub, or a local copy of the repository.")
-    parser = command_parser(f"{description} {how}", Path(script).resolve().parent, val_fraction=val_fraction)
+    usage = ("Streamed through `datasets`; each process reads one of its files at a time. After an interruption, also "
+             "of the network, the same command continues. --source: another name on the hub, or a local copy of the "
+             "repository.")
+    parser = command_parser(f"{description} {usage}", Path(script).resolve().parent, val_fraction=val_fraction)
     parser.add_argument("--source", default=source, help="on the hub, or a local folder")
     if samples:
         parser.add_argument("--sample", choices=samples, default=next(iter(samples)), help="how much of it")
     args = parse(parser)
     name = samples[args.sample] if samples else None
-    parts = [part for split, into in splits for part in hub_partitions(args.source, name, split, into=into)]
-    prepare_with(args, parts, f"{args.source} {name}" if name else args.source)
+    partitions = [p for split, into in splits for p in hub_partitions(args.source, name, split, into=into)]
+    prepare_with(args, partitions, f"{args.source} {name}" if name else args.source)
 
 
-def prepare_shakespeare(description, script, tokenizer):
-    """What a prepare.py of Tiny Shakespeare does: the first 90 % of the text train, the rest val, as nanoGPT has it.
+def prepare_shakespeare(description: str | None, script: str, tokenizer: str) -> None:
+    """The command of Tiny Shakespeare: the first 90 % of the text is train and the rest val, as in nanoGPT.
 
-    script: its __file__. tokenizer: what --tokenizer is by default.
+    Args:
+        script: the prepare.py's __file__; the dataset goes into its folder.
+        tokenizer: the default of --tokenizer.
     """
     parser = ArgumentParser(description=description)
     parser.add_argument("--source", type=Path, help="a local input.txt; None: download")
-    parser.add_argument("--out_dir", type=Path, default=Path(script).resolve().parent, help="where the files go")
-    parser.add_argument("--tokenizer", default=tokenizer, help="byte, char, gpt2, … or a file, as data/files has it")
+    parser.add_argument("--out_dir", type=Path, default=Path(script).resolve().parent, help="the dataset's folder")
+    parser.add_argument("--tokenizer", default=tokenizer, help="byte, char, gpt2, … or a file, as in data/files")
     args = parser.parse_args()
-    tokenizer = None if args.tokenizer == "char" else load_tokenizer(args.tokenizer)  # a slip is told before a download
-    text = text_of(args.source, *SHAKESPEARE)
+    loaded = None if args.tokenizer == "char" else load_tokenizer(args.tokenizer)  # an error precedes the download
+    text = read_or_download(args.source, *SHAKESPEARE)
     cut = int(len(text) * 0.9)
-    write_dataset(args.out_dir, tokenizer or CharTokenizer(text), [("train", text[:cut]), ("val", text[cut:])],
+    write_dataset(args.out_dir, loaded or CharTokenizer(text), [("train", text[:cut]), ("val", text[cut:])],
                   source=str(args.source or SHAKESPEARE[0]), separate=False)
 
 
-def characters_of(parts):
-    """A `CharTokenizer` of every character in the parts, which are read once for it."""
-    characters = set()
-    for part in parts:
-        for _, text in part.documents(collections.Counter()):
+def char_tokenizer(partitions: Iterable[Partition]) -> CharTokenizer:
+    """A `CharTokenizer` of all characters in the partitions, which are read once for it."""
+    characters: set[str] = set()
+    for partition in partitions:
+        for _, text in partition.documents(collections.Counter()):
             characters.update(text)
     return CharTokenizer("".join(characters))

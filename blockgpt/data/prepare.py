@@ -1,9 +1,10 @@
-"""How text becomes a dataset: `data/<name>/` with train*.bin, val*.bin and, last, meta.json.
+"""Text to a dataset: `data/<name>/` with train*.bin, val*.bin and, last, meta.json.
 
-The .bin files are raw little-endian token ids. A dataset exists if and only if its meta.json does: everything
-is written beside its place and renamed into it, so that a crash leaves the old dataset or none, never a half.
-To add a dataset: a `data/<name>/prepare.py` that names a dataset of the hub to `prepare_from_hub`, hands its own parts
-(data/sources.py) to `prepare`, or, where there is little of it, its documents to `write_dataset` (see data/pycode).
+The .bin files are raw little-endian token ids. A dataset exists if and only if its meta.json does: everything is
+written to temporaries and renamed, so that a crash leaves the old dataset or none, never an incomplete one.
+To add a dataset: a `data/<name>/prepare.py` that passes the name of a dataset on the hub to `prepare_from_hub`
+(blockgpt/data/commands.py), or its own partitions (blockgpt/data/sources.py) to `prepare`, or, if the text is small,
+its documents to `write_dataset` (as data/pycode does).
 """
 
 import collections
@@ -20,77 +21,99 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]  # it has no type hints
 
 from blockgpt.data.dataset import DTYPES, SCHEMA_VERSION, SPLITS, dtype_for
-from blockgpt.data.tokenizer import from_meta
+from blockgpt.data.sources import Partition, error_text
+from blockgpt.data.tokenizer import Tokenizer, from_meta
 from blockgpt.data.writer import (
     SHARD_TOKENS,
     Recipe,
-    Split,
-    assemble,
+    SplitWriter,
     commit,
     encode_partition,
     find_duplicates,
     finish_partition,
     is_done,
-    os_error_text,
     partition_path,
     remove_stale,
     sum_partition_stats,
+    write_splits,
 )
 from blockgpt.errors import DataError
 
-MEND = "(make room there, or choose another folder: --out_dir, or train.py's --data_dir)"
+CONTINUES = "(the finished partitions are saved: the same command continues)"
+TERMINAL_SECONDS, LOG_SECONDS = 0.5, 30.0  # between two displays of the progress; the first one comes after as long
 
 
-def write_dataset(out_dir, tokenizer, documents, *, source, skipped=None, separate=True, **extras):
-    """Encode a stream of documents into `out_dir`, in this process, all or nothing; returns what meta.json holds.
+def write_dataset(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tuple[str, str]], *, source: str,
+                  skipped: Mapping[str, int] | None = None, separate: bool = True, **extras: Any) -> dict[str, Any]:
+    """Encode a stream of documents into `out_dir`, in this process, all or nothing.
 
-    documents: iterable of (split, text), split "train" or "val", streamed: one text in memory at a time.
-    separate: put the tokenizer's eot behind each. source: where the text is from, in words. skipped: {reason: count}
-    of what was left out, which `documents` may go on filling while it is read. extras: JSON-able additions to
-    meta.json.
-    Token counts include the eot behind each document; bytes are those of the text alone, as UTF-8.
-    `DataError` for a split without tokens, a full disk, a folder that cannot be written.
+    Args:
+        documents: (split, text) each, split "train" or "val". Streamed: one text is in memory at a time.
+        source: a description of where the text is from.
+        skipped: counts of what was left out, by reason; `documents` may update it while it is read.
+        separate: append the tokenizer's eot to each document.
+        extras: JSON-able additions to meta.json.
+
+    Returns:
+        The content of meta.json. Token counts include the eot of each document; bytes are those of the text, as UTF-8.
+
+    Raises:
+        DataError: a split without tokens, a full disk, a folder that cannot be written.
     """
     recipe = Recipe(separate=separate, deduplicate=False)
-    refusals = collections.Counter()
-    started, work = time.perf_counter(), Path(out_dir) / f".parts.{secrets.token_hex(4)}.tmp"
+    refusals: collections.Counter[str] = collections.Counter()
+    started, out_dir = time.perf_counter(), Path(out_dir)
+    work = out_dir / f".parts.{secrets.token_hex(4)}.tmp"
     with writing_to(out_dir):
         try:
             work.mkdir()
-            refused = encode_partition(work / "all", documents, tokenizer, recipe, refusals)
-            left_out = {**(skipped or {}), **refusals}
-            meta = build(Path(out_dir), work, [work / "all"], tokenizer, recipe, source, left_out, refused, extras)
+            first_refusal = encode_partition(work / "all", documents, tokenizer, recipe, refusals)
+            meta = assemble(out_dir, work, [work / "all"], tokenizer, recipe, source=source, extras=extras,
+                            skipped={**(skipped or {}), **refusals}, first_refusal=first_refusal)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     print(summary(meta, time.perf_counter() - started, out_dir))
     return meta
 
 
-def prepare(out_dir, tokenizer, parts, *, source, recipe=None, workers=None, shard_tokens=SHARD_TOKENS, **extras):
-    """Encode `parts` (data/sources.py) into `out_dir`, over several processes; returns what meta.json holds.
+def prepare(out_dir: str | Path, tokenizer: Tokenizer, partitions: Sequence[Partition], *, source: str,
+            recipe: Recipe | None = None, workers: int | None = None, shard_tokens: int = SHARD_TOKENS,
+            **extras: Any) -> dict[str, Any]:
+    """Encode `partitions` into `out_dir`, in several processes.
 
-    workers: processes; None: a core each. Whatever stops it, the parts that were done are kept, and the same call
-    goes on with the others. What comes out does not depend on workers. Other arguments and errors as `write_dataset`.
+    After any interruption the finished partitions are saved, and the same call continues with the others. The result
+    does not depend on `workers`.
+
+    Args:
+        workers: processes; None: one per core.
+        shard_tokens: tokens per file, about.
+
+    Other arguments, result and errors as `write_dataset`.
     """
     recipe, out_dir, started = recipe or Recipe(), Path(out_dir), time.perf_counter()
     key = hashlib.sha256(json.dumps([tokenizer.to_meta(), asdict(recipe)], default=repr).encode()).hexdigest()[:16]
     work = out_dir / f".parts.{key}.tmp"
     with writing_to(out_dir, work), exclusive_lock(work):
-        paths = [partition_path(work, part) for part in parts]
-        todo = {path: part for path, part in zip(paths, parts, strict=True) if not is_done(path)}
+        paths = [partition_path(work, partition) for partition in partitions]
+        todo = {path: partition for path, partition in zip(paths, partitions, strict=True) if not is_done(path)}
         done = sum(map(is_done, paths))
         if done:
-            print(f"going on: {done} of {len(parts)} parts were done", flush=True)
-        encode_partitions(todo, tokenizer, recipe, min(workers or cores(), len(todo)), Progress(len(parts), done))
-        left_out, refused = sum_partition_stats(paths)
+            print(f"continuing: {done} of {len(paths)} partitions are finished", flush=True)
+        encode_partitions(todo, tokenizer, recipe, min(workers or n_cores(), len(todo)), Progress(len(paths), done))
+        skipped, first_refusal = sum_partition_stats(paths)
         extras = {"recipe": {**asdict(recipe), "filters": {k: str(v) for k, v in recipe.filters.items()}}, **extras}
         try:
-            meta = build(out_dir, work, paths, tokenizer, recipe, source, left_out, refused, extras, shard_tokens)
-        except DataError:  # no split can be empty: to do it again would end the same
+            meta = assemble(out_dir, work, paths, tokenizer, recipe, source=source, extras=extras, skipped=skipped,
+                            first_refusal=first_refusal, shard_tokens=shard_tokens)
+        except DataError:  # an empty split: the same partitions would fail again
             shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
@@ -98,59 +121,69 @@ def prepare(out_dir, tokenizer, parts, *, source, recipe=None, workers=None, sha
     return meta
 
 
-def cores():
+def n_cores() -> int:
     """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
-def writing_to(out_dir, kept=None):
-    """Around whatever writes below `out_dir`: the folder is there, and what fails there is told in one line.
+def writing_to(out_dir: Path, work: Path | None = None) -> Iterator[None]:
+    """Create `out_dir`, and turn a failure to write below it into a `DataError`.
 
-    kept: a work directory that stays, however long ago its process was killed.
+    Args:
+        work: a work directory to keep, however old it is: the command can continue from it.
     """
     try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        remove_stale(Path(out_dir), kept)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        remove_stale(out_dir, keep=work)
         yield
     except OSError as error:
-        goes_on = "; what was done is kept, the same command goes on" if kept else ""
-        raise DataError(f"{out_dir}: cannot be written: {os_error_text(error)} {MEND[:-1]}{goes_on})") from None
+        saved = "; the finished partitions are saved: the same command continues" if work else ""
+        raise DataError(f"{out_dir}: cannot be written: {error_text(error)} (free disk space, or choose another "
+                        f"folder: --out_dir, or train.py's --data_dir{saved})") from None
 
 
 @contextlib.contextmanager
-def exclusive_lock(work):
-    """The work directory, made if need be, for this process alone."""
+def exclusive_lock(work: Path) -> Iterator[None]:
+    """Create the work directory and lock it. The kernel frees the lock when the process ends."""
     work.mkdir(exist_ok=True)
     descriptor = os.open(work, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise DataError(f"{work.parent}: another process is preparing the same at this moment (wait for it)") from None
+        raise DataError(f"{work.parent}: another process is preparing the same dataset (wait until it ends)") from None
     finally:
         os.close(descriptor)
 
 
-def build(out_dir, work, paths, tokenizer, recipe, source, left_out, refused, extras, shard_tokens=SHARD_TOKENS):
-    """Assemble the parts into shards and publish them with their meta.json, which is returned."""
+def assemble(out_dir: Path, work: Path, paths: Sequence[Path], tokenizer: Tokenizer, recipe: Recipe, *, source: str,
+             extras: Mapping[str, Any], skipped: Mapping[str, int], first_refusal: str | None,
+             shard_tokens: int = SHARD_TOKENS) -> dict[str, Any]:
+    """Write the encoded partitions as shards and commit them with their meta.json, which is returned.
+
+    Args:
+        paths: of the partitions, without suffix, in the order of the corpus.
+        first_refusal: why a document could not be encoded, for the error message of an empty split.
+    """
     dtype = dtype_for(tokenizer.vocab_size)
-    splits = {name: Split(work, name, DTYPES[dtype], shard_tokens) for name in SPLITS}
+    splits = {name: SplitWriter(work, name, DTYPES[dtype], shard_tokens) for name in SPLITS}
     try:
-        drop = find_duplicates(work, paths) if recipe.deduplicate else ()
-        if recipe.deduplicate:
-            left_out = {**left_out, "duplicate": int(drop.sum())}
-        assemble(paths, splits, drop)
+        duplicate = find_duplicates(work, paths) if recipe.deduplicate else None
+        if duplicate is not None:
+            skipped = {**skipped, "duplicate": int(duplicate.sum())}
+        write_splits(paths, splits, duplicate)
         for name, split in splits.items():
             split.finish()
             if not split.tokens:
-                gone = ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n)
+                counts = ", ".join(f"{n} {reason}" for reason, n in skipped.items() if n)
                 raise DataError(f"{out_dir}: the {name} split would be empty ({source} has too little text"
-                                + (f"; left out: {gone}" if gone else "") + (f"; {refused}" if refused else "") + ")")
+                                + (f"; left out: {counts}" if counts else "")
+                                + (f"; {first_refusal}" if first_refusal else "") + ")")
         meta = {"schema_version": SCHEMA_VERSION, "tokenizer": tokenizer.to_meta(),
                 "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot if recipe.separate else None, "dtype": dtype,
-                "source": source, "splits": {name: split.account() for name, split in splits.items()},
-                "skipped": dict(sorted(left_out.items())), **extras}
+                "source": source, "splits": {name: split.to_meta() for name, split in splits.items()},
+                "skipped": dict(sorted(skipped.items())), **extras}
         commit(out_dir, splits, meta)
         return meta
     finally:
@@ -158,124 +191,127 @@ def build(out_dir, work, paths, tokenizer, recipe, source, left_out, refused, ex
             split.discard()
 
 
-# ---- the parts, over several processes ----
+# ---- several processes ----
 
-SPAWN = multiprocessing.get_context("spawn")  # the same on every system, and nothing inherited by accident
-worker = {}  # what a worker process keeps from its start: tokenizer, recipe, counters
-
-
-def start_worker(tokenizer, recipe, counters):
-    """Runs first in each worker process. tokenizer: its entry in meta.json."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    worker.update(tokenizer=from_meta(tokenizer), recipe=recipe, counters=counters)
+SPAWN = multiprocessing.get_context("spawn")  # the same on every system; nothing is inherited by accident
+worker_state: dict[str, Any] = {}  # of a worker process: tokenizer, recipe, counters
 
 
-def end_with_parent():
-    """Where the main process was killed: go too, or this one would wait for ever, or write where its successor does."""
-    multiprocessing.parent_process().join()
+def init_worker(tokenizer_meta: dict[str, Any], recipe: Recipe, counters: Any) -> None:
+    """Runs first in each worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    worker_state.update(tokenizer=from_meta(tokenizer_meta), recipe=recipe, counters=counters)
+
+
+def exit_with_parent() -> None:
+    """Exit when the main process ends: a worker would wait forever, or write to the files of the next run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
-def encode_one(path, part):
-    """Encode one part in a worker process."""
-    def advance(tokens, size):
-        with worker["counters"].get_lock():
-            worker["counters"][0] += tokens
-            worker["counters"][1] += size
+def encode_in_worker(path: Path, partition: Partition) -> None:
+    """Encode one partition in a worker process."""
+    def advance(tokens: int, size: int) -> None:
+        counters = worker_state["counters"]
+        with counters.get_lock():
+            counters[0] += tokens
+            counters[1] += size
 
-    finish_partition(path, *encoded(path, part, worker["tokenizer"], worker["recipe"], advance))
-
-
-def encoded(path, part, tokenizer, recipe, advance):
-    skipped = collections.Counter()
-    refused = encode_partition(path, part.documents(skipped), tokenizer, recipe, skipped, advance)
-    return skipped, refused
+    encode_and_finish(path, partition, worker_state["tokenizer"], worker_state["recipe"], advance)
 
 
-def encode_partitions(todo, tokenizer, recipe, workers, progress):
-    """Encode the parts of `todo` {path: part}. The first that fails ends it, after those under way."""
+def encode_and_finish(path: Path, partition: Partition, tokenizer: Tokenizer, recipe: Recipe,
+                      advance: Callable[[int, int], None]) -> None:
+    skipped: collections.Counter[str] = collections.Counter()
+    first_refusal = encode_partition(path, partition.documents(skipped), tokenizer, recipe, skipped, advance)
+    finish_partition(path, skipped, first_refusal)
+
+
+def encode_partitions(todo: Mapping[Path, Partition], tokenizer: Tokenizer, recipe: Recipe, workers: int,
+                      progress: "Progress") -> None:
+    """Encode partitions; the first failure ends it, after the partitions that are in progress."""
     try:
-        if workers <= 1:
-            for path, part in todo.items():
-                finish_partition(path, *encoded(path, part, tokenizer, recipe, progress.advance))
-                progress.part_done()
+        if workers > 1:
+            encode_in_pool(todo, tokenizer, recipe, workers, progress)
             return
-        pool = concurrent.futures.ProcessPoolExecutor(workers, SPAWN, start_worker,
-                                                      (tokenizer.to_meta(), recipe, progress.counters))
-        with pool:
-            pending = {pool.submit(encode_one, path, part) for path, part in todo.items()}
-            try:
-                while pending:
-                    done, pending = concurrent.futures.wait(pending, 0.5, concurrent.futures.FIRST_COMPLETED)
-                    for future in done:
-                        future.result()
-                        progress.part_done()
-                    progress.show()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        for path, partition in todo.items():
+            encode_and_finish(path, partition, tokenizer, recipe, progress.advance)
+            progress.update(1)
     except concurrent.futures.process.BrokenProcessPool:
-        raise DataError("a worker process was killed, out of memory perhaps (the parts done are kept: the same command "
-                        "goes on, with fewer --workers)") from None
+        raise DataError("a worker process was killed, perhaps because memory ran out: use fewer --workers "
+                        f"{CONTINUES}") from None
     except DataError as error:
-        raise DataError(f"{error} (the parts done are kept: the same command goes on)") from None
+        raise DataError(f"{error} {CONTINUES}") from None
     finally:
         progress.close()
 
 
-class Progress:
-    """One line on a terminal, rewritten; in a file, a line now and then. Silent for what takes a moment.
+def encode_in_pool(todo: Mapping[Path, Partition], tokenizer: Tokenizer, recipe: Recipe, workers: int,
+                   progress: "Progress") -> None:
+    pool = concurrent.futures.ProcessPoolExecutor(workers, SPAWN, init_worker,
+                                                  (tokenizer.to_meta(), recipe, progress.counters))
+    with pool:
+        pending = {pool.submit(encode_in_worker, path, partition) for path, partition in todo.items()}
+        try:
+            while pending:
+                done, pending = concurrent.futures.wait(pending, 0.5, concurrent.futures.FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                progress.update(len(done))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
-    total, done: parts. counters: tokens and bytes since the start, of all processes.
+
+class Progress:
+    """A tqdm bar over partitions if stderr is a terminal, else a line on stdout every LOG_SECONDS. Silent at first.
+
+    Attributes:
+        counters: tokens and bytes so far, of all processes.
     """
 
-    def __init__(self, total, done):
-        self.total, self.done, self.counters = total, done, SPAWN.Array("Q", 2)
-        self.started = self.shown = time.perf_counter()
-        self.live = sys.stderr is not None and sys.stderr.isatty()
+    def __init__(self, total: int, done: int) -> None:
+        self.counters = SPAWN.Array("Q", 2)
+        self.total, self.initial, self.done = total, done, done
+        self.started = self.logged = time.perf_counter()
+        self.is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, unit="partition", disable=not self.is_terminal, leave=False,
+                        dynamic_ncols=True, delay=TERMINAL_SECONDS, mininterval=TERMINAL_SECONDS, miniters=0)
 
-    def advance(self, tokens, size):
-        """Count what this process did, and show it."""
+    def advance(self, tokens: int, size: int) -> None:
+        """Count tokens and bytes that this process encoded."""
         self.counters[0] += tokens
         self.counters[1] += size
-        self.show()
+        self.update(0)
 
-    def part_done(self):
-        self.done += 1
-        self.show()
+    def update(self, partitions: int) -> None:
+        """Count finished partitions, and display the progress if it is time to."""
+        self.done += partitions
+        if self.is_terminal:
+            self.bar.set_postfix_str(self.speed(), refresh=False)
+            self.bar.update(partitions)
+        elif time.perf_counter() - self.logged >= LOG_SECONDS:
+            self.logged = time.perf_counter()
+            print(tqdm.format_meter(self.done, self.total, self.logged - self.started, initial=self.initial,
+                                    unit="partition", postfix=self.speed(), ncols=0), flush=True)
 
-    def show(self):
-        now = time.perf_counter()
-        if now - self.shown < (0.5 if self.live else 30):
-            return
-        tokens, size = self.counters
-        seconds, self.shown = now - self.started, now
-        share = self.done / self.total
-        filled = int(share * 20)
-        line = (f"[{'#' * filled}{'.' * (20 - filled)}] part {self.done}/{self.total}   {tokens:,} tokens   "
-                f"{tokens / seconds:,.0f} tokens/s   {size / seconds / 1e6:.1f} MB/s")
-        if self.live:
-            width = shutil.get_terminal_size().columns - 1
-            print("\r\x1b[K" + line[:width], end="", file=sys.stderr, flush=True)
-        else:
-            print(line, flush=True)
+    def speed(self) -> str:
+        tokens, size = self.counters[0], self.counters[1]
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        return f"{tokens:,} tokens, {tokens / seconds:,.0f} tokens/s, {size / seconds / 1e6:.1f} MB/s"
 
-    def close(self):
-        if self.live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    def close(self) -> None:
+        self.bar.close()
 
 
-def summary(meta, seconds, out_dir):
-    """What was made, for a reader at a terminal."""
+def summary(meta: Mapping[str, Any], seconds: float, out_dir: Path) -> str:
+    """The lines that a finished command prints."""
     lines = [f"{name:5} {s['documents']:,} documents, {s['tokens']:,} tokens, {s['bytes']:,} bytes"
              + (f" in {len(s['files'])} files" if len(s["files"]) > 1 else "") for name, s in meta["splits"].items()]
     skipped = ", ".join(f"{count} {reason}" for reason, count in meta["skipped"].items() if count)
     tokens, size = (sum(s[k] for s in meta["splits"].values()) for k in ("tokens", "bytes"))
     speed = f"{tokens / seconds:,.0f} tokens/s, {size / seconds / 1e6:.1f} MB/s"
     return "\n".join([*lines, f"skipped: {skipped or 'nothing'}", f"{seconds:.1f} s, {speed} -> {out_dir}"])
-
-
-# ---- what the prepare.py scripts have in common ----
-
-

@@ -1,9 +1,9 @@
-"""Documents to token files: encode parts, drop duplicates, assemble shards, publish. `blockgpt.data.prepare` runs it.
+"""Documents to token files: encode partitions, find duplicates, write shards, commit. `blockgpt.data.prepare` calls it.
 
-Each part becomes three files in a work directory beside the dataset: `.ids` (the tokens of its documents, one behind
-the other), `.index` (one `ROW` a document) and, last, `.json`: a part without it is not done. When all are done,
-the documents that stay are copied in order into shards. So what comes out does not depend on how many processes
-worked, or on how often they were killed; memory holds a document and a part of an index, whatever the corpus.
+Each partition becomes three files in a work directory inside the dataset's folder: `.ids` (the tokens of its documents,
+one after the other), `.index` (one `ROW` per document) and, last, `.json`; a partition without its .json is not done.
+When all are done, the documents that stay are copied in order into shards. The result therefore does not depend on the
+number of processes or on interruptions. Memory holds one document and a block of an index, whatever the corpus size.
 """
 
 import collections
@@ -13,239 +13,317 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from blockgpt.data.dataset import DTYPES, SPLITS, dtype_for
+from blockgpt.data.dataset import DTYPES, SPLITS, dtype_for, memory_map
 from blockgpt.data.filters import compile_filters, first_failing_filter
-from blockgpt.data.tokenizer import encode_utf8
-from blockgpt.errors import DataError, first_line
+from blockgpt.data.sources import Partition
+from blockgpt.data.tokenizer import Tokenizer, encode_utf8
+from blockgpt.errors import DataError
 from blockgpt.files import fsync_path, write_json
 
 ROW = np.dtype([("digest", "<u8", 2), ("tokens", "<u8"), ("bytes", "<u8"), ("split", "u1")])
-SHARD_TOKENS = 2**28  # of one file: half a gigabyte of uint16
+SHARD_TOKENS = 2**28  # per file: half a gigabyte of uint16
 COPY_TOKENS = 2**22  # copied at a time
 DEDUP_ROWS = 2**24  # compared at a time
-STALE = 24 * 3600  # seconds after which an untouched temporary belongs to a process that was killed
+STALE_SECONDS = 24 * 3600  # an untouched temporary of this age belongs to a process that was killed
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides, beside the documents, which tokens come out.
+    """The settings that decide which tokens a set of documents gives. Saved in meta.json.
 
-    val_fraction: of the documents, by their hash, or with by_position of each document's characters, its end.
-    separate: put the tokenizer's eot behind each document. filters: {name: value} of `blockgpt.data.filters`.
+    Attributes:
+        val_fraction: the fraction of the documents that is validation, by their hash; with by_position, the fraction at
+            the end of each document.
+        separate: append the tokenizer's eot to each document.
+        deduplicate: keep only the first of identical documents.
+        filters: {name: value} of `blockgpt.data.filters`.
     """
 
     val_fraction: float = 0.01
     by_position: bool = False
     separate: bool = True
     deduplicate: bool = True
-    filters: dict = field(default_factory=dict)
+    filters: dict[str, Any] = field(default_factory=dict)
 
-    def pieces(self, split, text, digest):
-        """[(split, text, digest)] that a document makes: itself, or where it is split by position, two."""
+    def split_document(self, split: str | None, text: str, digest: bytes) -> list[tuple[str, str, bytes]]:
+        """Assign a document to a split; by_position divides it into two.
+
+        Args:
+            split: the split that the source asks for, or None.
+
+        Returns:
+            [(split, text, digest)], one or two entries.
+        """
         if split is not None:
             return [(split, text, digest)]
         if self.by_position:
             cut = int(len(text) * (1 - self.val_fraction))
-            return [(s, t, digest_of(encode_utf8(s + t))) for s, t in (("train", text[:cut]), ("val", text[cut:])) if t]
-        drawn = int.from_bytes(digest[:8], "little") / 2**64
-        return [("val" if drawn < self.val_fraction else "train", text, digest)]
+            halves = (("train", text[:cut]), ("val", text[cut:]))
+            return [(name, half, digest_of(encode_utf8(name + half))) for name, half in halves if half]
+        uniform = int.from_bytes(digest[:8], "little") / 2**64  # in [0, 1)
+        return [("val" if uniform < self.val_fraction else "train", text, digest)]
 
 
-def digest_of(data):
-    """16 bytes that tell documents apart: enough for any corpus, half the room of a full digest."""
+def digest_of(data: bytes) -> bytes:
+    """A 16-byte hash of a document: collisions are improbable in any corpus, at half the size of a full digest."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def encode_partition(path, documents, tokenizer, recipe, skipped, advance=None):
-    """Write `<path>.ids` and `<path>.index` of the documents, an iterable of (split or None, text).
+# ---- one partition ----
 
-    skipped: a Counter that gets what filters and tokenizer refuse. advance(tokens, bytes): called now and then.
-    Returns why the first document that could not be encoded was refused, or None.
+
+def encode_partition(path: str | Path, documents: Iterable[tuple[str | None, str]], tokenizer: Tokenizer,
+                     recipe: Recipe, skipped: collections.Counter[str],
+                     advance: Callable[[int, int], None] | None = None) -> str | None:
+    """Write `<path>.ids` and `<path>.index` of the documents.
+
+    Args:
+        documents: (split or None, text) each.
+        skipped: counts what filters and tokenizer refuse, by reason.
+        advance: called with (tokens, bytes) for every block of documents.
+
+    Returns:
+        Why the first document that could not be encoded was refused, or None.
     """
-    dtype, filters, refused = DTYPES[dtype_for(tokenizer.vocab_size)], compile_filters(recipe.filters), None
+    dtype, filters, first_refusal = DTYPES[dtype_for(tokenizer.vocab_size)], compile_filters(recipe.filters), None
     eot = np.array([tokenizer.eot] if recipe.separate and tokenizer.eot is not None else [], dtype)
     with open(f"{path}.ids", "wb", buffering=2**20) as ids_file, open(f"{path}.index", "wb") as index_file:
-        index, tokens, size = [], 0, 0
-        for split, text in documents:
+        rows: list[tuple[np.ndarray, int, int, int]] = []
+        tokens = size = 0
+
+        def flush() -> None:
+            index_file.write(np.array(rows, ROW).data)
+            if advance:
+                advance(tokens, size)
+
+        for document_split, text in documents:
             if reason := first_failing_filter(filters, text):
                 skipped[f"filter_{reason}"] += 1
                 continue
             try:
-                data = encode_utf8(text)
-                # Both halves are encoded before either is written: a document is in the dataset whole or not at all.
-                pieces = [(s, tokenizer.encode_array(t).astype(dtype), len(data) if t is text else len(encode_utf8(t)), d)
-                          for s, t, d in recipe.pieces(split, text, digest_of(data))]
+                encoded = encode_document(document_split, text, tokenizer, dtype, recipe)
             except DataError as error:
                 skipped["not_encodable"] += 1
-                refused = refused or str(error)
+                first_refusal = first_refusal or str(error)
                 continue
-            for into, ids, n_bytes, digest in pieces:
+            for split, ids, n_bytes, digest in encoded:
                 ids_file.write(ids.data)
                 ids_file.write(eot.data)
-                index.append((np.frombuffer(digest, "<u8"), len(ids) + len(eot), n_bytes, SPLITS.index(into)))
+                rows.append((np.frombuffer(digest, "<u8"), len(ids) + len(eot), n_bytes, SPLITS.index(split)))
                 tokens, size = tokens + len(ids) + len(eot), size + n_bytes
-            if len(index) >= 4096 or size >= 2**22:
-                index_file.write(np.array(index, ROW).data)
-                if advance:
-                    advance(tokens, size)
-                index, tokens, size = [], 0, 0
-        index_file.write(np.array(index, ROW).data)
-        if advance:
-            advance(tokens, size)
-    return refused
+            if len(rows) >= 4096 or size >= 2**22:
+                flush()
+                rows, tokens, size = [], 0, 0
+        flush()
+    return first_refusal
 
 
-def finish_partition(path, skipped, refused):
-    """Mark a part as done, once its files are on the disk."""
+def encode_document(split: str | None, text: str, tokenizer: Tokenizer, dtype: np.dtype,
+                    recipe: Recipe) -> list[tuple[str, np.ndarray, int, bytes]]:
+    """Encode a document: one or two (split, 1-d ids, bytes of text, digest).
+
+    `DataError` if any of it cannot be encoded: a document is in the dataset complete or not at all.
+    """
+    data = encode_utf8(text)
+    return [(name, tokenizer.encode_array(half).astype(dtype), len(data if half is text else encode_utf8(half)), digest)
+            for name, half, digest in recipe.split_document(split, text, digest_of(data))]
+
+
+def finish_partition(path: str | Path, skipped: collections.Counter[str], first_refusal: str | None) -> None:
+    """Mark a partition as done, after its files are on the disk."""
     fsync_path(f"{path}.ids")
     fsync_path(f"{path}.index")
-    write_json(f"{path}.json", {"skipped": dict(skipped), "refused": refused})
+    write_json(f"{path}.json", {"skipped": dict(skipped), "refused": first_refusal})
 
 
-def partition_path(work, part):
-    """Where a part's files stand: by its content, so that a file that changed is read again, and no other."""
-    return work / hashlib.sha256(json.dumps(part.identity()).encode()).hexdigest()[:32]
+def partition_path(work: Path, partition: Partition) -> Path:
+    """The path, without suffix, of a partition's files.
+
+    It is named by the hash of the partition's identity (for files: path, size and modification time), so that only a
+    partition whose files changed is encoded again.
+    """
+    return work / hashlib.sha256(json.dumps(partition.identity()).encode()).hexdigest()[:32]
 
 
-def is_done(path):
+def is_done(path: str | Path) -> bool:
     return os.path.exists(f"{path}.json")
 
 
-def memory_map(path, dtype):
-    """The file as a read-only array; np.memmap knows no empty ones."""
-    return np.memmap(path, dtype, "r").view(np.ndarray) if os.path.getsize(path) else np.empty(0, dtype)
+def sum_partition_stats(paths: Iterable[Path]) -> tuple[collections.Counter[str], str | None]:
+    """(counts of what the partitions left out, the first refusal of `encode_partition` or None), from their .json."""
+    skipped: collections.Counter[str] = collections.Counter()
+    first_refusal = None
+    for path in paths:
+        with open(f"{path}.json", "rb") as file:
+            stats = json.load(file)
+        skipped.update(stats["skipped"])
+        first_refusal = first_refusal or stats["refused"]
+    return skipped, first_refusal
 
 
-def find_duplicates(work, paths):
-    """Which of the parts' documents stood there before: a bool array on the disk, one for each row of the indices."""
-    rows = [os.path.getsize(f"{path}.index") // ROW.itemsize for path in paths]
-    total = sum(rows)
+# ---- all partitions ----
+
+
+def find_duplicates(work: Path, paths: Sequence[Path]) -> np.ndarray:
+    """Mark the documents that occur earlier in the corpus.
+
+    Documents are compared in buckets of about DEDUP_ROWS, by their digest.
+
+    Returns:
+        (rows of all indices,) bool, memory-mapped in the work directory.
+    """
+    lengths = [os.path.getsize(f"{path}.index") // ROW.itemsize for path in paths]
+    total = sum(lengths)
     if not total:
         return np.zeros(0, bool)
-    drop = np.memmap(work / "duplicates", bool, "w+", shape=(total,))
-    buckets = -(-total // DEDUP_ROWS)
-    for bucket in range(buckets):
-        found, numbers, first = [], [], 0
-        for path, n in zip(paths, rows, strict=True):
+    duplicate = np.memmap(work / "duplicates", bool, "w+", shape=(total,))
+    n_buckets = -(-total // DEDUP_ROWS)
+    for bucket in range(n_buckets):
+        digest_blocks, id_blocks, offset = [], [], 0
+        for path, length in zip(paths, lengths, strict=True):
             digests = memory_map(f"{path}.index", ROW)["digest"]
-            mine = np.flatnonzero(digests[:, 0] // 2**32 % buckets == bucket) if buckets > 1 else slice(None)
-            found.append(digests[mine])
-            numbers.append(np.arange(first, first + n)[mine])
-            first += n
-        found, numbers = np.concatenate(found), np.concatenate(numbers)
-        order = np.lexsort((numbers, found[:, 1], found[:, 0]))  # of equal ones, the first of the corpus stays
-        ordered = found[order]
-        drop[numbers[order[1:]]] = (ordered[1:] == ordered[:-1]).all(axis=1)
-    return drop
+            in_bucket = np.flatnonzero(digests[:, 0] // 2**32 % n_buckets == bucket) if n_buckets > 1 else slice(None)
+            digest_blocks.append(digests[in_bucket])
+            id_blocks.append(np.arange(offset, offset + length)[in_bucket])
+            offset += length
+        bucket_digests, document_ids = np.concatenate(digest_blocks), np.concatenate(id_blocks)
+        # Sorted by digest, then by place in the corpus: of identical documents, the first stays.
+        order = np.lexsort((document_ids, bucket_digests[:, 1], bucket_digests[:, 0]))
+        ordered = bucket_digests[order]
+        duplicate[document_ids[order[1:]]] = (ordered[1:] == ordered[:-1]).all(axis=1)
+    return duplicate
 
 
-def assemble(paths, splits, drop):
-    """Copy the documents of the parts that stay into `splits` {name: Split}, in the order of the corpus."""
-    first = 0
+def write_splits(paths: Iterable[Path], splits: dict[str, "SplitWriter"], duplicate: np.ndarray | None) -> None:
+    """Copy the documents of all partitions into their splits, in the order of the corpus.
+
+    Args:
+        duplicate: what `find_duplicates` returns: the documents to leave out; None: copy all.
+    """
+    offset = 0  # of the partition's first document in `duplicate`
     for path in paths:
         ids, index = memory_map(f"{path}.ids", splits["train"].dtype), memory_map(f"{path}.index", ROW)
-        at = row = 0
+        token = row = 0
         while row < len(index):
             rows = index[row:row + 2**16]
             ends = np.cumsum(rows["tokens"].astype(np.int64))
-            n = max(1, int(np.searchsorted(ends, COPY_TOKENS, "right")))
-            rows, tokens = rows[:n], ids[at:at + int(ends[n - 1])]
-            stays = ~drop[first + row:first + row + n] if len(drop) else np.ones(n, bool)
-            for number, name in enumerate(SPLITS):
-                mine = stays & (rows["split"] == number)
-                if mine.any():
-                    chosen = tokens if mine.all() else tokens[np.repeat(mine, rows["tokens"].astype(np.int64))]
-                    splits[name].add(chosen, int(rows["bytes"][mine].sum()), int(mine.sum()))
-            at, row = at + len(tokens), row + n
-        first += len(index)
+            n = max(1, int(np.searchsorted(ends, COPY_TOKENS, "right")))  # documents that fit into COPY_TOKENS
+            rows, block = rows[:n], ids[token:token + int(ends[n - 1])]
+            keep = np.ones(n, bool) if duplicate is None else ~duplicate[offset + row:offset + row + n]
+            for split_index, name in enumerate(SPLITS):
+                selected = keep & (rows["split"] == split_index)
+                if selected.any():
+                    tokens = block if selected.all() else block[np.repeat(selected, rows["tokens"].astype(np.int64))]
+                    splits[name].write(tokens, int(rows["bytes"][selected].sum()), int(selected.sum()))
+            token, row = token + len(block), row + n
+        offset += len(index)
 
 
-class Split:
-    """One split on its way to the disk: shards in the work directory, counted and digested as they grow."""
+@dataclass
+class Shard:
+    """A file of tokens in the work directory, with its size in bytes and its digest so far."""
 
-    def __init__(self, work, name, dtype, shard_tokens=SHARD_TOKENS):
+    path: Path
+    size: int = 0
+    sha256: Any = field(default_factory=hashlib.sha256)
+
+
+class SplitWriter:
+    """Writes the shards of one split into the work directory, and counts what they contain."""
+
+    def __init__(self, work: Path, name: str, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS) -> None:
         self.work, self.name, self.dtype, self.shard_tokens = work, name, dtype, shard_tokens
         self.tokens = self.bytes = self.documents = 0
-        self.shards, self.file = [], None  # a shard: [temporary, digest, size]
+        self.shards: list[Shard] = []
+        self.file: BinaryIO | None = None  # of the last shard
 
-    def add(self, ids, n_bytes, documents):
-        """Append the tokens of some documents; a shard that is full ends here, between documents."""
-        if self.file is None or self.shards[-1][2] >= self.shard_tokens * self.dtype.itemsize:
-            self._next_shard()
-        data = ids.data
-        self.file.write(data)
-        self.shards[-1][1].update(data)
-        self.shards[-1][2] += ids.nbytes
-        self.tokens, self.bytes, self.documents = self.tokens + len(ids), self.bytes + n_bytes, \
-            self.documents + documents
+    def write(self, ids: np.ndarray, n_bytes: int, documents: int) -> None:
+        """Append the tokens of whole documents. A full shard is closed first: it ends between two documents."""
+        if self.file is None or self.shards[-1].size >= self.shard_tokens * self.dtype.itemsize:
+            self.finish()
+            self.file = self._open_shard()
+        shard = self.shards[-1]
+        self.file.write(ids.data)
+        shard.sha256.update(ids.data)
+        shard.size += ids.nbytes
+        self.tokens += len(ids)
+        self.bytes += n_bytes
+        self.documents += documents
 
-    def _next_shard(self):
-        self.finish()
-        temporary = self.work / f"{self.name}.{len(self.shards)}.bin"  # over what a killed process left there
-        self.file = open(temporary, "wb", buffering=2**20)  # noqa: SIM115 (lives until `finish`)
-        self.shards.append([temporary, hashlib.sha256(), 0])
+    def _open_shard(self) -> BinaryIO:
+        path = self.work / f"{self.name}.{len(self.shards)}.bin"  # replaces what a killed process wrote
+        file = open(path, "wb", buffering=2**20)  # noqa: SIM115 (open until `finish`)
+        self.shards.append(Shard(path))
+        return file
 
-    def finish(self):
+    def finish(self) -> None:
+        """Close the last shard, once it is on the disk."""
         if self.file:
             self.file.close()
-            fsync_path(self.shards[-1][0])
+            fsync_path(self.shards[-1].path)
             self.file = None
 
-    def files(self):
-        """{final name: shard}: train.bin, or train_00000.bin and so on where there are several."""
+    def files(self) -> dict[str, Shard]:
+        """{final file name: shard}: train.bin, or train_00000.bin and so on if there are several."""
         if len(self.shards) == 1:
             return {f"{self.name}.bin": self.shards[0]}
         return {f"{self.name}_{i:05}.bin": shard for i, shard in enumerate(self.shards)}
 
-    def account(self):
-        """This split's entry in meta.json."""
+    def to_meta(self) -> dict[str, Any]:
+        """The entry of this split in meta.json."""
         return {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents,
-                "files": {name: {"sha256": digest.hexdigest(), "size": size}
-                          for name, (_, digest, size) in self.files().items()}}
+                "files": {name: {"sha256": shard.sha256.hexdigest(), "size": shard.size}
+                          for name, shard in self.files().items()}}
 
-    def discard(self):
-        """Leave no temporary behind, whatever happened; nothing to do once they are renamed."""
+    def discard(self) -> None:
+        """Remove the shards that `commit` did not rename."""
         if self.file:
             with contextlib.suppress(OSError):
                 self.file.close()
-        for temporary, *_ in self.shards:
+        for shard in self.shards:
             with contextlib.suppress(OSError):
-                temporary.unlink()
+                shard.path.unlink()
 
 
-def commit(out_dir, splits, meta):
-    """Rename the finished files into place; from the first rename to the last there is no meta.json.
+# ---- the dataset's folder ----
 
-    Unless it already says the same: then it stays true throughout, and processes that prepare one dataset side
-    by side never take it from each other. (If theirs differ, a mix of files fails the digests when it is opened.)
-    Shards of an older, longer dataset go.
+
+def commit(out_dir: Path, splits: dict[str, SplitWriter], meta: dict[str, Any]) -> None:
+    """Rename the finished shards to their final names, then write meta.json; remove the shards of an older dataset.
+
+    There is no meta.json between the first rename and the last. If the existing one has the same content, it stays: it
+    is true throughout, and processes that prepare the same dataset at once never remove it from each other. If their
+    results differ, a mixture of files fails the digest check when it is opened.
     """
     path = out_dir / "meta.json"
     try:
-        before = json.loads(path.read_bytes())
+        existing = json.loads(path.read_bytes())
     except (OSError, ValueError):
-        before = None
-    if before != meta:
+        existing = None
+    if existing != meta:
         path.unlink(missing_ok=True)
         fsync_path(out_dir)
     for split in splits.values():
-        for name, (temporary, *_) in split.files().items():
-            os.replace(temporary, out_dir / name)
+        for name, shard in split.files().items():
+            os.replace(shard.path, out_dir / name)
     fsync_path(out_dir)
     write_json(path, meta)
     fsync_path(out_dir)
-    kept = {name for split in splits.values() for name in split.files()}
-    for old in shards_of(before):
-        if old not in kept:
-            (out_dir / old).unlink(missing_ok=True)
+    current = {name for split in splits.values() for name in split.files()}
+    for name in shard_names(existing):
+        if name not in current:
+            (out_dir / name).unlink(missing_ok=True)
 
 
-def shards_of(meta):
-    """The names of the files beside it that a meta.json, of which nothing is known, claims as its own."""
+def shard_names(meta: Any) -> list[str]:
+    """The names of the shards that a meta.json lists. Its content is not trusted: names must be *.bin in its folder."""
     try:
         names = [name for split in SPLITS for name in meta["splits"][split]["files"]]
         return [name for name in names if name.endswith(".bin") and "/" not in name]
@@ -253,33 +331,21 @@ def shards_of(meta):
         return []
 
 
-def remove_stale(out_dir, kept=None):
-    """Remove the temporaries, but for `kept`, of processes killed long ago: they can be as large as the dataset."""
+def remove_stale(out_dir: Path, keep: Path | None = None) -> None:
+    """Remove temporaries of processes that were killed long ago: they can be as large as the dataset.
+
+    Args:
+        keep: a work directory to keep, whatever its age.
+    """
     for pattern in (".meta.json.*.tmp", ".parts.*.tmp"):
         for path in out_dir.glob(pattern):
-            if path == kept:
+            if path == keep:
                 continue
             with contextlib.suppress(FileNotFoundError):
                 newest = max(p.stat().st_mtime for p in (path, *(path.iterdir() if path.is_dir() else ())))
-                if time.time() - newest <= STALE:
+                if time.time() - newest <= STALE_SECONDS:
                     continue
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 else:
                     path.unlink()
-
-
-def sum_partition_stats(paths):
-    """(Counter of what the parts left out, why the first document was refused or None), from their .json."""
-    skipped, refused = collections.Counter(), None
-    for path in paths:
-        with open(f"{path}.json", "rb") as file:
-            done = json.load(file)
-        skipped.update(done["skipped"])
-        refused = refused or done["refused"]
-    return skipped, refused
-
-
-def os_error_text(error):
-    """An OSError in words."""
-    return error.strerror or first_line(error)

@@ -6,13 +6,13 @@ python data/openwebmath/prepare.py [--tokenizer gpt2] [--workers N] [--out_dir D
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder: blockgpt is imported from there
 
 from blockgpt.data.commands import prepare_from_hub
 from blockgpt.errors import exit_on_user_error
 
 
-def main():
+def main() -> None:
     prepare_from_hub(__doc__, __file__, "open-web-math/open-web-math", val_fraction=0.001)
 
 

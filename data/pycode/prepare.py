@@ -1,9 +1,9 @@
-"""The embedded corpus: the source of the standard library of the Python that runs this. No download.
+"""The embedded corpus: the source code of Python's standard library, from the Python that runs this. No download.
 
 python data/pycode/prepare.py [--tokenizer gpt2] [--out_dir DIR]
 
-One document a file, as UTF-8 bytes unless told otherwise, with an end-of-text token behind. A file's path decides
-whether it is train or val, so that the split is the same on every machine with the same Python.
+Each file is one document, by default as UTF-8 bytes, followed by an end-of-text token. A file's path decides whether it
+is train or val, so that the split is the same on every computer with the same Python.
 """
 
 import collections
@@ -12,9 +12,10 @@ import os
 import platform
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder: blockgpt is imported from there
 
 from blockgpt.console import ArgumentParser
 from blockgpt.data.prepare import write_dataset
@@ -24,18 +25,19 @@ from blockgpt.errors import DataError, exit_on_user_error
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 
-def collect(root, skipped):
-    """Yield (split, text) of each .py file under `root`, in the order of their paths; count others in `skipped`.
+def collect(root: str | Path, skipped: collections.Counter[str]) -> Iterator[tuple[str, str]]:
+    """Yield (split, text) of each .py file below `root`, in the order of their paths; count others in `skipped`.
 
-    `DataError` if there is no .py file at all.
+    Raises:
+        DataError: there is no .py file.
     """
-    files = {}
+    files: dict[str, Path] = {}
     for directory, folders, names in os.walk(root, onerror=lambda _: skipped.update(unreadable=1)):
         folders[:] = [f for f in folders if f not in NOT_STDLIB]
         paths = [Path(directory, name) for name in names if name.endswith(".py")]
         files |= {path.relative_to(root).as_posix(): path for path in paths}
     if not files:
-        raise DataError(f"{root}: has no .py files: the standard library of this Python is not there as source "
+        raise DataError(f"{root}: has no .py files: this Python's standard library is not installed as source code "
                         "(run prepare.py with another Python)")
     for name, path in sorted(files.items()):
         try:
@@ -51,15 +53,15 @@ def collect(root, skipped):
                 skipped.update(empty=1)
 
 
-def split_of(name):
-    """One file in ten is val, by the hash of its path relative to the library."""
+def split_of(name: str) -> str:
+    """The split of a file, by the hash of its path relative to the library: one file in ten is val."""
     return "val" if int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16) % 10 == 0 else "train"
 
 
-def main():
+def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--out_dir", type=Path, default=Path(__file__).resolve().parent, help="where the files go")
-    parser.add_argument("--tokenizer", default="byte", help="byte, gpt2, … or a file, as data/files has it")
+    parser.add_argument("--out_dir", type=Path, default=Path(__file__).resolve().parent, help="the dataset's folder")
+    parser.add_argument("--tokenizer", default="byte", help="byte, gpt2, … or a file, as in data/files")
     args = parser.parse_args()
     skipped = collections.Counter(not_utf8=0, unreadable=0, empty=0)
     tokenizer, documents = load_tokenizer(args.tokenizer), collect(sysconfig.get_path("stdlib"), skipped)

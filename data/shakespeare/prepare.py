@@ -1,4 +1,4 @@
-"""Tiny Shakespeare (1.1 MB) by GPT-2's BPE, split as nanoGPT does: the first 90 % of the text train, the rest val.
+"""Tiny Shakespeare (1.1 MB) in GPT-2's BPE, split as in nanoGPT: the first 90 % of the text is train, the rest val.
 
 python data/shakespeare/prepare.py [--tokenizer gpt2] [--source input.txt] [--out_dir DIR]
 
@@ -8,13 +8,13 @@ Downloads the text unless --source names a local copy. With gpt2: nanoGPT's 301,
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder: blockgpt is imported from there
 
 from blockgpt.data.commands import prepare_shakespeare
 from blockgpt.errors import exit_on_user_error
 
 
-def main():
+def main() -> None:
     prepare_shakespeare(__doc__, __file__, "gpt2")
 
 

@@ -1,20 +1,20 @@
-"""Tiny Shakespeare (1.1 MB) by characters, split as nanoGPT does: the first 90 % train, the rest val.
+"""Tiny Shakespeare (1.1 MB) in characters, split as in nanoGPT: the first 90 % of the text is train, the rest val.
 
 python data/shakespeare_char/prepare.py [--source input.txt] [--out_dir DIR]
 
-Downloads the text unless --source names a local copy (any UTF-8 text will do).
+Downloads the text unless --source names a local copy (any UTF-8 text is accepted).
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules, wherever this is run
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder: blockgpt is imported from there
 
 from blockgpt.data.commands import prepare_shakespeare
 from blockgpt.errors import exit_on_user_error
 
 
-def main():
+def main() -> None:
     prepare_shakespeare(__doc__, __file__, "char")
 
 

@@ -1,4 +1,4 @@
-"""Documents come out of every kind of file as they went in, and out of its pieces as out of the whole."""
+"""Sources: every file format gives its documents unchanged, also when a large file is read in several spans."""
 
 import collections
 import csv
@@ -22,11 +22,12 @@ TEXTS = ["First document.\nTwo lines.\n", "Żółw 🐢\r\n\tend", 'with, "comma
 
 
 def read(patterns, **more):
-    """(texts, skipped) of all parts of the files."""
+    """(texts, skipped) of all partitions of the files."""
     skipped = collections.Counter()
-    found = [pair for part in file_partitions(list(map(str, patterns)), **more) for pair in part.documents(skipped)]
-    assert all(split is None for split, _ in found)
-    return [text for _, text in found], dict(skipped)
+    partitions = file_partitions(list(map(str, patterns)), **more)
+    pairs = [pair for partition in partitions for pair in partition.documents(skipped)]
+    assert all(split is None for split, _ in pairs)
+    return [text for _, text in pairs], dict(skipped)
 
 
 def refusal(action, *args, **kwargs):
@@ -60,7 +61,7 @@ def zstd(data):
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.ndjson.gz", "x.jsonl.zst", "x.csv", "x.tsv", "x.csv.gz", "x.parquet",
                                   "x.JSONL.GZ"])
-def test_texts_come_out_as_they_went_in(tmp_path, name):
+def test_every_format_gives_the_texts_unchanged(tmp_path, name):
     path = tmp_path / name
     if "parquet" in name:
         write_parquet(path, TEXTS)
@@ -76,7 +77,7 @@ def test_texts_come_out_as_they_went_in(tmp_path, name):
     assert read([path]) == (TEXTS, {})
 
 
-def test_a_text_file_is_a_document_in_the_order_of_the_paths(tmp_path):
+def test_a_text_file_is_one_document_and_paths_are_sorted(tmp_path):
     for name, content in {"b.md": b"b\r\n", "a.py": b"a", "sub/c.txt": b"c", "sub/d.txt.gz": gzip.compress(b"d"),
                           "e.html.zst": zstd("ż".encode()), ".hidden": b"no", "empty": b"", "latin": b"\xe9"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -86,7 +87,7 @@ def test_a_text_file_is_a_document_in_the_order_of_the_paths(tmp_path):
     assert read([f"{tmp_path}/.hidden"])[0] == ["no"]
 
 
-def test_a_line_without_text_is_counted(tmp_path):
+def test_lines_without_text_are_counted(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "a"}\n\nnot json\n{"text": 3}\n[1]\n{"no": "b"}\n{"text": ""}\n'
                                        + b"[" * 100_000 + b'\n{"text": "\xff"}\n{"text": "z"}')
     assert read([tmp_path / "x.jsonl"]) == (["a", "z"], {"not_json": 3, "no_text": 3, "empty": 1})
@@ -104,12 +105,12 @@ def test_text_key_names_the_field(tmp_path):
 
 @settings(max_examples=30)
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30), max_size=30),
-       size=st.integers(1, 200), kind=st.sampled_from(["jsonl", "parquet"]), ended=st.booleans())
-def test_a_large_file_in_pieces_gives_each_document_once(tmp_path_factory, texts, size, kind, ended):
-    path = tmp_path_factory.mktemp("pieces") / f"x.{kind}"
+       size=st.integers(1, 200), suffix=st.sampled_from(["jsonl", "parquet"]), ended=st.booleans())
+def test_a_large_file_in_spans_gives_each_document_once(tmp_path_factory, texts, size, suffix, ended):
+    path = tmp_path_factory.mktemp("spans") / f"x.{suffix}"
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(sources, "PARTITION_BYTES", size)
-        if kind == "parquet":
+        if suffix == "parquet":
             write_parquet(path, texts)
         else:
             path.write_bytes(as_jsonl(texts) if ended else as_jsonl(texts)[:-1])
@@ -120,7 +121,7 @@ def test_a_large_file_in_pieces_gives_each_document_once(tmp_path_factory, texts
 
 @settings(max_examples=50)
 @given(content=st.text("ab\nż", min_size=1, max_size=200), size=st.integers(1, 60), longest=st.integers(8, 40))
-def test_a_large_text_is_cut_between_characters_and_loses_none(tmp_path_factory, content, size, longest):
+def test_a_large_text_is_split_between_characters_and_loses_none(tmp_path_factory, content, size, longest):
     path = tmp_path_factory.mktemp("cut") / "x.txt"
     path.write_text(content)
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -131,7 +132,7 @@ def test_a_large_text_is_cut_between_characters_and_loses_none(tmp_path_factory,
     assert all(len(t.encode()) <= 3 * longest for t in texts)
 
 
-def test_a_line_too_long_to_hold_is_left_out(tmp_path, monkeypatch):
+def test_a_line_longer_than_a_document_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_DOCUMENT", 50)
     (tmp_path / "x.jsonl").write_bytes(as_jsonl(["a", "x" * 500, "b"]))
     assert read([tmp_path / "x.jsonl"]) == (["a", "b"], {"too_long": 1})
@@ -143,17 +144,17 @@ def test_a_line_too_long_to_hold_is_left_out(tmp_path, monkeypatch):
     ("x.jsonl.zst", zstd(as_jsonl([str(i) for i in range(9999)]))[:-9], "cannot be read: "),
     ("x.zst", b"no zstd", "cannot be read: "),
     ("x.parquet", b"no parquet", "is not a parquet file: "),
-    ("x.parquet.gz", b"", "is parquet, compressed once more"),
+    ("x.parquet.gz", b"", "is a compressed parquet file"),
     ("x.csv", b'text\n"\xff"\n', "is not UTF-8 text"),
     ("x.csv", b"", "no column 'text'"),
 ])
-def test_a_damaged_file_is_one_line_that_names_it(tmp_path, name, content, words):
+def test_a_damaged_file_is_a_one_line_error_that_names_it(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     message = refusal(read, [tmp_path / name])
     assert message.startswith(f"{tmp_path / name}: ") and words in message
 
 
-def test_a_truncated_parquet_is_one_line(tmp_path):
+def test_a_damaged_parquet_is_a_one_line_error(tmp_path):
     write_parquet(tmp_path / "x.parquet", TEXTS * 100)
     content = bytearray((tmp_path / "x.parquet").read_bytes())
     content[4:2000] = bytes(1996)  # the pages, not the footer
@@ -161,24 +162,24 @@ def test_a_truncated_parquet_is_one_line(tmp_path):
     assert str(tmp_path / "x.parquet") in refusal(read, [tmp_path / "x.parquet"])
 
 
-def test_a_pattern_that_matches_nothing_is_one_line(tmp_path):
+def test_a_pattern_that_matches_nothing_is_a_one_line_error(tmp_path):
     assert "no such file" in refusal(file_partitions, [f"{tmp_path}/*.txt"])
     assert "no such file" in refusal(file_partitions, [str(tmp_path)])  # an empty folder
 
 
-def test_small_files_share_a_part(tmp_path, monkeypatch):
+def test_small_files_share_a_partition_which_changes_with_any_of_them(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "PARTITION_BYTES", 100)
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text("x" * 40)
-    parts = file_partitions([str(tmp_path)])
-    assert [len(p.pieces) for p in parts] == [2, 2, 2, 2, 2]
-    before = [p.identity() for p in parts]
+    partitions = file_partitions([str(tmp_path)])
+    assert [len(p.spans) for p in partitions] == [2, 2, 2, 2, 2]
+    before = [p.identity() for p in partitions]
     (tmp_path / "5.txt").write_text("y" * 41)
     changed = [a != b for a, b in zip(before, (p.identity() for p in file_partitions([str(tmp_path)])), strict=True)]
     assert changed == [False, False, True, False, False]
 
 
-def test_large_and_small_files_come_in_the_order_of_their_paths(tmp_path, monkeypatch):
+def test_large_and_small_files_are_read_in_the_order_of_their_paths(tmp_path, monkeypatch):
     for name, n in {"a.jsonl": 1, "b.jsonl": 30, "c.jsonl": 1, "d.jsonl": 1}.items():
         (tmp_path / name).write_bytes(as_jsonl([f"{name} {i}" for i in range(n)]))
     whole = read([tmp_path])[0]
@@ -186,34 +187,34 @@ def test_large_and_small_files_come_in_the_order_of_their_paths(tmp_path, monkey
     assert read([tmp_path])[0] == whole == sorted(whole, key=lambda text: text.split()[0])
 
 
-def test_bytes_that_are_no_text_at_all_are_counted(tmp_path, monkeypatch):
+def test_binary_data_is_left_out_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_DOCUMENT", 50)
     (tmp_path / "x.bin").write_bytes(b"\x80" * 1000)
     texts, skipped = read([tmp_path])
     assert texts == [] and skipped["not_utf8"] > 1
 
 
-# The hub, on local files: the same library, the same code
+# The hub: the same library and code, on local files
 
 
-def hub_texts(parts):
+def hub_texts(partitions):
     skipped = collections.Counter()
-    return [pair for part in parts for pair in part.documents(skipped)], skipped
+    return [pair for partition in partitions for pair in partition.documents(skipped)], skipped
 
 
-def test_a_hub_dataset_is_read_a_file_at_a_time(tmp_path):
+def test_a_hub_dataset_has_a_partition_per_file(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.jsonl").write_bytes(as_jsonl([f"{i}a", "", f"{i}b"]))
-    parts = hub_partitions("json", data_files=tuple(f"{tmp_path}/{i}.jsonl" for i in range(3)), into="val")
-    assert len(parts) == 3 and len({json.dumps(p.identity()) for p in parts}) == 3
-    texts, skipped = hub_texts(parts)
+    partitions = hub_partitions("json", data_files=tuple(f"{tmp_path}/{i}.jsonl" for i in range(3)), into="val")
+    assert len(partitions) == 3 and len({json.dumps(p.identity()) for p in partitions}) == 3
+    texts, skipped = hub_texts(partitions)
     assert sorted(texts) == sorted(("val", f"{i}{c}") for i in range(3) for c in "ab") and skipped["empty"] == 3
-    parts = hub_partitions("json", data_files=f"{tmp_path}/0.jsonl", text_key="body")
-    assert "no column 'body'" in refusal(hub_texts, parts)
+    partitions = hub_partitions("json", data_files=f"{tmp_path}/0.jsonl", text_key="body")
+    assert "no column 'body'" in refusal(hub_texts, partitions)
 
 
-class Cutting(http.server.BaseHTTPRequestHandler):
-    """A server that breaks the connection in the middle of the file as often as `cuts` says."""
+class InterruptedHandler(http.server.BaseHTTPRequestHandler):
+    """Serves a file, and closes the connection in the middle of it for the first `cuts` requests."""
 
     content, cuts, requests = b"", 0, 0
 
@@ -249,34 +250,35 @@ class Cutting(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server on this machine whose network fails; the libraries and we try again without waiting."""
+    """A local server with network failures; retries of the libraries and of our code do not wait."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 1)
     monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
     monkeypatch.setattr(sources, "RETRY_SECONDS", 0.0)
-    handler = type("Handler", (Cutting,), {"content": as_jsonl([f"document {i} " + "x" * 80 for i in range(4000)])})
+    content = as_jsonl([f"document {i} " + "x" * 80 for i in range(4000)])
+    handler = type("Handler", (InterruptedHandler,), {"content": content})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield handler, f"http://127.0.0.1:{server.server_port}/x.jsonl"
         server.shutdown()
 
 
-def test_a_network_that_fails_halfway_is_met_again_where_it_failed(server):
+def test_reading_continues_where_the_network_failed(server):
     handler, url = server
-    parts = hub_partitions("json", data_files=url)
+    partitions = hub_partitions("json", data_files=url)
     handler.cuts = 2
-    texts, _ = hub_texts(parts)
+    texts, _ = hub_texts(partitions)
     assert [t.split()[1] for _, t in texts] == [str(i) for i in range(4000)] and handler.cuts == 0
 
 
-def test_a_network_that_stays_away_is_one_line(server):
+def test_a_permanent_network_failure_is_a_one_line_error(server):
     handler, url = server
-    parts = hub_partitions("json", data_files=url)
+    partitions = hub_partitions("json", data_files=url)
     handler.cuts = 10**6
-    message = refusal(hub_texts, parts)
+    message = refusal(hub_texts, partitions)
     assert message.startswith("json train: cannot be read any further: ")
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
+def test_an_unreachable_hub_dataset_is_a_one_line_error(tmp_path):
     assert re.search("cannot be opened: .*--source", refusal(hub_partitions, f"{tmp_path}/nothing"))
