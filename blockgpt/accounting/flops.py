@@ -1,34 +1,60 @@
-"""What a model costs and what a device can do: FLOPs per token, peaks, model FLOPs utilisation (MFU).
+"""FLOPs per token of a model, forward and training.
 
-FLOPs are those of the matrix products, a multiply-add counting as two, summed from the components' own
-`flops(seq_len)`, which say what is computed. Training costs three forwards: one, and two products in the backward
-for each. What of the attention scores is to be credited is a convention: PaLM's (Chowdhery 2022, appendix B)
-counts every key in a layer's span (the sequence, or its sliding window) though half is masked; the causal one counts
-those that are not. A backend that computes what it then masks earns nothing by it. Documents kept apart count as if
-they were one. MFU is by the PaLM convention.
+FLOPs are those of the matrix products; a multiply-add counts as two. Every component reports its own in a method
+`flops(seq_len)`, and this module adds them up. A new component needs that method and nothing here.
+Training costs three forward passes: for each product of the forward pass, the backward pass has two.
+
+Two conventions define which attention scores are credited. PaLM (Chowdhery et al. 2022, appendix B) counts every key
+in the span of a layer (the sequence, or its sliding window), although the causal mask hides half of them. "causal"
+counts the visible keys only. Neither credits products that a backend computes and then masks. Documents that are
+masked from each other are counted as one. MFU (model FLOPs utilisation) uses the PaLM convention.
 """
 
 from collections import Counter
+from typing import Any, Protocol, runtime_checkable
+
+import torch.nn as nn
+
+ATTENTION_SCORES = "attention scores"  # the name under which attention backends report q k^T and p v
 
 
-def forward_flops(model, seq_len):
-    """{account: forward FLOPs per token} of a `GPT` at sequences of seq_len tokens, as its parts compute them."""
-    accounts = Counter()
+@runtime_checkable
+class HasFlops(Protocol):
+    """A module that reports the forward FLOPs per token of its matrix products, by name."""
+
+    def flops(self, seq_len: int) -> dict[str, float]: ...
+
+
+@runtime_checkable
+class HasScoreFlops(Protocol):
+    """An attention backend: FLOPs of the scores for a number of keys per query, and that number by convention."""
+
+    def score_flops(self, keys: float) -> float: ...
+
+    def needed_keys(self, seq_len: int, convention: str) -> float: ...
+
+
+def forward_flops(model: nn.Module, seq_len: int) -> dict[str, float]:
+    """{name: forward FLOPs per token} of a model at sequences of `seq_len` tokens, as its backends compute them."""
+    flops: Counter[str] = Counter()
     for module in model.modules():
-        if hasattr(module, "flops"):
-            accounts.update(module.flops(seq_len))
-    return dict(accounts)
+        if isinstance(module, HasFlops):
+            flops.update(module.flops(seq_len))
+    return dict(flops)
 
 
-def flops_per_token(model, seq_len):
-    """The whole account, as `run.json` keeps it: forward by part, as computed, and training by both conventions."""
+def flops_per_token(model: nn.Module, seq_len: int) -> dict[str, Any]:
+    """All FLOPs per token, in the form that `run.json` stores.
+
+    Returns:
+        forward: {name: FLOPs} as the backends compute them. train, train_causal: training FLOPs by the PaLM convention
+        and by the causal one. convention: the one that MFU uses.
+    """
     forward = forward_flops(model, seq_len)
-    rest = sum(forward.values()) - forward["attention scores"]
+    without_scores = sum(forward.values()) - forward[ATTENTION_SCORES]
+    attention = [module for module in model.modules() if isinstance(module, HasScoreFlops)]
 
-    def train(convention):
-        attention = (block.attn for block in model.blocks)
-        return 3 * (rest + sum(a.score_flops(a.needed_keys(seq_len, convention)) for a in attention))
+    def train(convention: str) -> float:
+        return 3 * (without_scores + sum(a.score_flops(a.needed_keys(seq_len, convention)) for a in attention))
 
     return {"forward": forward, "train": train("PaLM"), "train_causal": train("causal"), "convention": "PaLM"}
-
-

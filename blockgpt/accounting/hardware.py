@@ -1,25 +1,33 @@
-"""What a device can do: the table of GPUs, and the measured peak of a CPU."""
+"""What a device can do: the table of GPUs with their peak FLOP/s, memory and power, and the measured peak of a CPU.
+
+To add a GPU: one line in `GPUS`, with the dense peaks of the vendor's data sheet.
+"""
 
 import re
 import time
-import typing
+from typing import NamedTuple
 
 import torch
 
 
-class GPU(typing.NamedTuple):
+class GPU(NamedTuple):
     """One row of the vendors' data sheets.
 
-    name: as whole words of torch.cuda.get_device_name(). memory: in GB as the vendor states it, who means 2^30 bytes.
-    watts: of the board at most. peaks: {type: dense TFLOP/s}; 2:4 sparsity doubles them.
+    Attributes:
+        name: a sequence of whole words in torch.cuda.get_device_name().
+        memory: in the vendor's GB, which are 2^30 bytes.
+        watts: maximum board power.
+        peaks: {dtype: dense TFLOP/s}; 2:4 sparsity doubles them.
     """
 
     name: str
     memory: int
     watts: int
-    peaks: dict
-# The first match counts, so a longer name stands before the shorter one that it contains, and the usual one of a family
-# before its sisters.
+    peaks: dict[str, float]
+
+
+# The first match counts. A longer name comes before the shorter one that it contains, and the most common variant of a
+# family before the others.
 GPUS = (
     GPU("GB300", 279, 1400, dict(bfloat16=2500, float16=2500, tf32=1250)),
     GPU("GB200", 186, 1200, dict(bfloat16=2500, float16=2500, tf32=1250)),
@@ -28,7 +36,7 @@ GPUS = (
     GPU("H200 NVL", 141, 600, dict(bfloat16=836, float16=836)),
     GPU("H200", 141, 700, dict(bfloat16=989.4, float16=989.4, tf32=494.7)),
     GPU("H20", 96, 400, dict(bfloat16=148, float16=148, tf32=74)),
-    GPU("H100 80GB HBM3", 80, 700, dict(bfloat16=989.4, float16=989.4, tf32=494.7)),  # the SXM one
+    GPU("H100 80GB HBM3", 80, 700, dict(bfloat16=989.4, float16=989.4, tf32=494.7)),  # SXM
     GPU("H100 PCIe", 80, 350, dict(bfloat16=756, float16=756, tf32=378)),
     GPU("H100 NVL", 94, 400, dict(bfloat16=835, float16=835)),
     GPU("A100-SXM4-40GB", 40, 400, dict(bfloat16=312, float16=312, tf32=156)),
@@ -50,60 +58,79 @@ GPUS = (
     GPU("L4", 24, 72, dict(bfloat16=121, float16=121, tf32=60)),
     GPU("MI300X", 192, 750, dict(bfloat16=1307.4, float16=1307.4, tf32=654)),
 )
-OTHER_CHIPS = re.compile(r"\b(Ti|SUPER|D|Laptop|Max-Q|MIG)\b")  # after a name above, another chip or a slice of one
+OTHER_CHIPS = re.compile(r"\b(Ti|SUPER|D|Laptop|Max-Q|MIG)\b")  # after a name above: another chip, or a slice of one
 NO_SPARSITY = ("V100", "T4")
+SET_PEAK = "set one with --mfu_peak=TFLOPS"
 
 
-def find_gpu(name):
-    """The `GPU` that a device name, as torch gives it, is of; None if it is not in the table."""
-    return next((gpu for gpu in GPUS if re.search(rf"\b{gpu.name}\b", name)
-                 and not OTHER_CHIPS.search(name)), None)
+def find_gpu(device_name: str) -> GPU | None:
+    """The row of a device name as torch reports it; None if it is not in the table."""
+    return next((gpu for gpu in GPUS if re.search(rf"\b{gpu.name}\b", device_name)
+                 and not OTHER_CHIPS.search(device_name)), None)
 
 
-def find_gpu_by_alias(text):
-    """The `GPU` that a person means: its name, some of its words ('H100', 'A100 40GB', '4090'), or what torch says."""
-    def words(name):
+def find_gpu_by_alias(text: str) -> GPU | None:
+    """The row that a person means: its name, some words of it ('H100', 'A100 40GB', '4090'), or torch's device name."""
+    def words(name: str) -> set[str]:
         return set(re.split(r"[\s-]+", name.lower())) - {"nvidia", "geforce", "tesla", "amd", "instinct"}
 
-    meant = words(text)
+    wanted = words(text)
     exact = next((gpu for gpu in GPUS if gpu.name.lower() == text.lower()), None)
-    return exact or next((gpu for gpu in GPUS if meant and meant <= words(gpu.name)), None) or find_gpu(text)
+    return exact or next((gpu for gpu in GPUS if wanted and wanted <= words(gpu.name)), None) or find_gpu(text)
 
 
-def look_up_peak(name, kind, sparse=False):
-    """(peak in FLOP/s or None, one line of why) for a device name and bfloat16 | float16 | tf32 | float32."""
-    gpu = find_gpu(name)
+def look_up_peak(device_name: str, precision: str, sparse: bool = False) -> tuple[float | None, str]:
+    """(peak in FLOP/s or None, the reason in one line) of a GPU in bfloat16, float16, tf32 or float32."""
+    gpu = find_gpu(device_name)
     if gpu is None:
-        return None, f"no peak is known for {name!r} (set one with --mfu_peak=TFLOPS)"
-    if kind not in gpu.peaks or (sparse and gpu.name.startswith(NO_SPARSITY)):
-        return None, f"no {'sparse ' * sparse}{kind} peak is known for {name} (set one with --mfu_peak=TFLOPS)"
-    return gpu.peaks[kind] * 1e12 * (2 if sparse else 1), f"{gpu.name}, {kind} {'2:4 sparse' if sparse else 'dense'}"
+        return None, f"no peak is known for {device_name!r} ({SET_PEAK})"
+    if precision not in gpu.peaks or (sparse and gpu.name.startswith(NO_SPARSITY)):
+        return None, f"no {'sparse ' * sparse}{precision} peak is known for {device_name} ({SET_PEAK})"
+    source = f"{gpu.name}, {precision} {'2:4 sparse' if sparse else 'dense'}"
+    return gpu.peaks[precision] * 1e12 * (2 if sparse else 1), source
 
 
-def peak_flops(device, dtype, tf32, mfu_peak):
-    """(peak in FLOP/s of one device or None, why): what MFU divides by.
+def peak_flops(device: torch.device, dtype: torch.dtype, tf32: bool, mfu_peak: str | float) -> tuple[float | None, str]:
+    """The peak that MFU divides by.
 
-    device: torch.device; dtype: of the matrix products; tf32: whether float32 products use it;
-    mfu_peak: 'dense', 'sparse' or TFLOP/s. A CPU's is measured here; an unknown device has none, never a guess.
+    Args:
+        device: a CPU's peak is measured here; a device that is not in the table has none.
+        dtype: of the matrix products.
+        tf32: whether float32 products use TensorFloat-32.
+        mfu_peak: 'dense', 'sparse', or a number of TFLOP/s.
+
+    Returns:
+        (peak of one device in FLOP/s or None, the reason in one line).
     """
-    if not isinstance(mfu_peak, str):
-        return mfu_peak * 1e12, "as --mfu_peak says"
-    if device.type == "cpu":
+    if isinstance(mfu_peak, str) and device.type == "cpu":
         threads = torch.get_num_threads()
-        return measure_matmul(dtype), f"measured: a {str(dtype)[6:]} matrix product on {threads} CPU threads"
-    if device.type != "cuda":
-        return None, f"no peak is known for {device.type} devices (set one with --mfu_peak=TFLOPS)"
-    kind = "tf32" if dtype == torch.float32 and tf32 else str(dtype)[6:]
-    return look_up_peak(torch.cuda.get_device_name(device), kind, sparse=mfu_peak == "sparse")
+        return measure_matmul(dtype), f"measured: a {dtype_name(dtype)} matrix product on {threads} CPU threads"
+    if isinstance(mfu_peak, str) and device.type != "cuda":
+        return None, f"no peak is known for {device.type} devices ({SET_PEAK})"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return gpu_peak_flops(name, dtype, tf32, mfu_peak)
 
 
-def measure_matmul(dtype, n=1024, seconds=0.25):
-    """FLOP/s of the best of several n x n matrix products on the CPU."""
+def gpu_peak_flops(device_name: str, dtype: torch.dtype, tf32: bool, mfu_peak: str | float) -> tuple[float | None, str]:
+    """`peak_flops` of a GPU that need not be in this computer."""
+    if not isinstance(mfu_peak, str):
+        return mfu_peak * 1e12, "set by --mfu_peak"
+    precision = "tf32" if dtype == torch.float32 and tf32 else dtype_name(dtype)
+    return look_up_peak(device_name, precision, sparse=mfu_peak == "sparse")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """'bfloat16' of torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def measure_matmul(dtype: torch.dtype, n: int = 1024, seconds: float = 0.25) -> float:
+    """FLOP/s of the fastest of several n x n matrix products on the CPU."""
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    a @ b
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
+    a @ b  # warm-up
+    fastest, deadline = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        begin = time.perf_counter()
         a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+        fastest = min(fastest, time.perf_counter() - begin)
+    return 2 * n**3 / fastest

@@ -1,336 +1,387 @@
-"""What a training step holds in memory, found by running the model on tensors that have shapes and no content.
+"""How much memory a training step needs, measured by running the model on tensors that have shapes and no data.
 
-Nothing here knows a component: forward and backward pass run under torch's `FakeTensorMode`, and what they save and
-what lives meanwhile is counted as it is made, each storage once. So a new component is in the account without
-stating anything. A storage's bytes are affine in the number of sequences, so two runs tell them for every number.
+The forward and backward pass run under torch's `FakeTensorMode`. What autograd saves and what is alive at each
+operation is counted, every storage once. This module knows no component: a new one is counted without any change here.
+The size of a storage is linear in the number of sequences, so two runs give it for every micro-batch size.
 
-The tensors pretend to be on the CPU, also where a GPU is: the account is the same on every machine, and no GPU's memory
-is touched. What a GPU's operators save otherwise is imitated (`AsOnGPU`).
+The tensors are fake CPU tensors, also where a GPU exists: the result is the same on every computer, and no GPU memory
+is used. `CudaOperators` imitates CUDA's operators where they save other tensors than the CPU's.
 
-All blocks run in the forward pass. Blocks with equal parameters and equal saved bytes are alike, and one of those that
-are goes through the backward pass, once for each kind of activation checkpointing that is asked for. What is counted
-are torch's tensors, executed eagerly: torch.compile keeps fewer, and what a kernel allocates inside itself is not seen.
+The forward pass runs all blocks. Blocks with equal parameters and equal saved bytes have the same signature. One block
+of each signature runs the backward pass, once for each activation checkpointing mode that is asked for. Only torch's
+tensors in eager execution are counted: torch.compile saves fewer, and memory inside a kernel is not seen.
 """
 
 import contextlib
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blockgpt.accounting.memory_trace import (
-    PARTS,
-    AsOnGPU,
+    CATEGORIES,
+    CudaOperators,
     LiveBytes,
-    SavedTensors,
-    account_of,
-    block_of,
-    flex_attention_anywhere,
-    only_blocks,
+    Phase,
+    SavedStorage,
+    SavedTensorRecorder,
+    Stage,
+    block_index,
+    blocks_of,
+    category_of,
+    eager_flex_attention,
+    run_only_blocks,
 )
 from blockgpt.training.recompute import recompute
 
-PROBES = (2, 3)  # sequences in the two runs; a single one could take another path through an operator
+PROBES = (2, 3)  # sequences in the two runs; with a single sequence an operator could take another code path
+
+Signature: TypeAlias = tuple[Any, ...]  # equal for blocks that need the same memory
 
 
 @dataclass(frozen=True)
 class LinearBytes:
-    """Bytes as a function of the number of sequences."""
+    """Bytes as a linear function of the number of sequences."""
 
     fixed: int = 0
     per_sequence: int = 0
 
     @classmethod
-    def through(cls, *bytes):
-        """The line through the bytes at both `PROBES`."""
-        slope = (bytes[1] - bytes[0]) // (PROBES[1] - PROBES[0])
-        return cls(bytes[0] - slope * PROBES[0], slope)
+    def fit(cls, first: int, second: int) -> "LinearBytes":
+        """The function through the bytes at both `PROBES`."""
+        slope = (second - first) // (PROBES[1] - PROBES[0])
+        return cls(first - slope * PROBES[0], slope)
 
-    def __call__(self, sequences):
+    def __call__(self, sequences: int) -> int:
         return self.fixed + self.per_sequence * sequences
 
-    def __add__(self, other):
+    def __add__(self, other: "LinearBytes") -> "LinearBytes":
         return LinearBytes(self.fixed + other.fixed, self.per_sequence + other.per_sequence)
 
-    def __sub__(self, other):
+    def __sub__(self, other: "LinearBytes") -> "LinearBytes":
         return LinearBytes(self.fixed - other.fixed, self.per_sequence - other.per_sequence)
 
 
-def total(lines):
-    return sum(lines, LinearBytes())
+def total(terms: Iterable[LinearBytes]) -> LinearBytes:
+    return sum(terms, LinearBytes())
 
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """A storage that the forward pass leaves to the backward pass, and the innermost module that saved it first.
+    """A storage that the forward pass saves for the backward pass.
 
-    module: its path in the model, '' for the model itself. part: one of `PARTS`. stage: where the forward pass was,
-    'before', 'among' or 'after' the blocks. copy: whether it is a weight in the precision of the matrix products, and
-    not an activation.
+    Attributes:
+        module: path of the innermost module that saved it first, '' for the model itself.
+        category: one of `CATEGORIES`.
+        stage: of the forward pass: 'before', 'in' or 'after' the blocks.
+        bytes: size of the storage.
+        weight_copy: whether it is a weight in the precision of the matrix products, and not an activation.
     """
 
     module: str
-    part: str
+    category: str
     stage: str
     bytes: LinearBytes
-    copy: bool
+    weight_copy: bool
 
     @property
-    def block(self):
-        return block_of(self.module)
+    def block(self) -> int | None:
+        return block_index(self.module)
 
 
 @dataclass(frozen=True)
 class BlockAccount:
-    """One block of the model, in bytes.
+    """The memory of one block, in bytes.
 
-    kind: equal for blocks that cost the same. saved: for the backward pass, without the low-precision `copies` of
-    weights.
+    Attributes:
+        signature: equal for blocks that need the same memory.
+        saved: for the backward pass, without `weight_copies`.
+        weight_copies: low-precision copies of the weights.
+        parameters: the weights themselves.
     """
 
-    kind: tuple
+    signature: Signature
     saved: LinearBytes
-    copies: int
+    weight_copies: int
     parameters: int
 
     @property
-    def held(self):
-        return self.saved + LinearBytes(self.copies)
+    def saved_with_copies(self) -> LinearBytes:
+        return self.saved + LinearBytes(self.weight_copies)
+
+
+class PhaseBytes(NamedTuple):
+    """Bytes at the peak of one phase of a training step.
+
+    Attributes:
+        phase: 'forward', 'head', 'block', 'embeddings' or 'optimizer'.
+        gradients: the gradients that exist, if none existed before the step.
+        activations: saved tensors, and temporary ones of the embeddings and blocks.
+        logits: temporary tensors of the head and the loss.
+    """
+
+    phase: str
+    gradients: int
+    activations: int
+    logits: int
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """What a forward and backward pass in one activation checkpointing mode holds.
+
+    Attributes:
+        outside_blocks: saved outside the blocks, before the head.
+        in_block: {signature: saved by such a block}.
+        working: {phase: what is alive after each of its operations, in addition to what is saved for this phase and
+            the later ones, and to the gradients that existed when it began}. The phases are 'forward', 'head' (from the
+            loss back to the last block; what the head saved is counted here), each block signature, and 'embeddings'.
+    """
+
+    outside_blocks: LinearBytes
+    in_block: dict[Signature, LinearBytes]
+    working: dict[str | Signature, set[LinearBytes]]
+
+    def working_peak(self, phase: str | Signature, sequences: int) -> int:
+        """The maximum of `working` in a phase, in bytes."""
+        return max(bytes(sequences) for bytes in self.working[phase])
 
 
 class MemoryAccount:
-    """The memory of one training step of the model that a `ModelConfig` describes, in bytes.
+    """The memory of one training step of a model, in bytes.
 
-    build_model: makes the model of a config, on the device of the context. dtype: torch.dtype of the matrix products; gpu: whether the kernels are a GPU's, or this CPU's.
+    Args:
+        build_model: builds the model of a config on the device of the context.
+        config: the model's configuration.
+        dtype: of the matrix products.
+        gpu: whether the operators are CUDA's, or this CPU's.
     """
 
-    def __init__(self, build_model, config, dtype, gpu):
+    def __init__(self, build_model: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype, gpu: bool) -> None:
         self.dtype, self.gpu, self.block_size = dtype, gpu, config.block_size
-        self.mode = FakeTensorMode()
-        self.model = self._fake(build_model, config)
-        self.sizes = {p: p.numel() * p.element_size() for p in self.model.parameters()}
-        self._passes = {}
+        self.fake_mode = FakeTensorMode()
+        self.model = self._build_fake(build_model, config)
+        self.parameter_sizes = {p: p.numel() * p.element_size() for p in self.model.parameters()}
+        self._traces: dict[tuple[str, bool], StepTrace] = {}
 
-    def _fake(self, build_model, config):
-        """The model with tensors that only have shapes; what is tied stays tied."""
+    def _build_fake(self, build_model: Callable[[Any], nn.Module], config: Any) -> nn.Module:
+        """The model with fake tensors. Tied parameters stay tied."""
         with torch.device("meta"):
             model = build_model(config)
-        made = {}
-        with self.mode:
+        fakes: dict[torch.Tensor, torch.Tensor] = {}
+        with self.fake_mode:
             for module in model.modules():
-                for tensors in (module._parameters, module._buffers):
-                    for name, t in tensors.items():
-                        if t is not None and t not in made:
+                tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+                for table in tables:
+                    for name, t in table.items():
+                        if t is not None and t not in fakes:
                             fake = torch.empty(t.shape, dtype=t.dtype)
-                            made[t] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
-                        tensors[name] = made.get(t)
+                            fakes[t] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
+                        table[name] = None if t is None else fakes[t]
         return model.train()
 
-    # ---------------------------------------------------------------- what stays from step to step
+    # ---------------------------------------------------------------- what exists between steps
 
     @property
-    def parameter_bytes(self):
-        return sum(self.sizes.values())
+    def parameter_bytes(self) -> int:
+        return sum(self.parameter_sizes.values())
 
     @property
-    def gradient_bytes(self):
-        return sum(size for p, size in self.sizes.items() if p.requires_grad)
+    def gradient_bytes(self) -> int:
+        return sum(size for p, size in self.parameter_sizes.items() if p.requires_grad)
 
     @property
-    def optimizer_bytes(self):
-        """AdamW's: two moments of the parameter's shape and type, and a float32 count of steps, for each tensor."""
-        return sum(2 * size + 4 for p, size in self.sizes.items() if p.requires_grad)
+    def optimizer_bytes(self) -> int:
+        """AdamW's state of all parameters."""
+        return sum(adamw_bytes(size) for p, size in self.parameter_sizes.items() if p.requires_grad)
 
-    def parameters_in(self, *modules):
+    def parameters_in(self, *modules: nn.Module) -> int:
         """Bytes of the parameters of `modules`, each once."""
-        return sum(self.sizes[p] for p in {p for module in modules for p in module.parameters()})
+        return sum(self.parameter_sizes[p] for p in {p for module in modules for p in module.parameters()})
 
-    def parameters_by_part(self):
-        """{part: number of parameters}; a tied head is among the embeddings."""
-        counts, seen = Counter(dict.fromkeys(PARTS, 0)), set()
+    def parameters_by_category(self) -> dict[str, int]:
+        """{category: parameter count}; a tied head belongs to the embeddings."""
+        counts: Counter[str] = Counter(dict.fromkeys(CATEGORIES, 0))
+        counted = set()
         for path, module in self.model.named_modules():
             for p in module.parameters(recurse=False):
-                if p not in seen:
-                    counts[account_of(path, embeds=isinstance(module, nn.Embedding))] += p.numel()
-                seen.add(p)
+                if p not in counted:
+                    counts[category_of(path, is_embedding=isinstance(module, nn.Embedding))] += p.numel()
+                counted.add(p)
         return dict(counts)
 
     # ---------------------------------------------------------------- what the forward pass saves
 
     @cached_property
-    def _forward(self):
-        """[an entry of `SavedTensors.alive`] for both `PROBES`."""
+    def _forward(self) -> list[list[SavedStorage]]:
+        """What the forward pass saves, for both `PROBES`."""
         runs = []
         for sequences in PROBES:
-            with self._machine(), SavedTensors(self.model) as record:
+            with self._fake_device(), SavedTensorRecorder(self.model) as recorder:
                 loss = self._loss(sequences)
-                runs.append(record.alive())
+                runs.append(recorder.alive())
             del loss
         return runs
 
     @contextlib.contextmanager
-    def _machine(self):
-        """Where tensors have no content, and operators are those of the machine that is asked about."""
-        with self.mode, warnings.catch_warnings(), contextlib.ExitStack() as stack:
-            warnings.simplefilter("ignore")  # of slow kernels, say: that is for the run to tell
+    def _fake_device(self) -> Iterator[None]:
+        """A context with fake tensors and the operators of the device in question."""
+        with self.fake_mode, warnings.catch_warnings(), contextlib.ExitStack() as stack:
+            warnings.simplefilter("ignore")  # such as those of slow kernels, which a run reports itself
             if self.gpu:
-                stack.enter_context(flex_attention_anywhere())
-                stack.enter_context(AsOnGPU(autocast=self.dtype != torch.float32))
+                stack.enter_context(eager_flex_attention())
+                stack.enter_context(CudaOperators(autocast=self.dtype != torch.float32))
             yield
 
-    def _loss(self, sequences):
-        """The loss of a batch, as the training loop computes it."""
+    def _loss(self, sequences: int) -> torch.Tensor:
+        """The loss of a batch, computed as in the training loop."""
         idx = torch.zeros(sequences, self.block_size, dtype=torch.long)
-        low = self.dtype != torch.float32
-        with torch.autocast("cpu", dtype=self.dtype) if low else contextlib.nullcontext():
+        autocast = self.dtype != torch.float32
+        with torch.autocast("cpu", dtype=self.dtype) if autocast else contextlib.nullcontext():
             return self.model(idx, idx, documents=idx)[1]
 
     @cached_property
-    def saved(self):
-        """[`SavedTensor`], in the order in which they are saved."""
-        accounts = []
-        for one, other in zip(*self._forward, strict=True):
-            assert one[:-1] == other[:-1], "the forward pass depends on the number of sequences"
-            *place, needs_grad, size = one
-            line = LinearBytes.through(size, other[-1])
-            accounts.append(SavedTensor(*place, line, copy=needs_grad and not line.per_sequence))
-        return accounts
+    def saved(self) -> list[SavedTensor]:
+        """What the forward pass saves, in the order in which it is saved."""
+        tensors = []
+        for first, second in zip(*self._forward, strict=True):
+            assert first[:-1] == second[:-1], "the forward pass depends on the number of sequences"
+            size = LinearBytes.fit(first.bytes, second.bytes)
+            tensors.append(SavedTensor(first.module, first.category, first.stage, size,
+                                       weight_copy=first.requires_grad and not size.per_sequence))
+        return tensors
 
-    def saved_in(self, module=""):
-        """`LinearBytes` of what is saved in the module with this path and in those inside it; '' is the whole model."""
+    def saved_in(self, module: str = "") -> LinearBytes:
+        """What is saved in the module with this path and in its submodules; '' is the whole model."""
         return total(s.bytes for s in self.saved if not module or f"{s.module}.".startswith(f"{module}."))
 
-    def saved_by_part(self):
-        """{part: `LinearBytes`}."""
-        return {part: total(s.bytes for s in self.saved if s.part == part) for part in PARTS}
+    def saved_by_category(self) -> dict[str, LinearBytes]:
+        return {category: total(s.bytes for s in self.saved if s.category == category) for category in CATEGORIES}
 
     @cached_property
-    def shell(self):
-        """`LinearBytes` of what is saved outside the blocks, before the head: it stays until the backward pass is through."""
+    def outside_blocks(self) -> LinearBytes:
+        """What is saved outside the blocks, before the head. It is freed at the end of the backward pass."""
         return total(s.bytes for s in self.saved if s.block is None and s.stage != "after")
 
     @cached_property
-    def head_parameters(self):
-        """Bytes of the parameters whose gradients are made before those of the blocks."""
-        return self.parameters_in(self.model.lm_head, self.model.final_norm)
+    def head_parameters(self) -> int:
+        """Bytes of the parameters whose gradients are computed before those of the blocks."""
+        return self.parameters_in(self.model.get_submodule("lm_head"), self.model.get_submodule("final_norm"))
 
     @cached_property
-    def blocks(self):
-        """[`BlockAccount`], in the order in which they run."""
+    def blocks(self) -> list[BlockAccount]:
+        """The blocks, in the order in which they run."""
         accounts = []
-        for i, block in enumerate(self.model.blocks):
+        for i, block in enumerate(blocks_of(self.model)):
             saved = [s for s in self.saved if s.block == i]
             shapes = tuple((name, p.shape) for name, p in block.named_parameters())
             accounts.append(BlockAccount(
-                kind=(shapes, tuple((s.module.removeprefix(f"blocks.{i}"), s.bytes) for s in saved)),
-                saved=total(s.bytes for s in saved if not s.copy), copies=sum(s.bytes.fixed for s in saved if s.copy),
+                signature=(shapes, tuple((s.module.removeprefix(f"blocks.{i}"), s.bytes) for s in saved)),
+                saved=total(s.bytes for s in saved if not s.weight_copy),
+                weight_copies=sum(s.bytes.fixed for s in saved if s.weight_copy),
                 parameters=self.parameters_in(block)))
         return accounts
 
-    # ---------------------------------------------------------------- what lives while it runs
+    # ---------------------------------------------------------------- what is alive during a step
 
-    def moments(self, sequences, checkpointing, accumulating, copies=True):
-        """(gradients made, activations, logits and loss), in bytes, at the fullest moment of each phase of a step.
+    def phases(self, sequences: int, checkpointing: str, accumulating: bool,
+               weight_copies: bool = True) -> Iterator[PhaseBytes]:
+        """The peak of each phase of a step, in the order of the phases.
 
-        checkpointing: a kind of `blockgpt.training.recompute.CHECKPOINTING_MODES`. accumulating: whether every gradient is there already, from an
-        earlier micro-batch. copies: whether autocast makes low-precision copies of the blocks' weights.
+        Args:
+            sequences: of a micro-batch.
+            checkpointing: a key of `blockgpt.training.recompute.CHECKPOINTING_MODES`.
+            accumulating: whether all gradients exist from an earlier micro-batch.
+            weight_copies: whether autocast makes low-precision copies of the blocks' weights.
         """
-        of = self._pass(checkpointing, accumulating)
-        again = checkpointing != "none"
-        kept = [of.kept[b.kind](sequences) if again else b.saved(sequences) + b.copies * copies for b in self.blocks]
-        cached = sum(b.copies for b in self.blocks) if again and copies else 0  # until autocast's context ends
-        made, alive = 0, of.shell(sequences) + sum(kept)
-        yield made, alive + cached, of.working("forward", sequences)
-        yield made, alive, of.working("head", sequences)
-        made += self.head_parameters
-        for block, part in zip(reversed(self.blocks), reversed(kept), strict=True):
-            uncast = block.copies if again and not copies else 0
-            yield made, alive + of.working(block.kind, sequences) - uncast, 0
-            made, alive = made + block.parameters, alive - part
-        yield made, alive + of.working("embeddings", sequences), 0
-        yield self.gradient_bytes, 0, 0  # the optimizer's step
+        trace = self._trace(checkpointing, accumulating)
+        recomputes = checkpointing != "none"
+        saved = [trace.in_block[b.signature](sequences) if recomputes else
+                 b.saved(sequences) + b.weight_copies * weight_copies for b in self.blocks]
+        # With checkpointing, autocast's cache alone holds the copies, until its context ends.
+        cached = sum(b.weight_copies for b in self.blocks) if recomputes and weight_copies else 0
+        gradients, alive = 0, trace.outside_blocks(sequences) + sum(saved)
+        yield PhaseBytes("forward", gradients, alive + cached, trace.working_peak("forward", sequences))
+        yield PhaseBytes("head", gradients, alive, trace.working_peak("head", sequences))
+        gradients += self.head_parameters
+        for block, size in zip(reversed(self.blocks), reversed(saved), strict=True):
+            not_copied = block.weight_copies if recomputes and not weight_copies else 0
+            working = trace.working_peak(block.signature, sequences) - not_copied
+            yield PhaseBytes("block", gradients, alive + working, 0)
+            gradients, alive = gradients + block.parameters, alive - size
+        yield PhaseBytes("embeddings", gradients, alive + trace.working_peak("embeddings", sequences), 0)
+        yield PhaseBytes("optimizer", self.gradient_bytes, 0, 0)
 
-    def _pass(self, checkpointing, accumulating):
+    def _trace(self, checkpointing: str, accumulating: bool) -> StepTrace:
         """The `StepTrace` of such a step, run when it is first asked for."""
         key = checkpointing, accumulating
-        if key not in self._passes:
-            self._passes[key] = self._run_both(*key)
-        return self._passes[key]
+        if key not in self._traces:
+            self._traces[key] = self._run_probes(*key)
+        return self._traces[key]
 
-    def _run_both(self, checkpointing, accumulating):
-        shown = sorted({account.kind: i for i, account in enumerate(self.blocks)}.values())  # the last of each kind
-        runs = [self._run(sequences, shown, checkpointing, accumulating) for sequences in PROBES]
+    def _run_probes(self, checkpointing: str, accumulating: bool) -> StepTrace:
+        traced = sorted({block.signature: i for i, block in enumerate(self.blocks)}.values())  # the last of each
+        (events, allocated), (events_2, allocated_2) = (
+            self._run(sequences, traced, checkpointing, accumulating) for sequences in PROBES)
 
-        copies = total(LinearBytes(self.blocks[i].copies) for i in shown)
         if checkpointing == "none":
-            shell, kept = self.shell, {i: self.blocks[i].held for i in shown}
-            copies = LinearBytes()  # they are among what is kept
+            outside_blocks, in_block = self.outside_blocks, {i: self.blocks[i].saved_with_copies for i in traced}
+            copies = LinearBytes()  # in_block includes them
         else:
-            there = {place: LinearBytes.through(*(kept[place] for _, kept in runs)) for place in runs[0][1]}
-            shell, kept = there.get("before", LinearBytes()), {i: there.get(i, LinearBytes()) for i in shown}
-        alive, made = shell + total(kept.values()), LinearBytes()
-        known = {"forward": alive + copies, "head": alive}
-        made = LinearBytes(self.head_parameters)
-        for i in reversed(shown):
-            known[i] = alive if accumulating else alive + made
-            alive, made = alive - kept[i], made + LinearBytes(self.blocks[i].parameters)
-        known["embeddings"] = alive if accumulating else alive + made
+            by_stage = {stage: LinearBytes.fit(size, allocated_2[stage]) for stage, size in allocated.items()}
+            outside_blocks = by_stage.get("before", LinearBytes())
+            in_block = {i: by_stage.get(i, LinearBytes()) for i in traced}
+            copies = total(LinearBytes(self.blocks[i].weight_copies) for i in traced)
+        expected = self._expected(traced, outside_blocks, in_block, copies, accumulating)
 
-        lines = {}
-        for (phase, one), (other_phase, other) in zip(*(events for events, _ in runs), strict=True):
-            assert phase == other_phase, "the backward pass depends on the number of sequences"
-            name = phase if isinstance(phase, str) else self.blocks[phase].kind
-            lines.setdefault(name, set()).add(LinearBytes.through(one, other) - known[phase])
-        return StepTrace(shell, {self.blocks[i].kind: line for i, line in kept.items()}, lines)
+        working: dict[str | Signature, set[LinearBytes]] = {}
+        for (phase, first), (phase_2, second) in zip(events, events_2, strict=True):
+            assert phase == phase_2, "the backward pass depends on the number of sequences"
+            name = phase if isinstance(phase, str) else self.blocks[phase].signature
+            working.setdefault(name, set()).add(LinearBytes.fit(first, second) - expected[phase])
+        return StepTrace(outside_blocks, {self.blocks[i].signature: size for i, size in in_block.items()}, working)
 
-    def _run(self, sequences, shown, checkpointing, accumulating):
-        """([(phase, bytes alive)] after each operation of a forward and backward pass through the `shown` blocks,
-        {place in the forward pass: bytes made there that the backward pass finds})."""
-        with self._machine():
-            for p in self.sizes:
+    def _expected(self, traced: Sequence[int], outside_blocks: LinearBytes, in_block: dict[int, LinearBytes],
+                  copies: LinearBytes, accumulating: bool) -> dict[Phase, LinearBytes]:
+        """{phase of a run: what is saved for it and for the later phases, and the gradients from the earlier ones}."""
+        alive, gradients = outside_blocks + total(in_block.values()), LinearBytes(self.head_parameters)
+        expected: dict[Phase, LinearBytes] = {"forward": alive + copies, "head": alive}
+        for i in reversed(traced):
+            expected[i] = alive if accumulating else alive + gradients
+            alive, gradients = alive - in_block[i], gradients + LinearBytes(self.blocks[i].parameters)
+        expected["embeddings"] = alive if accumulating else alive + gradients
+        return expected
+
+    def _run(self, sequences: int, traced: Sequence[int], checkpointing: str,
+             accumulating: bool) -> tuple[list[tuple[Phase, int]], Counter[Stage]]:
+        """Run a forward and backward pass through the `traced` blocks.
+
+        Returns:
+            ([(phase, bytes alive)] after each operation, {stage of the forward pass: bytes allocated there that are
+            alive when the backward pass begins}).
+        """
+        with self._fake_device():
+            for p in self.parameter_sizes:
                 p.grad = torch.empty_like(p) if accumulating else None
-            there = [t for p in self.sizes for t in (p, p.grad) if t is not None]
+            existing = [t for p in self.parameter_sizes for t in (p, p.grad) if t is not None]
             recompute(self.model, checkpointing)
-            with LiveBytes(there) as live, only_blocks(self.model, shown, live):
+            with LiveBytes(existing) as live, run_only_blocks(self.model, traced, live):
                 loss = self._loss(sequences)
-                live.phase, kept = "head", live.by_place()
-                # Not loss.backward(), within which no function mode, such as AsOnGPU, sees the blocks run again.
+                live.phase, allocated = "head", live.by_stage()
+                # Function modes such as CudaOperators do not see the blocks run again within loss.backward().
                 torch.autograd.Variable._execution_engine.run_backward(
                     (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
             recompute(self.model, "none")
         self.model.zero_grad(set_to_none=True)
-        return live.events, kept
+        return live.events, allocated
 
 
-@dataclass(frozen=True)
-class StepTrace:
-    """A forward and backward pass in one kind of activation checkpointing.
-
-    shell: what is kept outside the blocks, before the head; kept: {`BlockAccount.kind`: what is kept of such a block};
-    lines: {phase: what was alive after each operation beyond what is kept for it and for the phases still to come, and
-    beyond the gradients that were there when it began}. The phases: 'forward', 'head' (from the loss back to the last
-    block; what the head saved is counted here), each kind of block, 'embeddings'.
-    """
-
-    shell: LinearBytes
-    kept: dict
-    lines: dict
-
-    def working(self, phase, sequences):
-        """The most that lives during a phase, in bytes."""
-        return max(line(sequences) for line in self.lines[phase])
-
-
-# -------------------------------------------------------------------- where a module belongs
-
-
-# -------------------------------------------------------------------- watching a pass
-
-
-# -------------------------------------------------------------------- a GPU's kernels
-
-
+def adamw_bytes(parameter_bytes: int) -> int:
+    """Bytes of AdamW's state of one parameter: two tensors of its shape and dtype, and a float32 step count."""
+    return 2 * parameter_bytes + 4

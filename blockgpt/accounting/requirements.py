@@ -1,163 +1,206 @@
-"""What one process of a run needs in memory, in every parallel mode."""
+"""The memory that one process of a run needs, in every parallel mode.
+
+`MemoryAccount` gives the memory of one process that holds the whole model. This module divides it: which bytes are
+sharded over how many processes. To add a parallel mode: a `ParallelMode` in `parallel_modes`, and what it shards in
+`memory_need` and `model_state`.
+"""
 
 import dataclasses
 import heapq
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
+
+from blockgpt.accounting.memory import MemoryAccount, PhaseBytes, adamw_bytes
 
 
 @dataclass(frozen=True)
 class ParallelMode:
-    """A way of sharing the training of one model.
+    """A way of training one model on several processes.
 
-    shards: how many processes hold the parts of one copy, of the optimizer's state (ZeRO-1) or of everything (FSDP).
-    tensor: how many split each matrix; data: how many share the micro-batches of a step. reshards: whether FSDP frees a
-    block between forward and backward pass; offloads: whether it keeps what is shared out in the host's memory.
+    Attributes:
+        name: as printed.
+        dp_size: processes that share the micro-batches of a step.
+        zero1: whether the optimizer state is sharded (ZeRO-1).
+        fsdp: whether parameters, gradients and optimizer state are sharded (FSDP).
+        shards: processes over which one copy of the model's state is sharded.
+        tp_size: processes that split each matrix.
+        reshard_after_forward: whether FSDP frees the full weights of a block between forward and backward pass.
+        cpu_offload: whether FSDP keeps its shards in the host's memory.
     """
 
     name: str
-    data: int = 1
+    dp_size: int = 1
     zero1: bool = False
     fsdp: bool = False
     shards: int = 1
-    tensor: int = 1
-    reshards: bool = True
-    offloads: bool = False
+    tp_size: int = 1
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+
+
 SINGLE = ParallelMode("single")
 
 
-def parallel_modes(config):
-    """[`ParallelMode`] that the processes of the run could train in, from the simplest on."""
-    processes, data = config.processes, config.data_processes
-    fsdp = ParallelMode("FSDP", data, fsdp=True, shards=max(1, data // config.dp_replicate),
-                reshards=config.fsdp_reshard_after_forward, offloads=config.fsdp_cpu_offload)
-    if config.tensor_parallel > 1:
-        name = f"TP{config.tensor_parallel}"
-        alone = [ParallelMode(name, tensor=config.tensor_parallel)] if data == 1 else []
-        return [*alone, dataclasses.replace(fsdp, name=f"FSDP × {name}", tensor=config.tensor_parallel)]
-    shared = [ParallelMode("DDP", data), ParallelMode("ZeRO-1", data, zero1=True, shards=data)] if processes > 1 else []
-    return [SINGLE, *shared, *([fsdp] if processes > 1 or config.use_fsdp else [])]
+def parallel_modes(config: Any) -> list[ParallelMode]:
+    """The modes that the processes of a run can train in, the simplest first. config: the run's configuration."""
+    processes, dp_size, tp_size = config.processes, config.data_processes, config.tensor_parallel
+    fsdp = ParallelMode("FSDP", dp_size, fsdp=True, shards=max(1, dp_size // config.dp_replicate),
+                        reshard_after_forward=config.fsdp_reshard_after_forward, cpu_offload=config.fsdp_cpu_offload)
+    if tp_size > 1:
+        only_tp = [ParallelMode(f"TP{tp_size}", tp_size=tp_size)] if dp_size == 1 else []
+        return [*only_tp, dataclasses.replace(fsdp, name=f"FSDP × TP{tp_size}", tp_size=tp_size)]
+    if processes == 1:
+        return [SINGLE, fsdp] if config.use_fsdp else [SINGLE]
+    return [SINGLE, ParallelMode("DDP", dp_size), ParallelMode("ZeRO-1", dp_size, zero1=True, shards=dp_size), fsdp]
 
 
-def chosen_mode(config):
-    """(the `ParallelMode` of the run, its kind of activation checkpointing)."""
-    able = parallel_modes(config)
-    if config.use_fsdp:
-        mode = able[-1]
-    else:
-        mode = next((m for m in able if m.zero1 == config.use_zero1 and not m.fsdp and m.data == config.data_processes),
-                    able[0])
-    return mode, config.activation_checkpointing
+def chosen_mode(config: Any) -> tuple[ParallelMode, str]:
+    """(the mode of a run, its activation checkpointing mode)."""
+    modes = parallel_modes(config)
+    wanted = (config.use_zero1, config.data_processes)
+    without_fsdp = (mode for mode in modes if not mode.fsdp and (mode.zero1, mode.dp_size) == wanted)
+    return modes[-1] if config.use_fsdp else next(without_fsdp, modes[0]), config.activation_checkpointing
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that one process holds on its device at the fullest moment of a step; the fields add up to `total`.
+    """Bytes that one process holds on its device at the peak of a step. The fields add up to `total`.
 
-    gathered: what FSDP puts together of parameters and gradients, on top of the process's own parts. activations,
-    logits: what is saved, and what the work of that moment takes beside it (logits: in the head and the loss).
+    Attributes:
+        parameters: the process's own shard, as are `gradients` (see `memory_need`) and `optimizer`.
+        unsharded: parameters and gradients that FSDP holds in full, in addition to the process's own shard.
+        activations: what is saved for the backward pass, and temporary tensors of the blocks.
+        logits: temporary tensors of the head and the loss.
     """
 
     parameters: int
     gradients: int
     optimizer: int
-    gathered: int
+    unsharded: int
     activations: int
     logits: int
 
     @property
-    def total(self):
+    def total(self) -> int:
         return sum(vars(self).values())
 
 
-def memory_need(account, mode, checkpointing, sequences, accumulating):
-    """The `MemoryNeed` of the fullest process of a `ParallelMode` for micro-batches of `sequences`.
+def memory_need(account: MemoryAccount, mode: ParallelMode, checkpointing: str, sequences: int,
+                accumulating: bool) -> MemoryNeed:
+    """The memory of the process that needs the most.
 
-    account: a `MemoryAccount` of the model, or of a process's part of it: see `part_of_model`. checkpointing: a kind of
-    `blockgpt.training.recompute.CHECKPOINTING_MODES`. accumulating: whether a process takes several micro-batches a step. DDP's and ZeRO-1's
-    gradients outlive the step; FSDP's are whole from the first micro-batch to the last, which alone shares them out.
+    DDP and ZeRO-1 keep the gradients from step to step. FSDP holds them unsharded from the first micro-batch to the
+    last one, which reduces them.
+
+    Args:
+        account: of the model, or of one process's part of it (`tensor_parallel_config`).
+        mode: how the model is trained.
+        checkpointing: a key of `blockgpt.training.recompute.CHECKPOINTING_MODES`.
+        sequences: of a micro-batch.
+        accumulating: whether a process computes several micro-batches per step.
     """
-    state = state_of(account, mode)
-    keeps = accumulating or (mode.data > 1 and not mode.fsdp)
-    moments = account.moments(sequences, checkpointing, accumulating=keeps, copies=not mode.fsdp)
-    whole = state.whole if mode.fsdp else state.gradients
-    held = [(whole if keeps else -(-made * state.gradients // (account.gradient_bytes or 1)),
-             gathered_bytes(account, mode, accumulating, among_blocks=i > 1) if mode.fsdp else 0, *rest)
-            for i, (made, *rest) in enumerate(moments)]  # the first two are the forward pass and the head
-    gradients, gathered, activations, logits = max(held, key=sum)
-    if mode.offloads and account.gpu:
-        return MemoryNeed(0, gradients if keeps else 0, 0, gathered, activations, logits)
-    return MemoryNeed(state.parameters, gradients, state.optimizer, gathered, activations, logits)
+    state = model_state(account, mode)
+    gradients_persist = accumulating or (mode.dp_size > 1 and not mode.fsdp)
+    all_gradients = state.unsharded_gradients if mode.fsdp else state.gradients
+
+    def need(phase: PhaseBytes) -> MemoryNeed:
+        gradients = all_gradients if gradients_persist else ceil_div(phase.gradients * state.gradients,
+                                                                     account.gradient_bytes or 1)
+        in_blocks = phase.phase not in ("forward", "head")
+        unsharded = unsharded_bytes(account, mode, accumulating, in_blocks) if mode.fsdp else 0
+        return MemoryNeed(state.parameters, gradients, state.optimizer, unsharded, phase.activations, phase.logits)
+
+    phases = account.phases(sequences, checkpointing, accumulating=gradients_persist, weight_copies=not mode.fsdp)
+    peak = max(map(need, phases), key=lambda need: need.total)
+    if mode.cpu_offload and account.gpu:
+        gradients = peak.gradients if gradients_persist else 0
+        return dataclasses.replace(peak, parameters=0, gradients=gradients, optimizer=0)
+    return peak
 
 
 @dataclass(frozen=True)
-class State:
-    """Bytes that the fullest process of a mode holds; whole: of gradients before FSDP shares them out."""
+class ModelState:
+    """Bytes that exist between steps, of the process that holds the most.
+
+    Attributes:
+        unsharded_gradients: all gradients, before FSDP reduces and shards them.
+    """
 
     parameters: int
     gradients: int
     optimizer: int
-    whole: int
+    unsharded_gradients: int
 
 
 @lru_cache(maxsize=64)
-def state_of(account, mode):
-    """The `State` of a process.
+def model_state(account: MemoryAccount, mode: ParallelMode) -> ModelState:
+    """The state of the process that holds the most.
 
-    FSDP splits each parameter's first dimension, the first process has the most of it. Tensor parallelism splits the
-    rows of embedding and head; the account is already that of a part of the other matrices.
+    FSDP splits the first dimension of each parameter; the first process has the largest shard. Tensor parallelism
+    splits the rows of embedding and head; `account` is already that of one process's part of the other matrices.
     """
-    of_tokens = {account.model.token_embedding.weight, account.model.lm_head.weight}
-    shards, parts = mode.shards if mode.fsdp else 1, {}
-    for p, size in account.sizes.items():
-        rows = -(-len(p) // mode.tensor) if p in of_tokens else len(p)
-        parts[p] = size // len(p) * -(-rows // shards), size // len(p) * rows
-    trained = [p for p in parts if p.requires_grad]
-    states = [2 * parts[p][0] + 4 for p in trained]
-    optimizer = most_owned(account, mode.shards) if mode.zero1 else sum(states)
-    return State(sum(own for own, _ in parts.values()), sum(parts[p][0] for p in trained), optimizer,
-                 sum(parts[p][1] for p in trained))
+    by_vocabulary = {account.model.get_submodule(name).weight for name in ("token_embedding", "lm_head")}
+    unsharded, own = {}, {}
+    for p, size in account.parameter_sizes.items():
+        row_bytes = size // len(p)
+        rows = ceil_div(len(p), mode.tp_size) if p in by_vocabulary else len(p)
+        unsharded[p] = row_bytes * rows
+        own[p] = row_bytes * ceil_div(rows, mode.shards if mode.fsdp else 1)
+    trained = [p for p in own if p.requires_grad]
+    optimizer = zero1_optimizer_bytes(account, mode.shards) if mode.zero1 else sum(adamw_bytes(own[p]) for p in trained)
+    return ModelState(sum(own.values()), sum(own[p] for p in trained), optimizer, sum(unsharded[p] for p in trained))
 
 
-def most_owned(account, processes):
-    """Bytes of optimizer state of the process to which ZeRO-1 gives the most.
+def zero1_optimizer_bytes(account: MemoryAccount, processes: int) -> int:
+    """Bytes of optimizer state of the process to which ZeRO-1 assigns the most.
 
-    torch's ZeroRedundancyOptimizer gives whole parameters away, group by group (`build_optimizer`) and in each the
-    largest first, to the process that has the fewest numbers so far.
+    torch's ZeroRedundancyOptimizer goes through the parameter groups (`build_optimizer`), each from its largest
+    parameter to its smallest. It assigns a whole parameter to the process that has the fewest elements so far.
     """
-    multipliers = account.model.lr_multipliers()
-    trained = [(p.dim() < 2, multipliers[name], -p.numel(), account.sizes[p])
+    lr_multipliers: dict[str, float] = account.model.lr_multipliers()  # type: ignore[operator] # a method of the GPT
+    trained = [(p.dim() < 2, lr_multipliers[name], -p.numel(), account.parameter_sizes[p])
                for name, p in account.model.named_parameters() if p.requires_grad]
-    owners = [(0, rank, 0) for rank in range(min(processes, len(trained)))]  # numbers, rank, bytes of state
-    for *_, numbers, size in sorted(trained, key=lambda entry: entry[:3]):
-        own, rank, held = owners[0]
-        heapq.heapreplace(owners, (own - numbers, rank, held + 2 * size + 4))
-    return max((held for *_, held in owners), default=0)
+    processes_by_load = [(0, rank, 0) for rank in range(min(processes, len(trained)))]  # (elements, rank, state bytes)
+    for *_, negative_elements, size in sorted(trained, key=lambda entry: entry[:3]):
+        elements, rank, state_bytes = processes_by_load[0]
+        heapq.heapreplace(processes_by_load, (elements - negative_elements, rank, state_bytes + adamw_bytes(size)))
+    return max((state_bytes for *_, state_bytes in processes_by_load), default=0)
 
 
-def gathered_bytes(account, mode, accumulating, among_blocks):
-    """What FSDP holds whole in the forward pass and at the head, or on the way back through the blocks; from above.
+def unsharded_bytes(account: MemoryAccount, mode: ParallelMode, accumulating: bool, in_blocks: bool) -> int:
+    """An upper bound of what FSDP holds unsharded.
 
-    Each block is a group, computed in the precision of the products while the next comes in; the rest of the model is
-    one in float32, together from the first moment to the last. On the way back one block's gradients go out in float32,
-    and those of the head wait for the embeddings'. Other gradients are counted with the work of their moment or, where
-    steps are several micro-batches, as `MemoryNeed.gradients`.
+    Each block is a group, computed in the precision of the matrix products while the next block is all-gathered. The
+    rest of the model is one group in float32, which is unsharded during the whole step. In the backward pass, the
+    gradients of one block are reduced in float32, and those of the head wait for those of the embeddings. Other
+    gradients are counted as temporary tensors or, with several micro-batches per step, as `MemoryNeed.gradients`.
+
+    Args:
+        account: of the model.
+        mode: an FSDP mode.
+        accumulating: whether a process computes several micro-batches per step.
+        in_blocks: whether the backward pass has reached the blocks.
     """
-    def cast(size):
+    def low_precision(size: int) -> int:
         return size * account.dtype.itemsize // torch.float32.itemsize
 
     blocks = sorted(block.parameters for block in account.blocks)
-    rest = state_of(account, dataclasses.replace(mode, shards=1)).parameters - sum(blocks)
-    weights = rest + cast(sum(blocks[-2:] if mode.reshards else blocks))
-    if not among_blocks:
+    outside_blocks = model_state(account, dataclasses.replace(mode, shards=1)).parameters - sum(blocks)
+    weights = outside_blocks + low_precision(sum(blocks[-2:] if mode.reshard_after_forward else blocks))
+    if not in_blocks:
         return weights
-    return weights + blocks[-1] + (cast(blocks[-1]) if accumulating else account.head_parameters)
+    return weights + blocks[-1] + (low_precision(blocks[-1]) if accumulating else account.head_parameters)
 
 
-def part_of_model(model, tensor):
-    """The `ModelConfig` of what one of `tensor` tensor-parallel neighbours computes: its heads, its share of d_ff."""
-    whole = model.resolve()
-    return dataclasses.replace(whole, n_head=whole.n_head // tensor, n_kv_head=whole.n_kv_head // tensor,
-                               head_dim=whole.head_dim, d_ff=whole.d_ff // tensor)
+def tensor_parallel_config(model_config: Any, tp_size: int) -> Any:
+    """The model configuration of what one of `tp_size` processes computes: 1/tp_size of the heads and of d_ff."""
+    full = model_config.resolve()
+    return dataclasses.replace(full, n_head=full.n_head // tp_size, n_kv_head=full.n_kv_head // tp_size,
+                               head_dim=full.head_dim, d_ff=full.d_ff // tp_size)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
