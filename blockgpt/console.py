@@ -5,17 +5,24 @@ import os
 import shutil
 import sys
 import textwrap
+from typing import Any, NoReturn, TextIO
 
 from blockgpt.errors import UserError, did_you_mean
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse for the commands beside train.py, telling mistakes as train.py does."""
+    """The argparse parser of every command: no abbreviated flags, and a mistake is a `UserError` with a hint."""
 
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
 
-    def error(self, message):
+    def print_help(self, file: Any = None) -> None:
+        """Print the help at once, so that `| head` ends the command quietly."""
+        echo(self.format_help(), file, end="")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message as a `UserError`, with the nearest flag for one that does not exist."""
         _, unrecognized, words = message.partition("unrecognized arguments: ")
         if unrecognized:
             names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
@@ -23,36 +30,48 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
 
-def echo(text, stream=None, end="\n"):
-    """Print at once. A console that cannot be written, such as a full disk's file, is given up: the run goes on."""
+def echo(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
+    """Print at once, to stdout by default.
+
+    A stream that cannot be written, such as a file on a full disk, is replaced by os.devnull: the run continues.
+
+    Raises:
+        BrokenPipeError: the reader has closed the pipe, as `| head` does.
+    """
     stream = stream or sys.stdout
     try:
         print(text, file=stream, end=end, flush=True)
-    except BrokenPipeError:  # `| head` has had enough
+    except BrokenPipeError:
         raise
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if stream is not sys.stderr:
-            echo(f"warning: the console cannot be written ({error.strerror}): the run goes on in silence", sys.stderr)
+            echo(f"warning: the console cannot be written ({error.strerror}): the run continues without output",
+                 sys.stderr)
 
 
-def is_terminal():
+def is_terminal() -> bool:
+    """Whether stdout is a terminal."""
     return sys.stdout is not None and sys.stdout.isatty()
 
 
-def in_columns(name, text):
-    """A row of the header; on a terminal, the text is wrapped in a column of its own."""
+def in_columns(name: str, text: str) -> str:
+    """A row of the header: a name and its text. On a terminal the text is wrapped in its column."""
     if not is_terminal():
         return name + text
     width = max(20, shutil.get_terminal_size().columns - 1 - len(name))
     return name + ("\n" + " " * len(name)).join(textwrap.wrap(text, width) or [""])
 
 
-def human_bytes(n):
-    return "? memory" if n is None else f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+def human_bytes(size: float | None) -> str:
+    """A number of bytes in MiB or GiB; None is unknown."""
+    if size is None:
+        return "? memory"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def human_time(seconds):
+def human_time(seconds: float | None) -> str:
+    """A duration as 1h02m or 2m03s; None is unknown."""
     if seconds is None:
         return "…"
     minutes, s = divmod(int(seconds), 60)

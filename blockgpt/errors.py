@@ -1,7 +1,7 @@
-"""How a user's mistake leaves the program: one line on stderr and an exit code, never a traceback.
+"""How a user's mistake ends the program: one line on stderr and an exit code, never a traceback.
 
-Raise a subclass of `UserError` for what the user can mend; use `assert` for what only we can.
-This module imports nothing of ours, so every room may use it.
+Raise a subclass of `UserError` for what the user can fix. Use `assert` for what only we can fix. A new exit code is a
+new subclass. This module imports nothing of ours, so that every module may use it.
 """
 
 import contextlib
@@ -10,12 +10,18 @@ import functools
 import importlib
 import os
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
+from typing import Any
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message says what, where and how; it is printed on one line.
+    """Something that the user can fix. The message says what, where and how; it is printed on one line.
 
-    alike: whether every process of a run raises it, so that one of them tells it.
+    Attributes:
+        exit_code: the exit code of the program.
+        on_all_ranks: whether every process of a run raises this error, so that one of them prints it. Set it to
+            False on an error of one process, which then prints it itself.
     """
 
     exit_code = 2
@@ -23,14 +29,24 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A key, a value or a combination of them that cannot be built.
+    """A configuration key with a value, or in a combination, that cannot be used.
 
-    key: the configuration key at fault, so that the configurator can say where it was set.
+    Attributes:
+        key: the configuration key at fault, so that the configurator can say where it was set.
+        message: what is wrong, without the key.
     """
 
-    def __init__(self, key, message):
-        super().__init__(f"{key}: {message}")
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(key, message)
         self.key = key
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}"
+
+    def at(self, location: str | os.PathLike[str]) -> UserError:
+        """The error with the file or flag that set the key in front. A flag is its own key and is named once."""
+        return UserError(f"{location}: {self.message if location == f'--{self.key}' else self}")
 
 
 class DataError(UserError):
@@ -50,27 +66,33 @@ class SaveError(UserError):
 
 
 class NonFiniteError(UserError):
-    """The loss or a gradient stopped being a number; nothing was updated with it."""
+    """The loss or a gradient is not finite; no update was made with it."""
 
     exit_code = 5
 
 
 class PeerLostError(UserError):
-    """Another process of the run died or stands still."""
+    """Another process of the run died or makes no progress."""
 
     exit_code = 6
     on_all_ranks = False
 
 
-def did_you_mean(word, names):
-    """' (did you mean X?)' for a near miss, else ' (one of …)'; the nearest of a long list."""
-    names = {str(n).lower(): str(n) for n in names}
-    near = difflib.get_close_matches(str(word).lower()[:100], names, n=1, cutoff=0.6 if len(names) < 20 else 0.0)
-    return f" (did you mean {names[near[0]]}?)" if near else f" (one of {', '.join(names.values())})" if names else ""
+def did_you_mean(word: object, names: Iterable[object]) -> str:
+    """The hint behind an unknown word: ' (did you mean X?)' for a near miss, else ' (one of …)'.
+
+    Of 20 names or more it is always the nearest one. Without names it is empty.
+    """
+    by_lowercase = {str(name).lower(): str(name) for name in names}
+    cutoff = 0.6 if len(by_lowercase) < 20 else 0.0
+    near = difflib.get_close_matches(str(word).lower()[:100], by_lowercase, n=1, cutoff=cutoff)
+    if near:
+        return f" (did you mean {by_lowercase[near[0]]}?)"
+    return f" (one of {', '.join(by_lowercase.values())})" if by_lowercase else ""
 
 
-def short_repr(value):
-    """repr(value) for a message: never long, and never an error of its own."""
+def short_repr(value: object) -> str:
+    """repr(value) for a message, cut to about 70 characters. It raises no error, whatever the value."""
     try:
         text = repr(value)
     except Exception:  # an integer of 5000 digits, a class with a broken __repr__
@@ -78,34 +100,50 @@ def short_repr(value):
     return text if len(text) <= 80 else f"{text[:60]}…{text[-10:]}"
 
 
-def first_line(error):
-    """The first line of what an exception of a library says, for a message of ours; its type where it says nothing."""
+def first_line(error: BaseException) -> str:
+    """The first line of the message of a library's exception, or its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextlib.contextmanager
-def exit_on_user_error(leave=sys.exit):
-    """Turn a `UserError` (or Ctrl-C) inside the block into one line on stderr and its exit code."""
+def exit_on_user_error(exit_process: Callable[[int], Any] = sys.exit) -> Iterator[None]:
+    """Turn a `UserError`, Ctrl-C or a closed stdout inside the block into one line at most and an exit code.
+
+    Args:
+        exit_process: called with the exit code of a `UserError`. A run of several processes needs more than sys.exit.
+    """
     try:
         yield
     except UserError as error:
-        # A slip is the same in every process of a machine, what came of training in every process of the run.
-        rank = os.environ.get("LOCAL_RANK" if error.exit_code == 2 else "RANK", "0")
-        if not error.on_all_ranks or rank == "0" or "WORLD_SIZE" not in os.environ:
+        if is_reported_here(error):
             line = " ".join(str(error).split())
             print("error: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
-        leave(error.exit_code)
+        exit_process(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `| head` closed our stdout: nobody is left to tell
+    except BrokenPipeError:  # `| head` closed our stdout: nobody reads on
         sys.stderr.close()
         sys.exit(141)
 
 
+def is_reported_here(error: UserError) -> bool:
+    """Whether this process prints the error: of those that raise it too, one does.
+
+    A mistake in config or data (exit code 2) is printed once on each machine, a failure of the run once in the run.
+    """
+    if not error.on_all_ranks or "WORLD_SIZE" not in os.environ:
+        return True
+    return os.environ.get("LOCAL_RANK" if error.exit_code == 2 else "RANK", "0") == "0"
+
+
 @functools.cache
-def require_package(module):
-    """An optional package, or the `UserError` that says how to get it."""
+def require_package(module: str) -> ModuleType:
+    """Import an optional package.
+
+    Raises:
+        UserError: it cannot be imported; the message names the command that installs it.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
