@@ -1,150 +1,186 @@
 """From a `ModelConfig` to a model: the block, the stack, initialisation, generation.
 
-Components are looked up in the axis tables; nothing here asks which one it got.
+Components are looked up in the axis tables. Nothing here depends on which option was chosen.
 """
 
 import dataclasses
 import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from blockgpt.errors import UserError
-from model_attention import AttentionMaskSpec, KVCache
-from model_components import OutputHead, X0Mix, build_norm, component
-from model_config import AXES
-from model_init import init_role
+from model_attention import ApplyRotaryEmb, AttentionMaskSpec, KVCache, ManualAttention
+from model_components import OutputHead, PreNorm, StandardFFN, Sublayer, SwiGLU, X0Mix, build_norm, component
+from model_config import AXES, ModelConfig
+from model_init import NormalInit, init_role
+from model_positions import NoPositions
 
 
 class Block(nn.Module):
-    """Attention, then FFN, each joined to the residual stream as `norm_position` has it."""
+    """Attention, then FFN, each joined to the residual stream as `norm_position` says."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         residual = component("norm_position", config)
         self.value_table = config.value_table(layer)
         self.x0_mix = X0Mix() if config.x0_mix else None
-        self.attn_residual = residual(config)
-        self.attn = component("attention_backend", config)(config, layer)
-        self.ffn_residual = residual(config)
-        self.ffn = component("ffn_type", config)(config)
+        self.attn_residual: PreNorm = residual(config)
+        self.attn: ManualAttention = component("attention_backend", config)(config, layer)
+        self.ffn_residual: PreNorm | None = residual(config)
+        self.ffn: StandardFFN | SwiGLU = component("ffn_type", config)(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, x0, apply_rotary_emb, mask, cache=None, value_embedding=None):
-        """x, x0 (B, T, C): the residual stream and, for x0_mix, how it began; the rest: see the attention's forward."""
+    def forward(self, x: torch.Tensor, x0: torch.Tensor | None, apply_rotary_emb: ApplyRotaryEmb, mask: Any,
+                cache: KVCache | None = None, value_embedding: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, T, C), the residual stream, after this block.
+
+        x0 (B, T, C): the embeddings, for x0_mix. The other arguments are those of `ManualAttention.forward`.
+        """
         if self.x0_mix is not None:
             x = self.x0_mix(x, x0)
         return self.combine(x, lambda h: self.dropout(self.attn(h, apply_rotary_emb, mask, cache, value_embedding)),
                             lambda h: self.dropout(self.ffn(h)))
 
-    def combine(self, x, attn, ffn):
+    def combine(self, x: torch.Tensor, attn: Sublayer, ffn: Sublayer) -> torch.Tensor:
         """x (B, T, C) with both sublayers joined to it."""
+        assert self.ffn_residual is not None
         return self.ffn_residual(self.attn_residual(x, attn), ffn)
 
 
 class ParallelBlock(Block):
-    """Attention and FFN side by side, a norm each. GPT-NeoX (Black et al. 2022)."""
+    """Attention and FFN in parallel, each with its own norm. GPT-NeoX (Black et al. 2022)."""
 
-    def combine(self, x, attn, ffn):
+    def combine(self, x: torch.Tensor, attn: Sublayer, ffn: Sublayer) -> torch.Tensor:
+        assert self.ffn_residual is not None
         return self.attn_residual.join(x, self.attn_residual.branch(x, attn) + self.ffn_residual.branch(x, ffn))
 
 
 class ParallelBlockOneNorm(Block):
-    """Attention and FFN side by side, on the same norm. GPT-J (Wang & Komatsuzaki 2021)."""
+    """Attention and FFN in parallel, on the same norm. GPT-J (Wang & Komatsuzaki 2021)."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.ffn_residual = None
 
-    def combine(self, x, attn, ffn):
+    def combine(self, x: torch.Tensor, attn: Sublayer, ffn: Sublayer) -> torch.Tensor:
         return self.attn_residual(x, lambda h: attn(h) + ffn(h))
 
 
 class GPT(nn.Module):
-    """A transformer. Built by `build_model`, which also gives it its weights."""
+    """A transformer. `build_model` builds it and initialises its weights."""
 
-    tp_plan = {"token_embedding": "vocabulary", "value_embeddings.*": "columns", "lm_head": "logits"}
+    tp_plan: ClassVar[dict[str, str]] = {"token_embedding": "vocabulary", "value_embeddings.*": "columns",
+                                         "lm_head": "logits"}
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        assert config.n_kv_head is not None and config.head_dim is not None  # resolved
         self.config = config
-        self.init = component("init", config)(config)
+        self.init: NormalInit = component("init", config)(config)
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.embedding_scale = config.n_embd**0.5 if config.embedding_scale == "sqrt" else config.embedding_scale
-        self.position = component("position_encoding", config)(config)
+        self.embedding_scale = float(config.n_embd**0.5 if config.embedding_scale == "sqrt" else config.embedding_scale)
+        self.position: NoPositions = component("position_encoding", config)(config)
         self.embedding_norm = build_norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.value_embeddings = nn.ModuleList(nn.Embedding(config.vocab_size, config.n_kv_head * config.head_dim)
                                               for _ in range(config.value_embeddings))
-        self.blocks = nn.ModuleList(component("parallel_block", config)(config, i) for i in range(config.n_layer))
-        self.windows = tuple(dict.fromkeys(block.attn.window for block in self.blocks))  # the kinds of layers
-        wants_norm = component("norm_position", config).final_norm
-        self.final_norm = build_norm(config) if wants_norm else nn.Identity()
+        block: type[Block] = component("parallel_block", config)
+        self.blocks = cast(Sequence[Block], nn.ModuleList(block(config, i) for i in range(config.n_layer)))
+        self.windows = tuple(dict.fromkeys(b.attn.window for b in self.blocks))  # the different ones
+        needs_norm = component("norm_position", config).final_norm
+        self.final_norm = build_norm(config) if needs_norm else nn.Identity()
         self.lm_head = OutputHead(config, self.init.logit_scale)
         if config.weight_tying:
             self.lm_head.weight = self.token_embedding.weight
 
-    def forward(self, idx, targets=None, caches=None, documents=None):
-        """Logits for every position, and the loss where there are targets.
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, caches: list[KVCache] | None = None,
+                documents: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of every position, and the loss if there are targets.
 
-        idx, targets: (B, T) int64; a target of -1 is ignored. caches: one `KVCache` a layer, when generating.
-        documents: (B, T) int64, the number of each token's document, which mask_documents keeps apart; without it, or
-        without that key, a sequence is one document.
-        Returns logits (B, T, vocab_size) and the mean cross-entropy in nats per target (None without targets).
+        Args:
+            idx: (B, T) int64, token ids.
+            targets: (B, T) int64; -1 is ignored.
+            caches: one `KVCache` per layer, when generating.
+            documents: (B, T) int64, the id of each token's document. Read only with mask_documents; without it a
+                sequence is one document.
+
+        Returns:
+            Logits (B, T, V) and the mean cross-entropy in nats per target, None without targets.
         """
-        start = caches[0].length if caches else 0
-        positions = torch.arange(start, start + idx.shape[1], device=idx.device)  # (T,)
+        cached = caches[0].length if caches else 0
+        positions = torch.arange(cached, cached + idx.shape[1], device=idx.device)  # (T,)
         x = self.token_embedding(idx)  # (B, T, C)
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
         x = self.dropout(self.embedding_norm(self.position.embed(x, positions)))
         x0 = x if self.config.x0_mix else None
         values = [table(idx) for table in self.value_embeddings]  # (B, T, G D) each
-        views = {window: self.view(window, positions, start, documents) for window in self.windows}
+        by_window = {window: self.rotary_and_mask(window, positions, cached, documents) for window in self.windows}
         for i, block in enumerate(self.blocks):
             value = None if block.value_table is None else values[block.value_table]
-            x = block(x, x0, *views[block.attn.window], caches[i] if caches else None, value)
+            x = block(x, x0, *by_window[block.attn.window], caches[i] if caches else None, value)
         logits = self.lm_head(self.final_norm(x))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
-    def view(self, window, positions, start, documents=None):
-        """(rotate, mask) for the layers with this window; `positions` (T,) follow `start` tokens in a cache."""
+    def rotary_and_mask(self, window: int | None, positions: torch.Tensor, cached: int = 0,
+                        documents: torch.Tensor | None = None) -> tuple[ApplyRotaryEmb, Any]:
+        """(apply_rotary_emb, mask) for the layers with `window`; positions (T,) follow `cached` tokens in a cache."""
         apply_rotary_emb = partial(self.position.apply_rotary_emb, cos_sin=self.position.cos_sin(positions, window))
-        return apply_rotary_emb, self.blocks[0].attn.mask(self.mask_spec(window, positions, start, documents))
+        return apply_rotary_emb, self.blocks[0].attn.mask(self.mask_spec(window, positions, cached, documents))
 
-    def mask_spec(self, window, positions, start=0, documents=None):
-        """The `AttentionMaskSpec` of the layers with this window; a cache holds as many tokens as the next one sees."""
-        cached = start if window is None else min(start, window - 1)
-        keys = torch.arange(start - cached, start + len(positions), device=positions.device) if cached else positions
-        return AttentionMaskSpec(positions, keys, window, self.config.causal, documents if self.config.mask_documents else None,
-                     self.position.alibi_slopes(positions.device))
+    def mask_spec(self, window: int | None, positions: torch.Tensor, cached: int = 0,
+                  documents: torch.Tensor | None = None) -> AttentionMaskSpec:
+        """The `AttentionMaskSpec` of the layers with `window`; positions (T,) follow `cached` tokens in a cache."""
+        in_window = cached if window is None else min(cached, window - 1)  # what a cache with this window has stored
+        first = cached - in_window
+        keys = torch.arange(first, cached + len(positions), device=positions.device) if in_window else positions
+        return AttentionMaskSpec(positions, keys, window, self.config.causal,
+                                 documents if self.config.mask_documents else None,
+                                 self.position.alibi_slopes(positions.device))
 
-    def attention_kernels(self, dtype):
-        """{"full" or the window: torch's choice of kernel for it at block_size}, where the backend leaves one."""
+    def attention_kernels(self, dtype: torch.dtype) -> dict[str, str]:
+        """{"full" or the window: the kernel that torch chooses at block_size}; empty if the backend has only one."""
         positions = torch.arange(self.config.block_size, device=self.lm_head.weight.device)
         documents = torch.zeros_like(positions)[None]  # (1, T)
         attn = self.blocks[0].attn
-        return {str(w or "full"): attn.kernel(self.mask_spec(w, positions, documents=documents), dtype)
-                for w in self.windows if hasattr(attn, "kernel")}
+        kernels = {str(w or "full"): attn.kernel(self.mask_spec(w, positions, documents=documents), dtype)
+                   for w in self.windows}
+        return {window: kernel for window, kernel in kernels.items() if kernel}
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, stop=None,
-                 generator=None, use_cache=True):
-        """Append up to max_new_tokens sampled tokens to idx (B, T) and return the whole.
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+                 top_p: float | None = None, vocab_size: int | None = None, stop: int | None = None,
+                 generator: torch.Generator | None = None, use_cache: bool = True) -> torch.Tensor:
+        """Append up to max_new_tokens sampled tokens to idx (B, T). Returns prompt and new tokens, (B, T + new).
 
-        temperature 0 takes the likeliest token; top_k and top_p (Holtzman 2020) cut the tail; vocab_size bars
-        the padded rows above it; stop ends a batch of one at that token. Past block_size the context slides,
-        one full forward pass a token, as every position in it changes.
+        Beyond block_size the context slides: one full forward pass per token, because every position changes.
+
+        Args:
+            idx: (B, T) int64, the prompt.
+            max_new_tokens: tokens to append at most.
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_k: sample from the k likeliest tokens.
+            top_p: sample from the likeliest tokens that together have this probability (Holtzman 2020).
+            vocab_size: ids from here on are never sampled (padded rows of the embedding).
+            stop: end after this token; only for a batch of one.
+            generator: source of randomness, on idx's device.
+            use_cache: with a KV cache, or a full forward pass per token.
+
+        Raises:
+            UserError: the model is not causal.
         """
         was_training = self.training
         self.eval()
         block_size = self.config.block_size
         if not self.config.causal:
-            raise UserError("causal=False: a model whose tokens see later ones cannot write one after the other")
+            raise UserError("causal=False: a model whose tokens see later ones cannot generate text")
         caches = [KVCache(block.attn.window) for block in self.blocks] if use_cache else None
         for _ in range(max_new_tokens):
             if caches and idx.shape[1] <= block_size:
@@ -159,14 +195,20 @@ class GPT(nn.Module):
         self.train(was_training)
         return idx
 
-    def infer_config(self):
-        """What stands here, read from the modules and the tensors themselves and not from the config.
+    def infer_config(self) -> ModelConfig:
+        """The config of this model as its modules and parameters show it; the rest is copied from `self.config`.
 
-        Returns a `ModelConfig` whose axes, sizes, bias and tying are those of the built model.
+        Read back: the option of every axis, from the classes of the modules; n_layer, n_embd, vocab_size, d_ff, n_head
+        and n_kv_head (for the configured head_dim), bias, qkv_bias, weight_tying, value_embeddings, x0_mix and
+        embedding_norm, from the modules and the shapes of the parameters; norm_eps, dropout, residual_scale,
+        attn_softcap and logit_softcap, from the attributes that the first block and the head compute with. A class that
+        is in no table (FSDP replaces the class of every block) leaves its axis as configured.
         """
-        classes = {type(m).__name__ for m in (*self.modules(), self.init)}
-        chosen = {a: name for a, table in AXES.items() for name, o in table.items() if o.cls in classes}
-        attn, ffn = self.blocks[0].attn, self.blocks[0].ffn
+        classes = {type(module) for module in (*self.modules(), self.init)}
+        chosen: dict[str, Any] = {axis: name for axis, table in AXES.items() for name, option in table.items()
+                                  if option.load_class() in classes}
+        block = self.blocks[0]
+        attn, ffn = block.attn, block.ffn
         return dataclasses.replace(
             self.config, **chosen,
             n_layer=len(self.blocks), n_embd=self.token_embedding.weight.shape[1],
@@ -174,24 +216,28 @@ class GPT(nn.Module):
             n_head=attn.q_proj.out_features // attn.head_dim, n_kv_head=attn.k_proj.out_features // attn.head_dim,
             qkv_bias=attn.q_proj.bias is not None, bias=attn.o_proj.bias is not None,
             weight_tying=self.lm_head.weight is self.token_embedding.weight,
-            value_embeddings=len(self.value_embeddings), x0_mix=self.blocks[0].x0_mix is not None,
-            embedding_norm=not isinstance(self.embedding_norm, nn.Identity))
+            value_embeddings=len(self.value_embeddings), x0_mix=block.x0_mix is not None,
+            embedding_norm=not isinstance(self.embedding_norm, nn.Identity),
+            norm_eps=getattr(block.attn_residual.norm, "eps", self.config.norm_eps),  # DynamicTanh has none
+            dropout=block.dropout.p, residual_scale=block.attn_residual.scale,
+            attn_softcap=attn.softcap, logit_softcap=self.lm_head.softcap)
 
-    def lr_multipliers(self):
-        """{parameter name: what its learning rate is multiplied by}, as `init` has it; vectors: 1."""
+    def lr_multipliers(self) -> dict[str, float]:
+        """{parameter name: factor on its learning rate}, as `init` says; 1 for vectors."""
         return {name: self.init.lr_multiplier(init_role(module)) if p.dim() >= 2 else 1.0
                 for name, p, module in named_parameters_with_module(self)}
 
-    def parameter_counts(self):
-        """{total, trainable, non_embedding}; tied weights count once, non_embedding leaves out tokens and positions."""
+    def parameter_counts(self) -> dict[str, int]:
+        """{total, trainable, non_embedding}. Tied weights count once; non_embedding omits every embedding table."""
         embeddings = {id(m.weight): m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding)}
         total = sum(p.numel() for p in self.parameters())
         return {"total": total, "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
                 "non_embedding": total - sum(embeddings.values())}
 
 
-def sample_token(logits, temperature, top_k, top_p, vocab_size, generator):
-    """One token per row of logits (B, V), as (B, 1); the arguments are `GPT.generate`'s."""
+def sample_token(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None,
+                 vocab_size: int | None, generator: torch.Generator | None) -> torch.Tensor:
+    """One token per row of logits (B, V), as (B, 1) int64. Arguments as in `GPT.generate`; overwrites logits."""
     if vocab_size is not None:
         logits[:, vocab_size:] = float("-inf")
     if temperature == 0:
@@ -201,19 +247,25 @@ def sample_token(logits, temperature, top_k, top_p, vocab_size, generator):
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
     if top_p is not None:
-        ordered, order = logits.sort(descending=True)
-        p = ordered.softmax(dim=-1)
-        tail = p.cumsum(dim=-1) - p >= top_p  # the token that crosses top_p stays
+        sorted_logits, order = logits.sort(descending=True)
+        p = sorted_logits.softmax(dim=-1)
+        tail = p.cumsum(dim=-1) - p >= top_p  # without the token that crosses top_p
         logits = logits.masked_fill(tail.scatter(1, order, tail), float("-inf"))
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 
 
-def build_model(config, seed=1337, device=None, parallelize=None):
-    """The model that `config` describes, with its initial weights on `device`.
+def build_model(config: ModelConfig, seed: int = 1337, device: torch.device | str | None = None,
+                parallelize: Callable[[GPT], None] | None = None) -> GPT:
+    """The model that `config` describes, with its initial weights.
 
-    config: a `ModelConfig`. Under `torch.device('meta')` the model has shapes and no weights.
-    distribute: called with the model before it has storage, to part it among processes; none ever holds it whole.
     The weights are a function of (seed, parameter name) alone: see `init_weights`.
+
+    Args:
+        config: need not be resolved.
+        seed: of the weights.
+        device: of the weights; the default device if None. Under `torch.device("meta")` the model has shapes only.
+        parallelize: called with the model on the meta device, to shard it over the ranks. Each rank then allocates
+            only its shards; `init_weights` needs one whole matrix at a time in addition.
     """
     with torch.device("meta"):
         model = GPT(config.resolve())
@@ -222,41 +274,43 @@ def build_model(config, seed=1337, device=None, parallelize=None):
     if parallelize:
         parallelize(model)
     model.to_empty(device=device or torch.get_default_device())
-    if config.weight_tying:  # to_empty parts what was tied
+    if config.weight_tying:  # to_empty unties
         model.lm_head.weight = model.token_embedding.weight
     init_weights(model, seed)
     return model
 
 
 @torch.no_grad()
-def init_weights(model, seed):
-    """Give every parameter its initial value, by `model.init` and the modules' own `start`.
+def init_weights(model: GPT, seed: int) -> None:
+    """Initialise every parameter as `model.init` and the modules' `init_constants` say.
 
-    Each matrix is drawn on the CPU from a generator seeded by (seed, its name), so two architectures start
-    the parameters they share equal, on every device and however the model is distributed.
+    Each matrix is drawn on the CPU from a generator seeded by (seed, its name). So two architectures give the same
+    initial values to the parameters they have in common, on every device and however the model is sharded. If it is
+    sharded, every rank draws each matrix whole, one at a time, and copies its shard.
     """
     for name, p, module in named_parameters_with_module(model):
         attribute = name.rpartition(".")[2]
-        constant = getattr(module, "init_constants", {}).get(attribute)
-        if constant is None and p.dim() >= 2:
+        constants: dict[str, float] = getattr(module, "init_constants", {})
+        if attribute not in constants and p.dim() >= 2:
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            whole = torch.empty(p.shape).normal_(0.0, model.init.init_std(init_role(module)), generator=generator)
-            p.copy_(whole if type(p) is nn.Parameter else local_shard_of(p, whole))
+            full = torch.empty(p.shape).normal_(0.0, model.init.init_std(init_role(module)), generator=generator)
+            p.copy_(full if type(p) is nn.Parameter else shard_like(p, full))
         else:
-            p.fill_((0.0 if attribute == "bias" else 1.0) if constant is None else constant)
+            p.fill_(constants.get(attribute, 0.0 if attribute == "bias" else 1.0))
 
 
-def local_shard_of(p, whole):
-    """Of `whole`, which every process has, what it keeps where p is a DTensor; no process hears of another."""
-    from torch.distributed.tensor import distribute_tensor
+def shard_like(p: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """`full`, which every rank has, as a DTensor placed like the DTensor `p`; without communication."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+    assert isinstance(p, DTensor)
+    return distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def named_parameters_with_module(model):
-    """(name, parameter, the module that holds it) of each; tied weights once, as the embedding's."""
-    seen = set()
+def named_parameters_with_module(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    """(name, parameter, the module that owns it) of each parameter; tied weights once, as the embedding's."""
+    seen: set[int] = set()
     for prefix, module in model.named_modules():
         for attribute, p in module.named_parameters(recurse=False):
             if id(p) not in seen:
@@ -264,14 +318,18 @@ def named_parameters_with_module(model):
                 yield f"{prefix}.{attribute}" if prefix else attribute, p, module
 
 
-def load_weights(model, tensors, source):
-    """Copy `tensors` {name: tensor} into the model; `UserError` naming `source` unless names and shapes all match."""
-    own = dict(model.named_parameters())
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or extra:
-        raise UserError(f"{source}: is not of this architecture (missing {missing[:3]}, unexpected {extra[:3]})")
+def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: object) -> None:
+    """Copy `tensors` {parameter name: tensor} into the model.
+
+    Raises:
+        UserError: names or shapes differ from the model's; the message names `source`, where the tensors are from.
+    """
+    parameters = dict(model.named_parameters())
+    missing, unexpected = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+    if missing or unexpected:
+        raise UserError(f"{source}: is not of this architecture (missing {missing[:3]}, unexpected {unexpected[:3]})")
     with torch.no_grad():
-        for name, p in own.items():
+        for name, p in parameters.items():
             if p.shape != tensors[name].shape:
                 raise UserError(f"{source}: {name} is {tuple(tensors[name].shape)}, this model has {tuple(p.shape)}")
             p.copy_(tensors[name])

@@ -1,43 +1,43 @@
-"""The parts a transformer is built from, one class for each option of the axis tables in `model_config.py`.
+"""The components of a transformer, one class for each option of the axis tables in `model_config.py`.
 
-Here: norms, where they stand, activations, FFNs, what mixes into the residual stream. Positions, attention and
-initialisation have rooms of their own, `model_positions.py`, `model_attention.py`, `model_init.py`.
-One call signature per axis:
+This module has norms, norm positions, activations, FFNs, the mixing of embeddings into the residual stream, and the
+output head. Position encodings, attention and initialisation are in `model_positions.py`, `model_attention.py` and
+`model_init.py`. Each axis has one call signature:
 
     norm          Norm(config, dim)(x)                    -> x
     norm_position Residual(config)(x, sublayer)           -> x      (owns its norms; `final_norm`: one more at the end?)
     activation    Activation()(x)                         -> x
     ffn           FFN(config)(x)                          -> x
-    position      Position(config): .embed(x, positions), .tables(positions, window), .rotate(q, k, tables), .slopes()
-    attention     Attention(config, layer)(x, rotate, mask, cache, value_embedding) -> x
+    position      Position(config): .embed(x, positions), .cos_sin(positions, window),
+                  .apply_rotary_emb(q, k, cos_sin), .alibi_slopes(device)
+    attention     Attention(config, layer)(x, apply_rotary_emb, mask, cache, value_embedding) -> x
 
-Shapes: B batch, T time, S keys, C channels = n_embd, H query heads, G key/value heads, D head_dim, F d_ff.
+Shapes: B batch, T time, S keys, C channels = n_embd, H query heads, G key/value heads, D head_dim, F d_ff,
+V vocab_size.
 
-A part that multiplies matrices states its forward cost in `flops(seq_len)`: {account: FLOPs per token}, a
-multiply-add counting as two. Parameters start by `model_init.py`'s rules, unless a part's `start` gives them a
-constant. Linear layers whose output joins the residual stream are `ResidualProjection`s, whatever part holds them.
-Under tensor parallelism a part is split as its `tp_plan` says (see training/parallel.py); one without a plan does
-the same work on every process.
-To add a part: write its class here, name it in the axis table, test it in tests/test_model_components.py.
+A component that multiplies matrices returns its forward cost from `flops(seq_len)`: {label: FLOPs per token}, where a
+multiply-add counts as two. `model_init.py` initialises the parameters, except those with a constant in the component's
+`init_constants`. Linear layers that write to the residual stream are `ResidualProjection`s. `tp_plan` says how tensor
+parallelism shards a component (see blockgpt/training/sharding.py); without a plan, every rank does the same work.
+To add a component: write its class here, add a line to the axis table, test it in tests/model/test_components.py.
 """
 
-import importlib
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
-from torch.nn import GELU, LeakyReLU, ReLU, SiLU  # noqa: F401  (named by the axis table)
 
-import model_config
-
-
-def component(axis, config):
-    """The class that the axis tables name for `config`'s choice on `axis`."""
-    room = importlib.import_module(model_config.ROOMS.get(axis, "model_components"))
-    return getattr(room, model_config.AXES[axis][getattr(config, axis)].cls)
+from model_config import AXES, ModelConfig
 
 
-def build_norm(config, dim=None):
-    """A norm of the kind that `config` chooses, over a last dimension of `dim` (n_embd by default)."""
+def component(axis: str, config: ModelConfig) -> type[Any]:
+    """The class of the option that `config` chooses on `axis`. `config` must be resolved."""
+    return AXES[axis][getattr(config, axis)].load_class()
+
+
+def build_norm(config: ModelConfig, dim: int | None = None) -> nn.Module:
+    """A norm as `config.normalization` says, over a last dimension of `dim` (n_embd by default)."""
     return component("normalization", config)(config, dim or config.n_embd)
 
 
@@ -51,75 +51,77 @@ class ResidualProjection(nn.Linear):
 class LayerNorm(nn.LayerNorm):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension. Ba et al. 2016."""
 
-    def __init__(self, config, dim):
+    def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__(dim, eps=config.norm_eps)
 
 
 class LayerNormNoBias(nn.LayerNorm):
-    """LayerNorm without the shift."""
+    """LayerNorm without the bias."""
 
-    def __init__(self, config, dim):
+    def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__(dim, eps=config.norm_eps, bias=False)
 
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x²) + eps) * weight over the last dimension. Zhang & Sennrich 2019."""
 
-    def __init__(self, config, dim):
+    def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__(dim, eps=config.norm_eps)
 
 
 class GemmaRMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x²) + eps) * (1 + weight): weight decay pulls the gain to one. Gemma Team 2024."""
+    """x / sqrt(mean(x²) + eps) * (1 + weight) over the last dimension; weight is initialised to 0. Gemma Team 2024."""
 
-    init_constants = {"weight": 0.0}
+    init_constants: ClassVar[dict[str, float]] = {"weight": 0.0}
 
-    def __init__(self, config, dim):
+    def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__(dim, eps=config.norm_eps)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.rms_norm(x, self.normalized_shape, 1.0 + self.weight, self.eps)
 
 
 class DynamicTanh(nn.Module):
-    """tanh(alpha x) * weight + bias: squashes as a norm does, without its statistics. Zhu et al. 2025."""
+    """tanh(alpha x) * weight + bias: bounds activations as a norm does, without statistics. Zhu et al. 2025."""
 
-    init_constants = {"alpha": 0.5}
+    init_constants: ClassVar[dict[str, float]] = {"alpha": 0.5}
 
-    def __init__(self, config, dim):
+    def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.empty(1))
         self.weight = nn.Parameter(torch.empty(dim))
         self.bias = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.alpha * x) * self.weight + self.bias
 
 
-# ---------------------------------------------------------------- where the norm stands
+# ---------------------------------------------------------------- norm positions
+
+Sublayer = Callable[[torch.Tensor], torch.Tensor]
 
 
 class PreNorm(nn.Module):
     """x + sublayer(norm(x)). The stream itself is never normalised, so the head needs a norm before it.
 
-    Also the base of the others: `branch` is what a sublayer adds, `join` how. residual_scale multiplies what is
-    added, as in Granite.
+    It is also the base of the other norm positions: `branch` computes what a sublayer adds to the stream, `join` adds
+    it. residual_scale multiplies what is added, as in Granite.
     """
 
     final_norm = True
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.norm = build_norm(config)
         self.scale = config.residual_scale
 
-    def branch(self, x, sublayer):
+    def branch(self, x: torch.Tensor, sublayer: Sublayer) -> torch.Tensor:
         return sublayer(self.norm(x))
 
-    def join(self, x, y):
+    def join(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x + (y if self.scale == 1.0 else y * self.scale)
 
-    def forward(self, x, sublayer):
+    def forward(self, x: torch.Tensor, sublayer: Sublayer) -> torch.Tensor:
         return self.join(x, self.branch(x, sublayer))
 
 
@@ -128,42 +130,42 @@ class PostNorm(PreNorm):
 
     final_norm = False
 
-    def branch(self, x, sublayer):
+    def branch(self, x: torch.Tensor, sublayer: Sublayer) -> torch.Tensor:
         return sublayer(x)
 
-    def join(self, x, y):
+    def join(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return self.norm(super().join(x, y))
 
 
 class SandwichNorm(PreNorm):
-    """x + norm(sublayer(norm(x))). Ding et al. 2021; Gemma 2."""
+    """x + norm_after(sublayer(norm(x))). Ding et al. 2021; Gemma 2."""
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.norm_after = build_norm(config)
 
-    def branch(self, x, sublayer):
+    def branch(self, x: torch.Tensor, sublayer: Sublayer) -> torch.Tensor:
         return self.norm_after(sublayer(self.norm(x)))
 
 
 class ReorderedNorm(PreNorm):
     """x + norm(sublayer(x)). OLMo 2 (2025), after Swin v2."""
 
-    def branch(self, x, sublayer):
+    def branch(self, x: torch.Tensor, sublayer: Sublayer) -> torch.Tensor:
         return self.norm(sublayer(x))
 
 
 class X0Mix(nn.Module):
-    """stream * x + first * x0: the embeddings x0 mixed back in before a block, at first not at all. modded-nanogpt."""
+    """stream * x + first * x0: mixes the embeddings x0 back in before a block; first starts at 0. modded-nanogpt."""
 
-    init_constants = {"stream": 1.0, "first": 0.0}
+    init_constants: ClassVar[dict[str, float]] = {"stream": 1.0, "first": 0.0}
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.stream = nn.Parameter(torch.empty(1))
         self.first = nn.Parameter(torch.empty(1))
 
-    def forward(self, x, x0):
+    def forward(self, x: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
         return self.stream * x + self.first * x0
 
 
@@ -173,57 +175,59 @@ class X0Mix(nn.Module):
 class GELUTanh(nn.GELU):
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x³)))."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(approximate="tanh")
 
 
 class ReLU2(nn.Module):
     """max(x, 0)². So et al. 2021 (Primer)."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.relu(x).square()
 
 
 class StandardFFN(nn.Module):
     """down(activation(up(x)))."""
 
-    tp_plan = {"up_proj": "columns", "down_proj": "rows"}
+    tp_plan: ClassVar[dict[str, str]] = {"up_proj": "columns", "down_proj": "rows"}
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        assert config.d_ff is not None  # resolved
         self.up_proj = nn.Linear(config.n_embd, config.d_ff, bias=config.bias)
-        self.activation = component("activation", config)()
+        self.activation: nn.Module = component("activation", config)()
         self.down_proj = ResidualProjection(config.d_ff, config.n_embd, bias=config.bias)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.activation(self.up_proj(x)))  # (B, T, C) -> (B, T, F) -> (B, T, C)
 
-    def flops(self, seq_len):
+    def flops(self, seq_len: int) -> dict[str, float]:
         return {"ffn": 2 * (self.up_proj.weight.numel() + self.down_proj.weight.numel())}
 
 
 class SwiGLU(nn.Module):
-    """down(activation(gate(x)) * up(x)), the activation being SiLU. Shazeer 2020."""
+    """down(activation(gate(x)) * up(x)) with SiLU as the activation. Shazeer 2020."""
 
-    tp_plan = {"gate_proj": "columns", "up_proj": "columns", "down_proj": "rows"}
+    tp_plan: ClassVar[dict[str, str]] = {"gate_proj": "columns", "up_proj": "columns", "down_proj": "rows"}
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        assert config.d_ff is not None  # resolved
         self.gate_proj = nn.Linear(config.n_embd, config.d_ff, bias=config.bias)
         self.up_proj = nn.Linear(config.n_embd, config.d_ff, bias=config.bias)
-        self.activation = component("activation", config)()
+        self.activation: nn.Module = component("activation", config)()
         self.down_proj = ResidualProjection(config.d_ff, config.n_embd, bias=config.bias)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))  # (B, T, F) inside
 
-    def flops(self, seq_len):
+    def flops(self, seq_len: int) -> dict[str, float]:
         return {"ffn": 2 * (self.gate_proj.weight.numel() + self.up_proj.weight.numel()
                             + self.down_proj.weight.numel())}
 
 
 class GEGLU(SwiGLU):
-    """The same with GELU, exact (Shazeer 2020) or by tanh (Gemma)."""
+    """The same with GELU: exact (Shazeer 2020) or the tanh approximation (Gemma)."""
 
 
 class ReGLU(SwiGLU):
@@ -234,23 +238,23 @@ class ReGLU(SwiGLU):
 
 
 class OutputHead(nn.Linear):
-    """Logits from the residual stream: scale * W x, then softcap * tanh(logits / softcap) where there is one.
+    """Logits from the residual stream: scale * W x, then softcap * tanh(logits / softcap) if a softcap is set.
 
-    scale: a factor that the initialisation asks for (muP). softcap: Gemma 2.
+    scale: the factor that the initialisation needs (muP). softcap: Gemma 2.
     """
 
-    def __init__(self, config, scale):
+    def __init__(self, config: ModelConfig, scale: float) -> None:
         super().__init__(config.n_embd, config.vocab_size, bias=False)
         self.scale, self.softcap = scale, config.logit_softcap
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = super().forward(x if self.scale == 1.0 else x * self.scale)  # (B, T, C) -> (B, T, V)
         return softcap(logits, self.softcap)
 
-    def flops(self, seq_len):
+    def flops(self, seq_len: int) -> dict[str, float]:
         return {"output head": 2 * self.weight.numel()}
 
 
-def softcap(x, cap):
-    """cap * tanh(x / cap), nearly x where |x| is far below cap; x itself without a cap."""
+def softcap(x: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap * tanh(x / cap), nearly x where |x| is far below cap; x itself if cap is None."""
     return x if cap is None else torch.tanh(x / cap) * cap

@@ -1,117 +1,180 @@
-"""Every architecture choice as plain data: what can be chosen, what it is called, what fits together.
+"""Every architecture choice as plain data: the axis tables, the presets, and `ModelConfig` with its validation.
 
-Each axis table maps an option to the name of its class in `model_components.py`, its label in the
-architecture name and a line of help. A new component is one class there and one line here; nothing
-else in the project lists the options. Torch is never imported: configs are read, checked, listed
-and compared without it.
+Each axis table maps the value of a key to an `Option`: its class, its label in the architecture's name, a line of help.
+To add a component: one class in the module that holds its axis, one line in the table here. Nothing else in the project
+lists the options. This module does not import torch: configs are parsed, checked, listed and compared without it.
 """
 
 import dataclasses
+import importlib
 import textwrap
 import types
 import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from blockgpt.config_fields import check_fields, key
 from blockgpt.errors import ConfigError, did_you_mean, short_repr
 
 
-class Option(typing.NamedTuple):
-    """One value of an axis. `keys`: the configuration keys that not every option of its axis reads, but this one does.
+class LazyModule:
+    """A module that is imported when an attribute of it is first read."""
 
-    implies: {key: the values it may have beside this option, the first by default}. cannot: keys that must be unset
-    or 0 beside it. trains_on: the only device types that it has a backward pass for, if not all.
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> typing.Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+if typing.TYPE_CHECKING:  # an editor and the type checker see the modules
+    from torch import nn
+
+    import model_attention
+    import model_builder
+    import model_components
+    import model_init
+    import model_positions
+else:  # importing them imports torch
+    nn = LazyModule("torch.nn")
+    model_attention = LazyModule("model_attention")
+    model_builder = LazyModule("model_builder")
+    model_components = LazyModule("model_components")
+    model_init = LazyModule("model_init")
+    model_positions = LazyModule("model_positions")
+
+
+class Option(typing.NamedTuple):
+    """One value of an axis.
+
+    load_class: returns the class that implements the option; calling it imports torch.
+    label: what the option adds to the architecture's name; "": nothing.
+    help: one line for tables.
+    keys: the configuration keys that this option reads and another option of its axis does not.
+    implies: {key: the values allowed with this option, the first by default}.
+    unsupported: the keys that must be unset or 0 with this option.
+    trains_on: the device types on which it has a backward pass; empty: all.
     """
 
-    cls: str
+    load_class: Callable[[], type[typing.Any]]
     label: str
     help: str
-    keys: tuple = ()
-    implies: types.MappingProxyType = types.MappingProxyType({})
-    cannot: tuple = ()
-    trains_on: tuple = ()
+    keys: tuple[str, ...] = ()
+    implies: Mapping[str, tuple[str, ...]] = types.MappingProxyType({})
+    unsupported: tuple[str, ...] = ()
+    trains_on: tuple[str, ...] = ()
+
+    @property
+    def class_name(self) -> str:
+        """The name of the class; imports torch."""
+        return self.load_class().__name__
 
 
-def activations(*names):
-    """What a gated FFN says of the activation, which is part of its name."""
+def allow_activations(*names: str) -> Mapping[str, tuple[str, ...]]:
+    """`implies` of an FFN that fixes its activation to one of `names`."""
     return types.MappingProxyType({"activation": names})
 
 
 NORMALIZATION = {
-    "layernorm": Option("LayerNorm", "LN", "mean and variance, scale and shift (Ba 2016)", keys=("norm_eps",)),
-    "layernorm_nobias": Option("LayerNormNoBias", "LN-NB", "mean and variance, scale only", keys=("norm_eps",)),
-    "rmsnorm": Option("RMSNorm", "RMS", "root mean square, scale only (Zhang & Sennrich 2019)", keys=("norm_eps",)),
-    "rmsnorm_gemma": Option("GemmaRMSNorm", "RMS1", "root mean square, scaled by 1 + w, as Gemma has it",
+    "layernorm": Option(lambda: model_components.LayerNorm, "LN",
+                        "mean and variance, scale and shift (Ba 2016)", keys=("norm_eps",)),
+    "layernorm_nobias": Option(lambda: model_components.LayerNormNoBias, "LN-NB",
+                               "mean and variance, scale only", keys=("norm_eps",)),
+    "rmsnorm": Option(lambda: model_components.RMSNorm, "RMS",
+                      "root mean square, scale only (Zhang & Sennrich 2019)", keys=("norm_eps",)),
+    "rmsnorm_gemma": Option(lambda: model_components.GemmaRMSNorm, "RMS1",
+                            "root mean square, scaled by 1 + weight, as in Gemma",
                             keys=("norm_eps",)),
-    "dyt": Option("DynamicTanh", "DyT", "tanh(alpha x), scale and shift; no statistics (Zhu 2025)"),
+    "dyt": Option(lambda: model_components.DynamicTanh, "DyT",
+                  "tanh(alpha x), scale and shift; no statistics (Zhu 2025)"),
 }
 NORM_POSITION = {
-    "pre": Option("PreNorm", "PreNorm", "x + f(norm(x)); one more norm before the head"),
-    "post": Option("PostNorm", "PostNorm", "norm(x + f(x)), as the 2017 Transformer"),
-    "sandwich": Option("SandwichNorm", "Sandwich", "x + norm(f(norm(x))), as Gemma 2"),
-    "reordered": Option("ReorderedNorm", "Reordered", "x + norm(f(x)), as OLMo 2"),
+    "pre": Option(lambda: model_components.PreNorm, "PreNorm", "x + f(norm(x)); one more norm before the head"),
+    "post": Option(lambda: model_components.PostNorm, "PostNorm", "norm(x + f(x)), as the 2017 Transformer"),
+    "sandwich": Option(lambda: model_components.SandwichNorm, "Sandwich", "x + norm(f(norm(x))), as Gemma 2"),
+    "reordered": Option(lambda: model_components.ReorderedNorm, "Reordered", "x + norm(f(x)), as OLMo 2"),
 }
 PARALLEL_BLOCK = {
-    "none": Option("Block", "", "the FFN reads what attention wrote"),
-    "one_norm": Option("ParallelBlockOneNorm", "Parallel1", "attention and FFN side by side on one norm, as GPT-J"),
-    "two_norms": Option("ParallelBlock", "Parallel2", "side by side, a norm each, as GPT-NeoX"),
+    "none": Option(lambda: model_builder.Block, "", "attention, then FFN"),
+    "one_norm": Option(lambda: model_builder.ParallelBlockOneNorm, "Parallel1",
+                       "attention and FFN in parallel on one norm, as GPT-J"),
+    "two_norms": Option(lambda: model_builder.ParallelBlock, "Parallel2", "in parallel, a norm each, as GPT-NeoX"),
 }
 ACTIVATION = {
-    "gelu": Option("GELU", "GELU", "x * Phi(x), exact (Hendrycks & Gimpel 2016)"),
-    "gelu_tanh": Option("GELUTanh", "GELUtanh", "the tanh approximation that the released GPT-2 uses"),
-    "silu": Option("SiLU", "SiLU", "x * sigmoid(x)"),
-    "relu": Option("ReLU", "ReLU", "max(x, 0)"),
-    "relu2": Option("ReLU2", "ReLU2", "max(x, 0) squared (So 2021)"),
-    "leaky_relu": Option("LeakyReLU", "LeakyReLU", "max(x, 0.01 x)"),
+    "gelu": Option(lambda: nn.GELU, "GELU", "x * Phi(x), exact (Hendrycks & Gimpel 2016)"),
+    "gelu_tanh": Option(lambda: model_components.GELUTanh, "GELUtanh",
+                        "the tanh approximation that the released GPT-2 uses"),
+    "silu": Option(lambda: nn.SiLU, "SiLU", "x * sigmoid(x)"),
+    "relu": Option(lambda: nn.ReLU, "ReLU", "max(x, 0)"),
+    "relu2": Option(lambda: model_components.ReLU2, "ReLU2", "max(x, 0) squared (So 2021)"),
+    "leaky_relu": Option(lambda: nn.LeakyReLU, "LeakyReLU", "max(x, 0.01 x)"),
 }
 FFN_TYPE = {
-    "standard": Option("StandardFFN", "", "down(activation(up(x))), d_ff = 4 n_embd", keys=("activation",)),
-    "swiglu": Option("SwiGLU", "SwiGLU", "down(silu(gate(x)) * up(x)), d_ff = 8/3 n_embd (Shazeer 2020)",
-                     implies=activations("silu")),
-    "geglu": Option("GEGLU", "GEGLU", "the same with GELU, exact or tanh (Shazeer 2020; tanh: Gemma)",
-                    keys=("activation",), implies=activations("gelu", "gelu_tanh")),
-    "reglu": Option("ReGLU", "ReGLU", "the same with ReLU (Shazeer 2020)", implies=activations("relu")),
+    "standard": Option(lambda: model_components.StandardFFN, "",
+                       "down(activation(up(x))), d_ff = 4 n_embd", keys=("activation",)),
+    "swiglu": Option(lambda: model_components.SwiGLU, "SwiGLU",
+                     "down(silu(gate(x)) * up(x)), d_ff = 8/3 n_embd (Shazeer 2020)",
+                     implies=allow_activations("silu")),
+    "geglu": Option(lambda: model_components.GEGLU, "GEGLU",
+                    "the same with GELU, exact or tanh (Shazeer 2020; tanh: Gemma)",
+                    keys=("activation",), implies=allow_activations("gelu", "gelu_tanh")),
+    "reglu": Option(lambda: model_components.ReGLU, "ReGLU",
+                    "the same with ReLU (Shazeer 2020)", implies=allow_activations("relu")),
 }
 POSITION_ENCODING = {
-    "learned_absolute": Option("LearnedAbsolutePositions", "AbsPos", "a trained vector for each position"),
-    "sinusoidal": Option("SinusoidalPositions", "SinPos", "fixed waves added to the embedding (Vaswani 2017)"),
-    "rope": Option("RotaryPositions", "RoPE", "queries and keys rotated by position (Su 2021)",
+    "learned_absolute": Option(lambda: model_positions.LearnedAbsolutePositions, "AbsPos",
+                               "a trained vector for each position"),
+    "sinusoidal": Option(lambda: model_positions.SinusoidalPositions, "SinPos",
+                         "fixed waves added to the embedding (Vaswani 2017)"),
+    "rope": Option(lambda: model_positions.RotaryPositions, "RoPE", "queries and keys rotated by position (Su 2021)",
                    keys=("rope_theta", "rope_theta_local", "rope_fraction", "rope_scaling")),
-    "alibi": Option("AlibiPositions", "ALiBi", "scores fall with distance, each head at its own rate (Press 2022)"),
-    "none": Option("NoPositions", "NoPE", "causality is the only sense of order (Haviv 2022)"),
+    "alibi": Option(lambda: model_positions.AlibiPositions, "ALiBi",
+                    "scores fall with distance, each head at its own rate (Press 2022)"),
+    "none": Option(lambda: model_positions.NoPositions, "NoPE", "only the causal mask tells the order (Haviv 2022)"),
 }
 ROPE_SCALING = {
-    "none": Option("NoScaling", "", "angles as they are"),
-    "linear": Option("LinearScaling", "Linear", "all angles slower by the factor (Chen 2023)",
-                     keys=("rope_scaling_factor",)),
-    "llama3": Option("Llama3Scaling", "Llama3", "slow angles slower, fast ones kept, as Llama 3.1",
+    "none": Option(lambda: model_positions.NoScaling, "", "frequencies unchanged"),
+    "linear": Option(lambda: model_positions.LinearScaling, "Linear",
+                     "all frequencies divided by the factor (Chen 2023)", keys=("rope_scaling_factor",)),
+    "llama3": Option(lambda: model_positions.Llama3Scaling, "Llama3",
+                     "low frequencies divided by the factor, high ones unchanged, as Llama 3.1",
                      keys=("rope_scaling_factor", "rope_original_context")),
-    "yarn": Option("YarnScaling", "YaRN", "by turns over the original context, and sharper scores (Peng 2023)",
+    "yarn": Option(lambda: model_positions.YarnScaling, "YaRN",
+                   "by turns over the original context, and scores scaled up (Peng 2023)",
                    keys=("rope_scaling_factor", "rope_original_context")),
 }
-ATTENTION_BACKEND = {  # `auto` takes the first that can do what is asked
-    "sdpa": Option("SDPAttention", "", "torch's fused scaled_dot_product_attention", cannot=("attn_softcap",)),
-    "manual": Option("ManualAttention", "", "softmax(q k^T) v written out: the readable reference"),
-    "flex": Option("FlexAttention", "", "torch's flex_attention: masks and score changes compiled into one kernel",
-                   cannot=("dropout",), trains_on=("cuda",)),
+ATTENTION_BACKEND = {  # `auto` takes the first that supports the other keys
+    "sdpa": Option(lambda: model_attention.SDPAttention, "",
+                   "torch's fused scaled_dot_product_attention", unsupported=("attn_softcap",)),
+    "manual": Option(lambda: model_attention.ManualAttention, "",
+                     "softmax(q k^T) v written out: the readable reference"),
+    "flex": Option(lambda: model_attention.FlexAttention, "",
+                   "torch's flex_attention: masks and score changes compiled into one kernel",
+                   unsupported=("dropout",), trains_on=("cuda",)),
 }
 QK_NORM = {
-    "none": Option("NoQKNorm", "", "queries and keys as they are"),
-    "head": Option("QKNormPerHead", "QKNorm", "each head of them normalised, as Qwen3 and Gemma 3"),
-    "projection": Option("QKNormProjection", "QKNormFull", "all heads of them normalised as one, as OLMo 2"),
+    "none": Option(lambda: model_attention.NoQKNorm, "", "queries and keys unchanged"),
+    "head": Option(lambda: model_attention.QKNormPerHead, "QKNorm",
+                   "each head of them normalised, as in Qwen3 and Gemma 3"),
+    "projection": Option(lambda: model_attention.QKNormProjection, "QKNormFull",
+                         "all heads of them normalised as one vector, as in OLMo 2"),
 }
 ATTN_GATE = {
-    "none": Option("NoGate", "", "what attention gathers goes to the output projection"),
-    "elementwise": Option("ElementwiseGate", "Gated", "times sigmoid(gate(x)), a value each (Qiu 2025)"),
-    "headwise": Option("HeadwiseGate", "GatedHead", "times sigmoid(gate(x)), one a head (Qiu 2025)"),
+    "none": Option(lambda: model_attention.NoGate, "", "the output of attention goes to the output projection"),
+    "elementwise": Option(lambda: model_attention.ElementwiseGate, "Gated",
+                          "times sigmoid(gate(x)), one value per channel (Qiu 2025)"),
+    "headwise": Option(lambda: model_attention.HeadwiseGate, "GatedHead",
+                       "times sigmoid(gate(x)), one value per head (Qiu 2025)"),
 }
 INIT = {
-    "gpt2": Option("GPT2Init", "", "N(0, init_std), what writes to the residual stream / sqrt(2 n_layer)"),
-    "normal": Option("NormalInit", "", "N(0, init_std) throughout"),
-    "mup": Option("MuPInit", "muP", "gpt2's at mup_base_width; wider: weights, rates and logits scaled (Yang 2022)",
+    "gpt2": Option(lambda: model_init.GPT2Init, "",
+                   "N(0, init_std), what writes to the residual stream / sqrt(2 n_layer)"),
+    "normal": Option(lambda: model_init.NormalInit, "", "N(0, init_std) throughout"),
+    "mup": Option(lambda: model_init.MuPInit, "muP",
+                  "gpt2's at mup_base_width; wider: weights, rates and logits scaled (Yang 2022)",
                   keys=("mup_base_width",)),
 }
-AXES = {
+AXES: dict[str, dict[str, Option]] = {
     "normalization": NORMALIZATION,
     "norm_position": NORM_POSITION,
     "parallel_block": PARALLEL_BLOCK,
@@ -124,13 +187,9 @@ AXES = {
     "attn_gate": ATTN_GATE,
     "init": INIT,
 }
-# Where the classes of an axis stand, if not in model_components.
-ROOMS = {"attention_backend": "model_attention", "qk_norm": "model_attention", "attn_gate": "model_attention",
-         "position_encoding": "model_positions", "rope_scaling": "model_positions", "init": "model_init",
-         "parallel_block": "model_builder"}
 
 # Presets name components, never sizes: sizes come from config/size_*.py or the command line.
-PRESETS = {
+PRESETS: dict[str, tuple[str, dict[str, typing.Any]]] = {
     "gpt2": ("This project's GPT-2: post-norm and free of biases. The released one is gpt2_openai.",
              dict(normalization="layernorm_nobias", norm_position="post", activation="gelu", ffn_type="standard",
                   position_encoding="learned_absolute", bias=False, weight_tying=True)),
@@ -153,7 +212,7 @@ PRESETS = {
                     activation="gelu_tanh", position_encoding="rope", attn_softcap=50.0, logit_softcap=30.0,
                     sliding_window=4096, window_pattern="SL", embedding_scale="sqrt", bias=False, weight_tying=True)),
     "gemma3": ("Gemma 3 (Gemma Team 2025): Gemma 2 with QK-norm for softcaps; of six layers five see 512 tokens, as "
-               "its 1B, and have a RoPE base of their own.",
+               "its 1B, and have a separate RoPE base.",
                dict(normalization="rmsnorm_gemma", norm_eps=1e-6, norm_position="sandwich", ffn_type="geglu",
                     activation="gelu_tanh", position_encoding="rope", rope_theta=1_000_000.0,
                     rope_theta_local=10_000.0, qk_norm="head", sliding_window=512, window_pattern="SSSSSL",
@@ -162,7 +221,7 @@ PRESETS = {
               dict(normalization="rmsnorm", norm_eps=1e-6, norm_position="reordered", ffn_type="swiglu",
                    position_encoding="rope", rope_theta=500_000.0, qk_norm="projection", bias=False,
                    weight_tying=False)),
-    "neox": ("GPT-NeoX and Pythia (Black 2022, Biderman 2023): attention and FFN side by side, RoPE on a quarter of "
+    "neox": ("GPT-NeoX and Pythia (Black 2022, Biderman 2023): attention and FFN in parallel, RoPE on a quarter of "
              "each head, biases.",
              dict(normalization="layernorm", norm_position="pre", parallel_block="two_norms", activation="gelu",
                   ffn_type="standard", position_encoding="rope", rope_fraction=0.25, bias=True, weight_tying=False)),
@@ -170,7 +229,8 @@ PRESETS = {
                "queries and keys normalised.",
                dict(normalization="rmsnorm", norm_position="pre", ffn_type="swiglu", position_encoding="rope",
                     qk_norm="head", bias=False, weight_tying=True)),
-    "team": ("model_v1: RoPE, RMSNorm, SwiGLU and pre-norm as LLaMA, with the head tied to the embedding.",
+    "team": ("A preset kept for an existing line of models called model_v1: LLaMA's components (RoPE, RMSNorm, SwiGLU, "
+             "pre-norm) with the head tied to the embedding.",
              dict(normalization="rmsnorm", norm_position="pre", ffn_type="swiglu",
                   position_encoding="rope", bias=False, weight_tying=True)),
     "hybrid": ("RoPE in a GPT-2 body: bias-free LayerNorm, GELU, pre-norm, tied head.",
@@ -180,95 +240,130 @@ PRESETS = {
 }
 
 
-def axis(name, default, help):
+def axis(name: str, default: str, help: str) -> typing.Any:
+    """The key that chooses an option of axis `name`."""
     return key(default, help, group="architecture", choices=AXES[name])
 
 
-def divisors(n, at_most=256):
+def divisors(n: int, at_most: int = 256) -> str:
+    """The divisors of `n` up to `at_most`, as text."""
     return ", ".join(str(d) for d in range(1, min(n, at_most) + 1) if n % d == 0)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One transformer, described. `None` means "derived": `resolve()` fills it in; or "none of it", as its line says.
+    """The description of one transformer.
 
-    The default sizes are GPT-2's 124M. Errors are `ConfigError`, naming the key.
+    `None` means either "derived from other keys" (`resolve()` fills it in) or "off", as the key's line of help says.
+    The default sizes are those of GPT-2 124M.
+
+    Raises:
+        ConfigError: a value has the wrong type, is out of range, or is incompatible with another. It names the key.
     """
 
-    arch_preset: str = key("custom", "named set of components; explicit keys beat it", group="architecture",
-                           choices=PRESETS)
+    arch_preset: str = key("custom", "named set of components; explicit keys override it", group="architecture",
+                           choices=PRESETS, example="gpt2")
     normalization: str = axis("normalization", "layernorm_nobias", "norm of the residual stream")
-    norm_eps: float = key(1e-5, "added to the variance before the root", group="architecture", above=0.0)
-    norm_position: str = axis("norm_position", "pre", "where the norm stands around attention and FFN")
-    parallel_block: str = axis("parallel_block", "none", "attention and FFN one after the other, or side by side")
-    activation: str | None = key(None, "inside the FFN; None: gelu, or what a gated FFN brings with it",
+    norm_eps: float = key(1e-5, "added to the variance before the root", group="architecture", above=0.0, example=1e-6)
+    norm_position: str = axis("norm_position", "pre", "position of the norms around attention and FFN")
+    parallel_block: str = axis("parallel_block", "none", "attention and FFN in sequence, or in parallel")
+    activation: str | None = key(None, "inside the FFN; None: gelu, or the one that a gated FFN implies",
                                  group="architecture", choices=AXES["activation"])
     ffn_type: str = axis("ffn_type", "standard", "feed-forward network")
     d_ff: int | None = key(None, "FFN width; None: 4 n_embd, or 8/3 n_embd where gated, rounded up to ffn_multiple_of",
-                           group="architecture", minimum=1, maximum=100_000_000, label="FF{}")
-    ffn_multiple_of: int | None = key(None, "what a derived d_ff is rounded up to; None: 64 where gated, else 1",
-                                      group="architecture", minimum=1, maximum=1_000_000)
-    position_encoding: str = axis("position_encoding", "learned_absolute", "how tokens know their place")
-    rope_theta: float = key(10000.0, "base of RoPE's wavelengths", group="architecture", above=1.0, label="theta{:g}")
-    rope_theta_local: float | None = key(None, "the base in layers with a window, unscaled; None: as the others",
-                                         group="architecture", above=1.0, label="local{:g}")
-    rope_fraction: float = key(1.0, "part of each head that RoPE turns", group="architecture", above=0.0, maximum=1.0,
-                               label="rot{:g}")
-    rope_scaling: str = axis("rope_scaling", "none", "RoPE for a longer context than it was trained on")
-    rope_scaling_factor: float = key(8.0, "how many times longer", group="architecture", minimum=1.0, label="x{:g}")
-    rope_original_context: int | None = key(None, "context before; None: block_size / rope_scaling_factor",
-                                            group="architecture", minimum=1)
-    attention_backend: str = key("auto", "implementation of attention, same mathematics; auto: the first that can do "
-                                 "what is asked", group="architecture", choices=("auto", *ATTENTION_BACKEND))
-    qk_norm: str = axis("qk_norm", "none", "norm of queries and keys, of the kind of the others")
-    attn_gate: str = axis("attn_gate", "none", "gate on what attention gathers")
-    attn_scale: float | None = key(None, "of q k^T; None: 1 / sqrt(head_dim), with init=mup 1 / head_dim",
-                                   group="architecture", above=0.0, label="scale{:g}")
+                           group="architecture", minimum=1, maximum=100_000_000, label="FF{}", example=96)
+    ffn_multiple_of: int | None = key(None, "a derived d_ff is rounded up to a multiple of it; None: 64 where gated, "
+                                      "else 1", group="architecture", minimum=1, maximum=1_000_000, example=48)
+    position_encoding: str = axis("position_encoding", "learned_absolute", "how positions enter the model")
+    rope_theta: float = key(10000.0, "base of RoPE's wavelengths", group="architecture", above=1.0, label="theta{:g}",
+                            example=100_000.0)
+    rope_theta_local: float | None = key(None, "the base in layers with a window, unscaled; None: rope_theta",
+                                         group="architecture", above=1.0, label="local{:g}", example=1000.0)
+    rope_fraction: float = key(1.0, "fraction of each head that RoPE rotates", group="architecture", above=0.0,
+                               maximum=1.0, label="rot{:g}", example=0.5)
+    rope_scaling: str = axis("rope_scaling", "none", "RoPE for a longer context than the model was trained on")
+    rope_scaling_factor: float = key(8.0, "the longer context over the original one", group="architecture", minimum=1.0,
+                                     label="x{:g}", example=4.0)
+    rope_original_context: int | None = key(None, "tokens of the original context; None: block_size / "
+                                            "rope_scaling_factor", group="architecture", minimum=1, example=8192)
+    attention_backend: str = key("auto", "implementation of attention, same mathematics; auto: the first that supports "
+                                 "the other keys", group="architecture", choices=("auto", *ATTENTION_BACKEND))
+    qk_norm: str = axis("qk_norm", "none", "norm of queries and keys, of the type that normalization names")
+    attn_gate: str = axis("attn_gate", "none", "gate on the output of attention")
+    attn_scale: float | None = key(None, "factor on q k^T; None: 1 / sqrt(head_dim), with init=mup 1 / head_dim",
+                                   group="architecture", above=0.0, label="scale{:g}", example=0.1)
     attn_softcap: float | None = key(None, "c tanh(scores / c); None: no cap", group="architecture", above=0.0,
-                                     label="cap{:g}")
+                                     label="cap{:g}", example=50.0)
     logit_softcap: float | None = key(None, "c tanh(logits / c); None: no cap", group="architecture", above=0.0,
-                                      label="logitcap{:g}")
-    sliding_window: int | None = key(None, "tokens that a windowed layer sees, itself included; None: no windows",
-                                     group="architecture", minimum=1, label="SW{}")
+                                      label="logitcap{:g}", example=30.0)
+    sliding_window: int | None = key(None, "tokens that a layer with a window sees, itself included; None: no windows",
+                                     group="architecture", minimum=1, label="SW{}", example=32)
     window_pattern: str = key("S", "S: a layer with the window, L: without; repeated over the layers",
-                              group="architecture", label="{}")
+                              group="architecture", label="{}", example="SL")
     causal: bool = key(True, "tokens see no later ones; False is for objectives other than next-token prediction",
                        group="architecture", label="NonCausal")
-    mask_documents: bool = key(False, "tokens see their own document alone", group="architecture", label="DocMask")
+    mask_documents: bool = key(False, "tokens see only their own document", group="architecture", label="DocMask")
     bias: bool = key(False, "biases in the linear layers of attention and FFN", group="architecture", label="Bias")
-    qkv_bias: bool | None = key(None, "biases of queries, keys and values; None: as bias", group="architecture")
-    weight_tying: bool = key(True, "output head shares the token embedding's weights", group="architecture")
+    qkv_bias: bool | None = key(None, "biases of queries, keys and values; None: as bias", group="architecture",
+                                example=True)
+    weight_tying: bool = key(True, "the output head uses the token embedding's weights", group="architecture")
     embedding_scale: float | str = key(1.0, "factor on token embeddings; sqrt: sqrt(n_embd)", group="architecture",
-                                       above=0.0, label="emb{}")
+                                       above=0.0, label="emb{}", example="sqrt")
     embedding_norm: bool = key(False, "norm on the embeddings", group="architecture", label="EmbNorm")
     residual_scale: float = key(1.0, "factor on what a sublayer adds to the stream", group="architecture", above=0.0,
-                                label="res{:g}")
+                                label="res{:g}", example=0.5)
     x0_mix: bool = key(False, "each block mixes the embeddings back in, by trained weights (modded-nanogpt)",
                        group="architecture", label="X0")
     value_embeddings: int = key(0, "tables of token embeddings added to the values of the first and, in reverse, the "
-                                "last layers (modded-nanogpt)", group="architecture", minimum=0, label="VE{}")
+                                "last layers (modded-nanogpt)", group="architecture", minimum=0, label="VE{}",
+                                example=1)
     dropout: float = key(0.0, "on embeddings, attention weights and sublayer outputs", group="architecture",
-                         minimum=0.0, below=1.0)
-    init: str = axis("init", "gpt2", "how weights start")
-    init_std: float = key(0.02, "standard deviation of weights at the start", group="architecture", minimum=0.0)
-    zero_init_residual: bool = key(False, "projections that write to the residual stream start at 0",
+                         minimum=0.0, below=1.0, example=0.1)
+    init: str = axis("init", "gpt2", "initialisation of the weights")
+    init_std: float = key(0.02, "standard deviation of the initial weights", group="architecture", minimum=0.0,
+                          example=0.01)
+    zero_init_residual: bool = key(False, "projections that write to the residual stream are initialised to 0",
                                    group="architecture", label="Zero")
     mup_base_width: int = key(256, "n_embd at which the learning rate was tuned", group="architecture", minimum=1,
-                              maximum=1_000_000)
-    # The largest sizes are beyond every machine: a slip of the finger, on which torch would fail or hang far from here.
-    n_layer: int = key(12, "blocks", group="size", minimum=1, maximum=10_000)
-    n_head: int = key(12, "query heads", group="size", minimum=1, maximum=100_000)
+                              maximum=1_000_000, example=128)
+    # No machine can hold the largest sizes. They catch typing errors, on which torch would fail or hang much later.
+    n_layer: int = key(12, "blocks", group="size", minimum=1, maximum=10_000, example=6)
+    n_head: int = key(12, "query heads", group="size", minimum=1, maximum=100_000, example=8)
     n_kv_head: int | None = key(None, "key/value heads; None: n_head; fewer: grouped-query attention",
-                                group="size", minimum=1)
-    n_embd: int = key(768, "width of the residual stream", group="size", minimum=1, maximum=1_000_000)
+                                group="size", minimum=1, example=1)
+    n_embd: int = key(768, "width of the residual stream", group="size", minimum=1, maximum=1_000_000, example=384)
     head_dim: int | None = key(None, "width of a head; None: n_embd / n_head", group="size", minimum=1,
-                               maximum=1_000_000, label="HD{}")
-    block_size: int = key(1024, "tokens of context", group="size", minimum=1, maximum=100_000_000)
+                               maximum=1_000_000, label="HD{}", example=128)
+    block_size: int = key(1024, "tokens of context", group="size", minimum=1, maximum=100_000_000, example=512)
     vocab_size: int = key(50257, "rows of the embedding; if not set, a run takes its dataset's, rounded up to 64",
-                          group="size", minimum=1, maximum=2**32)
+                          group="size", minimum=1, maximum=2**32, example=50304)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
+        self._check_heads()
+        for name, values in self.implied().items():
+            if getattr(self, name) not in (None, *values):
+                raise self.incompatible_key(name)
+        if isinstance(self.embedding_scale, str) and self.embedding_scale != "sqrt":
+            raise ConfigError("embedding_scale", f"{short_repr(self.embedding_scale)} is unknown (a number, or sqrt)")
+        if not set(self.window_pattern) <= set("SL"):
+            raise ConfigError("window_pattern", f"{short_repr(self.window_pattern)} has other letters than S (a layer "
+                                                "with the sliding_window) and L (one without)")
+        if self.parallel_block == "two_norms" and self.norm_position == "post":
+            raise ConfigError("parallel_block", "two_norms is incompatible with norm_position=post, which has one "
+                                                "norm, on the sum (use one_norm, or another norm_position)")
+        if 2 * self.value_embeddings > self.n_layer:
+            raise ConfigError("value_embeddings", f"{self.value_embeddings} tables, each for one of the first and one "
+                              f"of the last layers, are too many for n_layer={self.n_layer} (at most "
+                              f"{self.n_layer // 2})")
+        supported, chosen = self.supported_backends(), self.attention_backend
+        if chosen not in ("auto", *supported):
+            name = next(k for k in ATTENTION_BACKEND[chosen].unsupported if getattr(self, k))
+            raise ConfigError("attention_backend", f"{chosen} does not support {name}={getattr(self, name):g} "
+                                                   f"(use {' or '.join(supported)}, or auto)")
+
+    def _check_heads(self) -> None:
+        """Raise `ConfigError` for widths and numbers of heads that do not divide."""
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ConfigError("n_head", f"{self.n_head} does not divide n_embd={self.n_embd} "
                                         f"(one of {divisors(self.n_embd)}; or set head_dim)")
@@ -277,69 +372,49 @@ class ModelConfig:
                                            f"(one of {divisors(self.n_head)})")
         if self.position_encoding == "rope" and (self.rotary_dim() % 2 or not self.rotary_dim()):
             width = f"head_dim={self.head_dim}" if self.head_dim else f"n_embd={self.n_embd} / n_head={self.n_head}"
-            part = f" × rope_fraction={self.rope_fraction:g}" if self.rope_fraction != 1 else ""
+            fraction = f" × rope_fraction={self.rope_fraction:g}" if self.rope_fraction != 1 else ""
             raise ConfigError("position_encoding", "rope rotates pairs and needs an even head width, not "
-                                                   f"{width}{part} (change that, or the position_encoding)")
-        for name, values in self.implied().items():
-            if getattr(self, name) not in (None, *values):
-                raise self.incompatible_key(name)
-        if isinstance(self.embedding_scale, str) and self.embedding_scale != "sqrt":
-            raise ConfigError("embedding_scale", f"{short_repr(self.embedding_scale)} is unknown (a number, or sqrt)")
-        if not set(self.window_pattern) <= set("SL"):
-            raise ConfigError("window_pattern", f"{short_repr(self.window_pattern)} has other letters than S (a layer with "
-                                                "the sliding_window) and L (one without)")
-        if self.parallel_block == "two_norms" and self.norm_position == "post":
-            raise ConfigError("parallel_block", "two_norms has no place in norm_position=post, which normalises the "
-                                                "sum, once (one_norm, or another norm_position)")
-        if 2 * self.value_embeddings > self.n_layer:
-            raise ConfigError("value_embeddings", f"{self.value_embeddings} tables, each for one of the first and one "
-                              f"of the last layers, are too many for n_layer={self.n_layer} (at most "
-                              f"{self.n_layer // 2})")
-        able, asked = self.supported_backends(), self.attention_backend
-        if asked not in ("auto", *able):
-            name = next(k for k in ATTENTION_BACKEND[asked].cannot if getattr(self, k))
-            raise ConfigError("attention_backend", f"{asked} cannot do {name}={getattr(self, name):g} "
-                                                   f"({' or '.join(able)} can, and auto finds it)")
+                                                   f"{width}{fraction} (change that, or the position_encoding)")
 
-    def flat(self):
-        """{key: value}, as the run log keeps it."""
+    def flat(self) -> dict[str, typing.Any]:
+        """{key: value}, as the run log records it."""
         return dataclasses.asdict(self)
 
-    def supported_backends(self):
-        """The attention backends that can do what is asked."""
-        return [name for name, o in ATTENTION_BACKEND.items() if not any(getattr(self, k) for k in o.cannot)]
+    def supported_backends(self) -> list[str]:
+        """The attention backends that support the values of the other keys."""
+        return [name for name, o in ATTENTION_BACKEND.items() if not any(getattr(self, k) for k in o.unsupported)]
 
-    def check_trainable_on(self, device_type):
-        """`ConfigError` if the attention backend has no backward pass on such a device."""
+    def check_trainable_on(self, device_type: str) -> None:
+        """Raise `ConfigError` if the attention backend has no backward pass on `device_type` ("cpu", "cuda", "mps")."""
         trains_on = self.options()["attention_backend"].trains_on
         if trains_on and device_type not in trains_on:
-            able = [name for name in self.supported_backends() if not ATTENTION_BACKEND[name].trains_on]
-            raise ConfigError("attention_backend", f"{self.attention_backend!r} has no backward pass on {device_type}: it "
-                              f"trains on {' or '.join(trains_on)} ({' or '.join(able)} can here)")
+            others = [name for name in self.supported_backends() if not ATTENTION_BACKEND[name].trains_on]
+            raise ConfigError("attention_backend", f"{self.attention_backend!r} has no backward pass on {device_type}, "
+                              f"only on {' and '.join(trains_on)} (use {' or '.join(others)} here)")
 
-    def rotary_dim(self):
-        """Width of the part of a head that RoPE turns."""
+    def rotary_dim(self) -> int:
+        """Channels of a head that RoPE rotates."""
         return int((self.head_dim or self.n_embd // self.n_head) * self.rope_fraction)
 
-    def window(self, layer):
-        """Tokens that layer number `layer` (from 0) sees, itself included; None: all of its context."""
-        kind = self.window_pattern[layer % len(self.window_pattern)]
-        return self.sliding_window if kind == "S" else None
+    def window(self, layer: int) -> int | None:
+        """Tokens that layer `layer` (from 0) sees, itself included; None: all of its context."""
+        letter = self.window_pattern[layer % len(self.window_pattern)]
+        return self.sliding_window if letter == "S" else None
 
-    def value_table(self, layer):
-        """The number of the table of value embeddings that layer number `layer` reads, or None."""
+    def value_table(self, layer: int) -> int | None:
+        """The index of the table of value embeddings that layer `layer` (from 0) reads, or None."""
         from_the_end = self.n_layer - 1 - layer
         return next((i for i in (layer, from_the_end) if i < self.value_embeddings), None)
 
-    def derived(self):
-        """{key: what None (or auto) stands for} of the keys that follow from others."""
+    def derived(self) -> dict[str, typing.Any]:
+        """{key: the value that None (or auto) means} of the keys that follow from others."""
         gated = "activation" in FFN_TYPE[self.ffn_type].implies
         multiple = self.ffn_multiple_of or (64 if gated else 1)
         width = 8 * self.n_embd if gated else 12 * self.n_embd  # in thirds
         context = max(1, int(self.block_size / self.rope_scaling_factor))
-        stretched = "rope_original_context" in ROPE_SCALING[self.rope_scaling].keys
+        reads_context = "rope_original_context" in ROPE_SCALING[self.rope_scaling].keys
         return {
-            **({"rope_original_context": context} if stretched else {}),
+            **({"rope_original_context": context} if reads_context else {}),
             "n_kv_head": self.n_head,
             "head_dim": self.n_embd // self.n_head,
             "activation": self.implied().get("activation", ("gelu",))[0],
@@ -349,40 +424,41 @@ class ModelConfig:
             "attention_backend": next(iter(self.supported_backends())),
         }
 
-    def resolve(self):
-        """The same model with every derived key filled in; what `build_model` builds and the log records."""
-        open_ = {k: v for k, v in self.derived().items() if getattr(self, k) in (None, "auto")}
-        return dataclasses.replace(self, **open_)
+    def resolve(self) -> "ModelConfig":
+        """The same model with every derived key filled in: `build_model` builds it and the log records it."""
+        unset = {k: v for k, v in self.derived().items() if getattr(self, k) in (None, "auto")}
+        return dataclasses.replace(self, **unset)
 
-    def options(self):
+    def options(self) -> dict[str, Option]:
         """{axis: Option} of the choices in force."""
         full = self.resolve()
         return {name: table[getattr(full, name)] for name, table in AXES.items()}
 
-    def implied(self):
-        """{key: values it may have} by the chosen components themselves (SwiGLU's activation is SiLU)."""
-        return {k: v for name in AXES for k, v in (self.option(name).implies.items() if self.option(name) else ())}
+    def implied(self) -> dict[str, tuple[str, ...]]:
+        """{key: the values allowed} by the chosen components themselves (SwiGLU's activation is SiLU)."""
+        chosen = [option for option in map(self.option, AXES) if option]
+        return {k: values for option in chosen for k, values in option.implies.items()}
 
-    def option(self, name):
-        """The `Option` of axis `name`, or None where the choice is left to be derived."""
+    def option(self, name: str) -> Option | None:
+        """The `Option` of axis `name`, or None where the choice is derived."""
         return AXES[name].get(getattr(self, name))
 
-    def incompatible_key(self, name):
-        """The `ConfigError` for an explicit `name` beside a component that brings its own."""
-        return ConfigError(name, f"{getattr(self, name)!r} has no place in ffn_type={self.ffn_type}, which brings its "
-                                 f"own ({' or '.join(self.implied()[name])}): drop {name}, set it to None, or use "
-                                 "ffn_type=standard")
+    def incompatible_key(self, name: str) -> ConfigError:
+        """The `ConfigError` for an explicit `name` together with an FFN that implies its value."""
+        return ConfigError(name, f"{getattr(self, name)!r} is incompatible with ffn_type={self.ffn_type}, which "
+                                 f"implies {' or '.join(self.implied()[name])} (drop it, set it to None, or use "
+                                 "ffn_type=standard)")
 
-    def unused_keys(self):
-        """{key: reason} of the keys that nothing built from this config reads."""
-        unused = {}
+    def unused_keys(self) -> dict[str, str]:
+        """{key: reason} of the keys that a model built from this config does not read."""
+        unused: dict[str, str] = {}
         for name, table in AXES.items():
             chosen = self.option(name)
-            for k in {k for entry in table.values() for k in entry.keys}:
+            for k in {k for option in table.values() for k in option.keys}:
                 if name in unused:
                     unused[k] = unused[name]
                 elif chosen and k not in chosen.keys and k not in chosen.implies:
-                    readers = " or ".join(o for o, e in table.items() if k in e.keys)
+                    readers = " or ".join(o for o, option in table.items() if k in option.keys)
                     unused[k] = f"only {name}={readers} reads it, and this is {getattr(self, name)}"
         windows = {self.window(layer) for layer in range(self.n_layer)}
         if self.sliding_window is None:
@@ -393,56 +469,65 @@ class ModelConfig:
             unused.setdefault("rope_theta_local", "no layer has a window")
         elif None not in windows and self.rope_theta_local is not None:
             unused |= dict.fromkeys(("rope_theta", "rope_scaling", "rope_scaling_factor", "rope_original_context"),
-                                    "every layer has a window, and rope_theta_local is theirs")
+                                    "every layer has a window and uses rope_theta_local")
         if self.d_ff is not None:
             unused["ffn_multiple_of"] = "d_ff is set"
         return unused
 
-    def arch_name(self):
+    def arch_name(self) -> str:
         """Size and components on one line, e.g. 12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm.
 
-        What departs from the usual is added, in the order of the keys: options with a label, then values.
+        Values other than the default or the derived one are appended, in the order of the keys.
         """
         o, full, usual = self.options(), self.resolve(), self.derived()
         heads = f"{self.n_head}H" if full.n_kv_head == self.n_head else f"{self.n_head}H{full.n_kv_head}KV"
         ffn = [o["ffn_type"].label] if o["ffn_type"].label else []
         ffn += [] if ffn and full.activation == usual["activation"] else [o["activation"].label]
-        parts = [f"{self.n_layer}L", heads, f"{self.n_embd}D", o["position_encoding"].label, o["normalization"].label,
+        words = [f"{self.n_layer}L", heads, f"{self.n_embd}D", o["position_encoding"].label, o["normalization"].label,
                  *ffn, o["norm_position"].label]
-        told = ("position_encoding", "normalization", "ffn_type", "activation", "norm_position")
+        named = ("position_encoding", "normalization", "ffn_type", "activation", "norm_position")
         unused = self.unused_keys()
         for f in dataclasses.fields(self):
             value, label = getattr(full, f.name), f.metadata["label"]
-            if f.name in unused or f.name in told:
+            if f.name in unused or f.name in named:
                 continue
             if f.name in AXES:
-                parts += [o[f.name].label] if o[f.name].label else []
+                words += [o[f.name].label] if o[f.name].label else []
             elif label and value != usual.get(f.name, f.default):
-                parts.append(label.format(value))
-        return "-".join(parts)
+                words.append(label.format(value))
+        return "-".join(words)
 
 
-def apply_preset(overrides):
+def example_values() -> dict[str, tuple[typing.Any, ...]]:
+    """{key: values of it for tests and tables}: all options of an axis; for other keys the default and an example."""
+    values: dict[str, tuple[typing.Any, ...]] = {}
+    for f in dataclasses.fields(ModelConfig):
+        other = not f.default if isinstance(f.default, bool) else f.metadata["example"]
+        values[f.name] = tuple(AXES[f.name]) if f.name in AXES else (f.default, other)
+    return values
+
+
+def apply_preset(overrides: Mapping[str, typing.Any]) -> ModelConfig:
     """ModelConfig from explicit keys over the preset that they name (`arch_preset`), over the defaults."""
     name = overrides.get("arch_preset", "custom")
     if name not in PRESETS:
         raise ConfigError("arch_preset", f"{short_repr(name)} is unknown{did_you_mean(name, PRESETS)}")
     components = dict(PRESETS[name][1])
     ffn = overrides.get("ffn_type", components.get("ffn_type"))
-    if ffn in FFN_TYPE:  # a preset's activation does not follow into an FFN that brings its own
+    if ffn in FFN_TYPE:  # a preset's activation is dropped where the explicit FFN implies another
         for k, values in FFN_TYPE[ffn].implies.items():
             if components.get(k) not in values:
                 components.pop(k, None)
     return ModelConfig(**{**components, **overrides})
 
 
-def get_preset(name, **overrides):
+def get_preset(name: str, **overrides: typing.Any) -> ModelConfig:
     """The preset `name` with `overrides` on top; sizes are GPT-2's 124M unless overridden."""
     return apply_preset({**overrides, "arch_preset": name})
 
 
-def list_presets():
-    """Print each preset: its name, what it is, its components."""
+def list_presets() -> None:
+    """Print each preset: its name, its description, its components."""
     for name, (summary, _) in PRESETS.items():
         c = get_preset(name)
         o = c.options()
