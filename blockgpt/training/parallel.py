@@ -1,70 +1,79 @@
-"""The machine under a run: processes, device, precision, compilation. Under torchrun: DDP."""
+"""How a model runs on several processes: DDP, FSDP, tensor parallelism; and activation checkpointing.
+
+`parallelize` prepares the model while it has no storage, so that each process allocates its own shards only; `wrap`
+makes the module to call. A mode that shards the model goes into training/sharding.py and is called by `parallelize`.
+"""
 
 import contextlib
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from blockgpt.training.launch import Runtime
 from blockgpt.training.recompute import recompute
 
 
-def parameter_device(config, runtime):
-    """The device on which the weights lie."""
+def parameter_device(config: Any, runtime: Runtime) -> torch.device:
+    """The device of the parameters."""
     return torch.device("cpu") if config.use_fsdp and config.fsdp_cpu_offload else runtime.device
 
 
-def parallelize(model, config, runtime):
-    """Prepare a model on the meta device for `runtime`, before it gets storage: each process then holds its part alone.
+def parallelize(model: Any, config: Any, runtime: Runtime) -> None:
+    """Apply activation checkpointing, tensor parallelism and FSDP to a model on the meta device.
 
-    Activation checkpointing, tensor parallelism, FSDP; what is left (compilation, DDP) is `wrap`'s.
+    Compilation and DDP follow in `wrap`.
     """
     recompute(model, config.activation_checkpointing)
     if config.use_fsdp or runtime.tp_size > 1:
-        from blockgpt.training.sharding import shard_model  # a second to import, which no other run pays for
+        from blockgpt.training.sharding import shard_model  # its import takes a second, which other runs save
 
         shard_model(model, config, runtime)
 
 
-def wrap(model, config, runtime):
-    """The module to call: compiled, and under several processes DDP, unless `parallelize` has done it all.
+def wrap(model: nn.Module, config: Any, runtime: Runtime) -> nn.Module:
+    """The module to call: compiled, and with several processes DDP, unless `parallelize` has sharded the model.
 
-    Weights are read from the plain one.
+    Parameters are read from `model` itself, under their names there.
     """
     if config.use_fsdp or runtime.tp_size > 1:
         return model
-    wrapped = torch.compile(model) if runtime.compile else model
+    wrapped: Any = torch.compile(model) if runtime.compile else model
     if runtime.world_size > 1:
-        ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(wrapped, device_ids=ids, gradient_as_bucket_view=True)  # else held twice
+        device_ids = [runtime.device.index] if runtime.device.type == "cuda" else None
+        # Without the views, gradients would take twice their memory.
+        wrapped = DistributedDataParallel(wrapped, device_ids=device_ids, gradient_as_bucket_view=True)
     return wrapped
 
 
 @contextlib.contextmanager
-def gradient_sync(wrapped, now):
-    """A context in which the backward pass averages gradients over the processes only if `now`."""
+def gradient_sync(wrapped: Any, now: bool) -> Iterator[None]:
+    """A context whose backward pass averages the gradients over the processes if `now`, and else accumulates them."""
     if hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP
         wrapped.set_requires_gradient_sync(now)
     with contextlib.nullcontext() if now or not hasattr(wrapped, "no_sync") else wrapped.no_sync():
         yield
 
 
-def parallel_mode(config, runtime):
-    """How the processes share the work, in words."""
+def parallel_mode(config: Any, runtime: Runtime) -> str:
+    """The parallelism of the run, such as 'FSDP × TP2'; 'single' for one process."""
     if not dist.is_initialized():
         return "single"
-    parts = ["FSDP" if config.use_fsdp else "ZeRO-1" if config.use_zero1 else "DDP" if runtime.dp_size > 1 else ""]
-    if runtime.tp_size > 1:
-        parts.append(f"TP{runtime.tp_size}")
-    return " × ".join(p for p in parts if p) or "single"
+    data_parallel = ("FSDP" if config.use_fsdp else "ZeRO-1" if config.use_zero1 else
+                     "DDP" if runtime.dp_size > 1 else "")
+    tensor_parallel = f"TP{runtime.tp_size}" if runtime.tp_size > 1 else ""
+    return " × ".join(mode for mode in (data_parallel, tensor_parallel) if mode) or "single"
 
 
-def seed_micro_batch(seed, step, number):
-    """Seed dropout as a function of (seed, step, the micro-batch's number in the step): no generator to save.
+def seed_micro_batch(seed: int, step: int, index: int) -> None:
+    """Seed dropout from (seed, step, index), so that a resumed run needs no generator state.
 
-    The number counts over all processes, so that another number of them draws the same.
+    Args:
+        index: of the micro-batch in the step, counted over all processes, so that another number of processes draws
+            the same values.
     """
-    torch.manual_seed(random.Random(f"{seed} {step} {number}").getrandbits(63))
-
-
+    torch.manual_seed(random.Random(f"{seed} {step} {index}").getrandbits(63))

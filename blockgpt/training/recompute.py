@@ -1,66 +1,83 @@
-"""Activation checkpointing: what a block's forward pass saves less, and its backward pass computes again.
+"""Activation checkpointing: what a block's forward pass saves, and what its backward pass computes again.
 
-A kind is a line in `CHECKPOINTING_MODES`. It stands here, below the account of memory, so that the account runs what training runs.
+A new mode is a line in `CHECKPOINTING_MODES`. The memory account (accounting/memory.py) imports this module, so that it
+measures what training runs.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 aten = torch.ops.aten
 
-# By name, as not every build of torch has every kernel; what `linear` and `matmul` come down to is among them.
-PRODUCTS = frozenset(getattr(aten, name).default for name in (
+# Looked up by name, as not every build of torch has every kernel. `linear` and `matmul` dispatch to these.
+MATMUL_OPS = frozenset(getattr(aten, name).default for name in (
     "mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable") if hasattr(aten, name)
 ) | {torch.ops.higher_order.flex_attention}
 
 
-def keep_products(context, operator, *args, **kwargs):
-    """The policy of 'selective': results of matrix products and attention kernels are kept, all else is run again."""
-    if operator not in PRODUCTS or drops_out(operator, args, kwargs):
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save_matmuls(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """The policy of 'selective': save the results of matrix products and attention kernels, recompute the rest."""
+    if op not in MATMUL_OPS or uses_dropout(op, args, kwargs):
         return CheckpointPolicy.PREFER_RECOMPUTE
     return CheckpointPolicy.MUST_SAVE
 
 
-def drops_out(operator, args, kwargs):
-    """Whether a kernel draws random numbers: left out, it would leave those that it drew to the dropout after it."""
-    names = [a.name for a in operator._schema.arguments] if hasattr(operator, "_schema") else []
+def uses_dropout(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a kernel draws random numbers.
+
+    Such a kernel must run again: without it, the dropout that follows would draw the kernel's random numbers.
+    """
+    names = [a.name for a in op._schema.arguments] if hasattr(op, "_schema") else []
     return bool({**dict(zip(names, args, strict=False)), **kwargs}.get("dropout_p"))
 
 
-CHECKPOINTING_MODES = {  # activation_checkpointing: what its checkpoints are given beside the defaults; None: no checkpoint
+# activation_checkpointing: the arguments of torch.utils.checkpoint; None for no checkpointing
+CHECKPOINTING_MODES: dict[str, dict[str, Any] | None] = {
     "none": None,
     "full": {},
-    "selective": {"context_fn": partial(create_selective_checkpoint_contexts, keep_products)},
+    "selective": {"context_fn": partial(create_selective_checkpoint_contexts, save_matmuls)},
 }
 
 
-def recompute(model, kind):
-    """`model`, changed: each of its blocks runs again in the backward pass, in the way of `kind`.
+def recompute(model: Model, mode: str) -> Model:
+    """Apply activation checkpointing to each block of `model`, in place.
 
-    kind: 'none' takes away what another call did; 'full' keeps a block's inputs alone and runs all of it again, one
-    more forward pass of the blocks; 'selective' also keeps what matrix products and fused attention gave, and runs
-    what is cheap between them again: no matrix product twice, but for attention kernels with dropout, whose random
-    numbers must be drawn again. FLOPs of a second run are no model FLOPs: MFU does not count them.
+    The loss and the gradients are bitwise equal in all modes; dropout draws the same random numbers again. Without
+    gradients (evaluation, generation) the plain forward pass runs. Only `block.forward` is replaced: names of modules
+    and parameters stay, and so do hooks such as FSDP's. Call it before torch.compile. FLOPs of recomputation are not
+    model FLOPs: MFU does not count them.
 
-    Loss and gradients are equal to the last bit, dropout's random numbers being the same again. Without gradients
-    (evaluation, generation) the forward pass is the plain one. What is replaced is `block.forward`: module and
-    parameter names, and hooks such as FSDP's, stay as they are. To be called before torch.compile.
-    Chen et al. 2016; selective: Korthikanti et al. 2022.
+    Args:
+        model: its blocks are in `model.blocks`.
+        mode: 'none' removes the effect of an earlier call. 'full' saves only a block's inputs and recomputes the block,
+            one more forward pass of all blocks (Chen et al. 2016). 'selective' also saves the results of matrix
+            products and fused attention, so that it recomputes cheap operations only, except for attention kernels
+            with dropout (Korthikanti et al. 2022).
+
+    Returns:
+        `model`.
     """
-    options = CHECKPOINTING_MODES[kind]
-    for block in model.blocks:
+    options = CHECKPOINTING_MODES[mode]
+    blocks: Any = model.blocks
+    for block in blocks:
         vars(block).pop("forward", None)
         if options is not None:
-            block.forward = partial(checkpointed, block.forward, options)
+            block.forward = partial(checkpointed_forward, block.forward, options)
     return model
 
 
-def checkpointed(forward, options, *args, **kwargs):
-    """forward(*args, **kwargs), to be run again in the backward pass, if there will be one."""
+def checkpointed_forward(forward: Callable[..., Any], options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """forward(*args, **kwargs), checkpointed if a backward pass can follow."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)

@@ -1,101 +1,123 @@
-"""A model in parts: FSDP2 and tensor parallelism, on torch's DTensors. training/parallel.py decides; this does."""
+"""Sharded models: FSDP2 and tensor parallelism, on torch's DTensors.
+
+`parallelize` (training/parallel.py) calls `shard_model`. A module takes part in tensor parallelism by a `tp_plan`; a
+new style of a plan is a line in `tp_styles`.
+"""
+
+from typing import Any
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from blockgpt.training.launch import Runtime
 
-def shard_model(model, config, runtime):
-    """Part a model on the meta device as `config` says, compiling each block by itself."""
-    mesh = device_mesh(config, runtime)
+
+def shard_model(model: Any, config: Any, runtime: Runtime) -> None:
+    """Shard a model on the meta device as `config` says, and compile each block on its own."""
+    mesh = build_mesh(config, runtime)
     if runtime.tp_size > 1:
-        apply_tensor_parallel(model, mesh["tensor"])
-    if runtime.compile:  # what FSDP does between the blocks, no compiler can look into
+        apply_tensor_parallel(model, mesh["tp"])
+    if runtime.compile:  # by block, as the compiler cannot trace what FSDP does between blocks
         for block in model.blocks:
             block.forward = torch.compile(block.forward)
     if config.use_fsdp:
-        apply_fsdp(model, config, runtime, mesh[tuple(n for n in mesh.mesh_dim_names if n != "tensor")])
+        apply_fsdp(model, config, runtime, mesh["dp_replicate", "dp_shard"] if config.dp_replicate > 1
+                   else mesh["dp_shard"])
 
 
-def device_mesh(config, runtime):
-    """The processes as a grid: (copies of the model, FSDP's shards of one, tensor-parallel neighbours), where asked."""
+def build_mesh(config: Any, runtime: Runtime) -> DeviceMesh:
+    """The mesh of all ranks. Its dimensions, where used: dp_replicate, dp_shard, tp."""
     sizes = {}
     if config.use_fsdp:
-        sizes = {"shard": runtime.dp_size // config.dp_replicate}
         if config.dp_replicate > 1:
-            sizes = {"replica": config.dp_replicate, **sizes}
+            sizes["dp_replicate"] = config.dp_replicate
+        sizes["dp_shard"] = runtime.dp_size // config.dp_replicate
     if runtime.tp_size > 1:
-        sizes["tensor"] = runtime.tp_size
-    return init_device_mesh(runtime.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)) if sizes else None
+        sizes["tp"] = runtime.tp_size
+    return init_device_mesh(runtime.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def apply_fsdp(model, config, runtime, mesh):
-    """FSDP2 (Zhao et al. 2023): each block's parameters, gradients and moments in equal parts, one a process.
+# ---------------------------------------------------------------- FSDP
 
-    A block is put together in the precision of the products when it is computed; the embeddings, the last norm and the
-    head stay float32 under autocast, as without FSDP. Gradients are summed in float32.
+
+def apply_fsdp(model: Any, config: Any, runtime: Runtime, mesh: DeviceMesh) -> None:
+    """FSDP2 (Zhao et al. 2023): parameters, gradients and optimizer state of each block in equal shards.
+
+    A block is gathered in the dtype of the matrix products when it is computed. The embeddings, the last norm and the
+    head stay float32 under autocast, as without FSDP. Gradients are reduced in float32.
     """
-    reduced = MixedPrecisionPolicy(param_dtype=None if runtime.dtype == torch.float32 else runtime.dtype,
-                                   reduce_dtype=torch.float32, cast_forward_inputs=False)
+    block_policy = MixedPrecisionPolicy(param_dtype=None if runtime.dtype == torch.float32 else runtime.dtype,
+                                        reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if config.fsdp_cpu_offload and runtime.device.type != "cpu" else OffloadPolicy()
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=config.fsdp_reshard_after_forward, mp_policy=reduced,
+        fully_shard(block, mesh=mesh, reshard_after_forward=config.fsdp_reshard_after_forward, mp_policy=block_policy,
                     offload_policy=offload)
     fully_shard(model, mesh=mesh, offload_policy=offload)
 
 
-def apply_tensor_parallel(model, mesh):
-    """Tensor parallelism (Shoeybi et al. 2019): the matrices that a part's `tp_plan` names, in parts.
+# ---------------------------------------------------------------- tensor parallelism
 
-    columns: each process computes its share of the outputs (of the heads, of d_ff); rows: from its share of the
-    inputs, summed over the processes; shards: works on such a share, its own parameters whole on each process;
-    vocabulary, logits: the rows of the embedding and of the head, their outputs whole.
+
+def tp_styles() -> dict[str, ParallelStyle]:
+    """The styles that a module's `tp_plan` gives its submodules.
+
+    columns: each rank computes its own outputs (its heads, its columns of d_ff); rows: from its own inputs, summed over
+    the ranks; shards: on its own heads, with replicated parameters; vocabulary, logits: the embedding and the head,
+    sharded by vocabulary, with replicated inputs and outputs.
     """
-    styles = {"columns": ColwiseParallel(), "rows": RowwiseParallel(), "shards": HeadwiseParallel(),
-              "vocabulary": RowwiseParallel(input_layouts=Replicate()),
-              "logits": ColwiseParallel(output_layouts=Replicate())}
+    return {"columns": ColwiseParallel(), "rows": RowwiseParallel(), "shards": HeadwiseParallel(),
+            "vocabulary": RowwiseParallel(input_layouts=Replicate()),
+            "logits": ColwiseParallel(output_layouts=Replicate())}
+
+
+def apply_tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
+    """Tensor parallelism (Shoeybi et al. 2019): shard each module over `mesh` as its `tp_plan` says."""
+    styles = tp_styles()
     for module in list(model.modules()):
-        plan = getattr(module, "tp_plan", {})
-        there = {name: styles[style] for name, style in plan.items()
-                 if getattr(module, name.removesuffix(".*"), None) is not None}
-        if there:
-            parallelize_module(module, mesh, there)
+        plan = {name: styles[style] for name, style in getattr(module, "tp_plan", {}).items()
+                if getattr(module, name.removesuffix(".*"), None) is not None}
+        if plan:
+            parallelize_module(module, mesh, plan)
     if model.config.weight_tying:
         model.lm_head.weight = model.token_embedding.weight
-    alibi_slopes = model.position.alibi_slopes  # of all heads
-    rank = mesh.get_local_rank()
+    shard_alibi_slopes(model.position, mesh)
 
-    def of_these_heads(device=None):
-        every = alibi_slopes(device)
-        return every if every is None else every.chunk(mesh.size())[rank]
 
-    model.position.alibi_slopes = of_these_heads
+def shard_alibi_slopes(position: Any, mesh: DeviceMesh) -> None:
+    """Have `position.alibi_slopes` return the slopes of this rank's heads only."""
+    all_alibi_slopes, tp_rank = position.alibi_slopes, mesh.get_local_rank()
+
+    def local_alibi_slopes(device: torch.device | None = None) -> torch.Tensor | None:
+        alibi_slopes = all_alibi_slopes(device)
+        return None if alibi_slopes is None else alibi_slopes.chunk(mesh.size())[tp_rank]
+
+    position.alibi_slopes = local_alibi_slopes
 
 
 class HeadwiseParallel(ParallelStyle):
-    """A part that works on heads, (B, T, heads, …): on this process's, its parameters whole on each.
+    """For a module that works on heads, (B, T, H, …): on this rank's heads, with replicated parameters.
 
-    It computes on DTensors, so that its gradients are summed over the processes. Where it works across heads, each
-    process computes it on all of them, put together.
+    It computes on DTensors, so that the gradients of its parameters are summed over the ranks. A module with
+    `across_heads` gets the heads of all ranks, and every rank computes all of them.
+
+    torch's SequenceParallel(sequence_dim=2) does the same for modules of one input and one output.
     """
 
-    def _apply(self, module, device_mesh):
-        across = getattr(module, "across_heads", False)
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        across_heads = getattr(module, "across_heads", False)
 
-        def whole(name, shard_model, mesh):
-            for key, p in list(shard_model.named_parameters(recurse=False)):
-                shard_model.register_parameter(key, torch.nn.Parameter(
-                    DTensor.from_local(p, mesh, [Replicate()], run_check=False)))
+        def shard_inputs(module: nn.Module, inputs: tuple[torch.Tensor, ...], mesh: DeviceMesh) -> Any:
+            sharded = [DTensor.from_local(x, mesh, [Shard(2)], run_check=False) for x in inputs]
+            return tuple(x.redistribute(placements=[Replicate()]) if across_heads else x for x in sharded)
 
-        def spread(module, inputs, mesh):
-            inputs = (DTensor.from_local(x, mesh, [Shard(2)], run_check=False) for x in inputs)
-            return tuple(x.redistribute(placements=[Replicate()]) if across else x for x in inputs)
-
-        def gather(module, outputs, mesh):
+        def local_outputs(module: nn.Module, outputs: Any, mesh: DeviceMesh) -> Any:
             if isinstance(outputs, tuple):
-                return tuple(gather(module, x, mesh) for x in outputs)
+                return tuple(local_outputs(module, x, mesh) for x in outputs)
             return outputs.redistribute(placements=[Shard(2)]).to_local()
 
-        return distribute_module(module, device_mesh, whole, spread, gather)
+        # Without a partition function, distribute_module replicates the parameters.
+        return distribute_module(module, device_mesh, None, shard_inputs, local_outputs)
