@@ -1,4 +1,4 @@
-"""The run directory and the console: a log that always reads, whatever ends the run; a tracker that ends none."""
+"""The run directory and the console: the log is readable whatever ends the run."""
 
 import fcntl
 import json
@@ -19,16 +19,24 @@ from test_checkpoint import largest_file
 import training_logger
 from blockgpt.console import human_time
 from blockgpt.errors import NonFiniteError, UserError
+from blockgpt.training.faults import StepStatus
 from model_builder import build_model
 from model_config import ModelConfig
 from training_logger import RunLog, run_directory, summarize_ranks
 
-HEADER = {"arch_name": "x", "config": {"init_from": "scratch", "eval_only": False}}
-STEP = {"step": 1, "tokens": 8, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "step_time": 0.1, "tokens_per_sec": 80.0,
-        "tflops": 0.1, "mfu": None, "memory": {"allocated": 1, "peak": 2, "reserved": None}}
+HEADER = {"arch_name": "x", "config": {"resume": "never", "eval_only": False}, "hardware": {"world_size": 1}}
+MEMORY = {"allocated": 1, "peak": 2, "reserved": None}
+SPEED = {"step_time": 0.1, "tokens_per_sec": 80.0, "tflops": 0.1, "mfu": None}
 
 SHORT = (*TINY, "--run_name=run", "--max_iters=4", "--eval_interval=2", "--gradient_log_interval=2", "--dropout=0.1",
          "--arch_preset=llama", "--n_kv_head=1")
+
+
+def log_step(log, step=1, loss=2.0, grad_norm=1.0, step_times=(0.1,), peaks=(2,), communication=None, **speed):
+    """A training step into the log."""
+    status = StepStatus(loss, [grad_norm] * len(step_times), [-1] * len(step_times), None, False, list(step_times),
+                        list(peaks))
+    log.step(step, 8, status, 1e-3, {**SPEED, **speed}, dict(MEMORY), {"text": 8}, communication)
 
 
 def opened(*args):
@@ -48,7 +56,7 @@ def plain(tmp_path_factory, data_dir):
 
 
 def configuration(tmp_path, run_name=None, **keys):
-    return SimpleNamespace(**{"run_name": run_name, "out_dir": str(tmp_path), "init_from": "scratch", "resume": None,
+    return SimpleNamespace(**{"run_name": run_name, "out_dir": str(tmp_path), "resume": "never", "resuming": False,
                               "max_iters": 10, "eval_only": False, "wandb_log": False, "wandb_project": "p",
                               "model": SimpleNamespace(arch_preset="gpt2"), **keys})
 
@@ -57,7 +65,7 @@ def configuration(tmp_path, run_name=None, **keys):
 def new_log(tmp_path):
     """new_log(resumed=False, **config) -> the log of a run in tmp_path/run."""
     def make(resumed=False, **keys):
-        return opened(tmp_path / "run", HEADER, configuration(tmp_path, "run", **keys), resumed)
+        return opened(tmp_path / "run", HEADER, configuration(tmp_path, "run", resuming=resumed, **keys))
     return make
 
 
@@ -82,7 +90,7 @@ def test_runs_started_in_the_same_second_get_directories_of_their_own(tmp_path):
     config = configuration(tmp_path)
     path = run_directory(config)
     assert re.fullmatch(r"\d{8}-\d{6}-gpt2", path.name)
-    racing = [opened(path, HEADER, config, False) for _ in range(3)]  # each found the name free
+    racing = [opened(path, HEADER, config) for _ in range(3)]  # each found the name free
     assert len({log.dir for log in racing}) == 3 and racing[0].dir == path
     assert all(run_json(log)["run_name"] == log.dir.name for log in racing)
 
@@ -93,28 +101,32 @@ def test_a_name_given_by_hand_is_never_shared(tmp_path, new_log):
         run_directory(configuration(tmp_path, "run"))
     with pytest.raises(UserError, match="exists"):
         new_log()  # the name was free a moment ago
-    assert run_directory(configuration(tmp_path, "run", init_from="resume")) == first.dir
+    assert run_directory(configuration(tmp_path, "run", resume="must", resuming=True)) == first.dir
     (tmp_path / "dangling").symlink_to("nowhere")
     with pytest.raises(UserError, match="exists"):
         run_directory(configuration(tmp_path, "dangling"))
 
 
-def test_a_directory_that_cannot_be_made_is_told(tmp_path):
+def test_a_directory_that_cannot_be_created_is_an_error_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     config = configuration(tmp_path / "file", "run")
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
-        opened(tmp_path / "file/run", HEADER, config, False)
+        opened(tmp_path / "file/run", HEADER, config)
 
 
 def test_other_processes_write_nothing(tmp_path, capsys):
-    log = RunLog(tmp_path / "run", HEADER, configuration(tmp_path, "run"), False, quiet=True)
+    log = RunLog(tmp_path / "run", HEADER, configuration(tmp_path, "run"), quiet=True)
     with log:
-        log.step(**STEP)
-        log.evaluation(1, 8, val_loss=1.0)
+        log.begin(None, None, 0)
+        log_step(log)
+        log.evaluation(1, 8, {"val_loss": 1.0}, None)
         log.gradients(1, {})
+        log.spike(1, 9.0, 7.0, True)
+        log.saved(1, 0.5)
         log.info("x")
         log.warning("x")
-        log.interrupted("x")
+        log.interrupted("x", 1)
+        log.peer_lost("x")
     assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
 
 
@@ -122,9 +134,9 @@ def test_other_processes_write_nothing(tmp_path, capsys):
 
 def test_numbers_that_are_none_are_null(new_log, capsys):
     with new_log() as log:
-        log.step(**{**STEP, "loss": float("nan"), "grad_norm": float("inf")})
+        log_step(log, loss=float("nan"), grad_norm=float("inf"))
         log.gradients(1, {"blocks.0": {"grad_norm": float("-inf")}})
-        log.evaluation(1, 8, val_loss=float("nan"), val_bpb=float("inf"))
+        log.evaluation(1, 8, {"val_loss": float("nan"), "val_bpb": float("inf")}, None)
     step, gradients, evaluation = lines(log)
     assert step["loss"] is None and step["grad_norm"] is None and step["lr"] == 1e-3
     assert gradients["layers"]["blocks.0"]["grad_norm"] is None
@@ -135,7 +147,7 @@ def test_numbers_that_are_none_are_null(new_log, capsys):
 def test_results_are_medians_without_the_first_step(new_log):
     with new_log() as log:
         for i, speed in enumerate((1.0, 50.0, 70.0, 60.0)):
-            log.step(**{**STEP, "step": i + 1, "tokens_per_sec": speed})
+            log_step(log, i + 1, tokens_per_sec=speed)
     results = run_json(log)["results"]
     assert results["tokens_per_sec"] == 60 and results["mfu"] is None and results["step"] == 4
     assert results["peak_memory"] == 2
@@ -157,7 +169,7 @@ def test_the_end_of_a_run_is_its_status(tmp_path, new_log):
     assert status_after(KeyboardInterrupt()) == ("interrupted", "KeyboardInterrupt:")
     assert status_after(SystemExit(1)) == ("failed", "SystemExit: 1")
     with new_log(resumed=True) as log:
-        log.interrupted("SIGTERM at step 3")
+        log.interrupted("SIGTERM", 3)
     assert (run_json(log)["status"], run_json(log)["status_reason"]) == ("interrupted", "SIGTERM at step 3")
     assert status_after() == ("finished", None)
 
@@ -167,33 +179,33 @@ def test_a_resumed_log_appends_after_a_torn_line_and_keeps_its_origin(tmp_path, 
     log = new_log()
     monkeypatch.setattr(training_logger.time, "time", lambda: 1060.0)
     with log:
-        log.step(**STEP)
+        log_step(log)
     created = run_json(log)["created_at"]
     with open(log.dir / "metrics.jsonl", "ab") as f:
         f.write(b'{"kind": "st')
     (log.dir / ".run.json.4711.tmp").touch()  # what a kill in the middle of a replacement leaves
     monkeypatch.setattr(training_logger, "utc_now", lambda: "2099-01-01T00:00:00Z")
-    header = {**HEADER, "config": {"init_from": "resume", "eval_only": False, "max_iters": 10}}
-    log = opened(log.dir, header, configuration(tmp_path, "run"), True)
+    header = {**HEADER, "config": {"resume": "must", "eval_only": False, "max_iters": 10}}
+    log = opened(log.dir, header, configuration(tmp_path, "run", resume="must", resuming=True))
     monkeypatch.setattr(training_logger.time, "time", lambda: 1065.0)
     with log:
-        log.step(**{**STEP, "step": 2})
+        log_step(log, 2)
     whole, torn, after = (log.dir / "metrics.jsonl").read_text().splitlines()
     assert strict(whole)["step"] == 1 and torn == '{"kind": "st' and strict(after)["step"] == 2
     record = run_json(log)
     assert record["created_at"] == created and record["updated_at"] == "2099-01-01T00:00:00Z"
-    assert record["config"] == {"init_from": "scratch", "eval_only": False, "max_iters": 10}
+    assert record["config"] == {"resume": "never", "eval_only": False, "max_iters": 10}
     assert record["results"]["wall_time"] == 65 and not list(log.dir.glob(".*"))
 
 
 def test_evaluating_a_run_changes_neither_its_status_nor_its_config(new_log):
     with new_log() as log:
-        log.step(**STEP)
-        log.interrupted("SIGTERM at step 1")
+        log_step(log)
+        log.interrupted("SIGTERM", 1)
     before = run_json(log)
     log = new_log(resumed=True, eval_only=True, max_iters=99)
     with log:
-        log.evaluation(1, 8, val_loss=1.5)
+        log.evaluation(1, 8, {"val_loss": 1.5}, None)
     after = run_json(log)
     assert after["results"].pop("val_loss") == 1.5
     assert {**after, "updated_at": 0} == {**before, "updated_at": 0}
@@ -202,18 +214,17 @@ def test_evaluating_a_run_changes_neither_its_status_nor_its_config(new_log):
 
 def test_a_log_that_cannot_be_written_is_a_warning(new_log, capsys):
     with new_log() as log:
-        log.step(**STEP)
+        log_step(log)
         before = run_json(log)
         capsys.readouterr()
         with largest_file((log.dir / "metrics.jsonl").stat().st_size + 10):
-            log.step(**{**STEP, "step": 2})
-            log.evaluation(2, 16, val_loss=1.0)
-            log.best({"step": 2, "val_loss": 1.0})
+            log_step(log, 2)
+            log.evaluation(2, 16, {"val_loss": 1.0}, {"step": 2, "val_loss": 1.0})
             assert run_json(log) == before
         warnings = capsys.readouterr().err.splitlines()
         assert [w.split(":")[1].strip() for w in warnings] == ["metrics.jsonl", "metrics.jsonl", "run.json"]
         assert all(w.startswith("warning: ") and "File too large" in w for w in warnings)
-        log.step(**{**STEP, "step": 3})  # there is room again: nothing was lost and nothing is torn
+        log_step(log, 3)  # there is space again: nothing was lost and nothing is torn
     assert [r["step"] for r in lines(log)] == [1, 2, 2, 3]
     assert run_json(log)["status"] == "finished" and run_json(log)["results"]["best_step"] == 2
 
@@ -249,8 +260,8 @@ def on_a_terminal(command, columns, cwd, env):
     os.close(terminal)
     output = b""
     try:
-        while piece := os.read(main, 65536):
-            output += piece
+        while chunk := os.read(main, 65536):
+            output += chunk
     except OSError:  # how Linux says that the other end is closed
         pass
     os.close(main)
@@ -261,10 +272,10 @@ def test_on_a_terminal_lines_fit_and_steps_are_rewritten_in_place(tmp_path, data
     code, output = on_a_terminal([ROOT / "train.py", *TINY, f"--data_dir={data_dir}", "--run_name=run", "--max_iters=6",
                                   "--eval_interval=4"], 72, tmp_path, environment())
     assert code == 0
-    shown = [part for line in output.split("\n") for part in line.split("\r\x1b[K")]
-    assert max(map(len, shown)) < 72
-    steps = [part for part in shown if part.startswith("step") and "loss " in part and "val_loss" not in part]
-    assert [int(re.search(r"(\d+)/6", part)[1]) for part in steps] == [1, 2, 3, 4, 5, 6]
+    printed = [text for line in output.split("\n") for text in line.split("\r\x1b[K")]
+    assert max(map(len, printed)) < 72
+    steps = [text for text in printed if text.startswith("step") and "loss " in text and "val_loss" not in text]
+    assert [int(re.search(r"(\d+)/6", text)[1]) for text in steps] == [1, 2, 3, 4, 5, 6]
     ends = [line.split("\r\x1b[K")[-1] for line in output.split("\n")]  # what a line held when the next one began
     assert not set(steps) & set(ends) and len([e for e in ends if "val_loss" in e]) == 2
     assert output.count("\x1b") == output.count("\r\x1b[K") and "done: runs/run" in ends
@@ -289,46 +300,63 @@ def test_durations_read_naturally():
 
 # ---- several processes
 
-def several(times, peaks=None, communication=None):
-    ranks = {"step_time": times, "memory_peak": peaks or [rank for rank in range(len(times))]}
-    return {**ranks, "communication": communication} if communication else ranks
-
-
 def test_what_each_rank_took_is_logged_and_the_slowest_is_named(new_log, capsys):
     with new_log() as log:
-        log.step(**STEP, ranks=several([0.1, 0.2, 0.1], peaks=[7, 9, None]))
-        log.step(**{**STEP, "step": 2}, ranks=several([0.1, 0.101, 0.1]))
+        log_step(log, step_times=[0.1, 0.2, 0.1], peaks=[7, 9, 8])
+        log_step(log, 2, step_times=[0.1, 0.101, 0.1], peaks=[0, 1, 2])
     one, two = lines(log)
-    assert one["ranks"] == {"step_time": [0.1, 0.2, 0.1], "memory_peak": [7, 9, None]} and one["slowest_rank"] == 1
+    assert one["ranks"] == {"step_time": [0.1, 0.2, 0.1], "memory_peak": [7, 9, 8]} and one["slowest_rank"] == 1
     assert one["memory"] == {"allocated": 1, "peak": 9, "reserved": None}
     assert run_json(log)["results"]["peak_memory"] == two["memory"]["peak"] == 2
-    said = capsys.readouterr().out.splitlines()
-    assert "rank 1 takes 2.00 × as long" in said[0] and "rank" not in said[1]
+    printed = capsys.readouterr().out.splitlines()
+    assert "rank 1 takes 2.00 × as long" in printed[0] and "rank" not in printed[1]
 
 
-def test_the_communication_of_each_rank_and_whom_they_wait_for(new_log, capsys):
-    both = [{"share": 0.5, "exposed": 0.4}, None, {"share": 0.1, "exposed": 0.0}]
+def test_the_communication_of_each_rank_and_the_straggler_are_logged(new_log, capsys):
+    measured = [{"share": 0.5, "exposed": 0.4}, None, {"share": 0.1, "exposed": 0.0}]
+    three = {"step_times": [1.0] * 3, "peaks": [0, 1, 2]}
     with new_log() as log:
-        log.step(**STEP, ranks=several([1.0] * 3, communication=both))
-        log.step(**{**STEP, "step": 2}, ranks=several([1.0] * 3, communication=[None] * 3))
-        log.step(**{**STEP, "step": 3}, ranks={**several([1.0] * 3), "communication": None})
-    one, two, three = lines(log)
+        log_step(log, **three, communication=measured)
+        log_step(log, 2, **three, communication=[None] * 3)
+        log_step(log, 3, **three)
+    one, *without = lines(log)
     assert one["communication"] == {"share": 0.3, "exposed": 0.2, "waited_for": 2}
     assert one["ranks"]["communication_exposed"] == [0.4, None, 0.0]
-    for record in (two, three):
+    for record in without:
         assert "communication" not in record and list(record["ranks"]) == ["step_time", "memory_peak"]
     assert run_json(log)["results"]["communication"] == one["communication"]
     assert "communication 30.0%, 20.0% exposed" in capsys.readouterr().out
 
 
-def test_one_process_says_nothing_of_ranks(new_log):
+def test_one_process_logs_no_ranks(new_log):
     with new_log() as log:
-        log.step(**STEP, ranks=several([0.1]))
-        log.step(**STEP)
-    assert lines(log)[0] == lines(log)[1] == {"kind": "step", **STEP}
+        log_step(log)
+    assert lines(log) == [{"kind": "step", "step": 1, "tokens": 8, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, **SPEED,
+                           "memory": MEMORY, "tokens_per_source": {"text": 8}}]
 
 
-def test_beyond_64_ranks_the_log_says_how_they_spread():
+def test_beyond_64_ranks_the_log_summarises_them():
     assert summarize_ranks([1.0] * 64) == [1.0] * 64
     assert summarize_ranks([3.0, None, 1.0, 2.0] * 25) == {"min": 1.0, "median": 2.0, "max": 3.0, "max_rank": 0}
     assert summarize_ranks([None] * 65) is None
+
+
+# ---- spikes, saves, the best
+
+def test_spikes_saves_and_the_best_are_records_and_results(new_log, capsys):
+    with new_log() as log:
+        log.spike(3, 9.0, 7.5, skipped=True)
+        log.spike(4, 9.0, 7.5, skipped=False)
+        log.evaluation(4, 8, {"val_loss": 2.0, "val_bpb": 1.0}, {"step": 2, "val_loss": 1.5, "val_bpb": 0.5})
+        log.saved(4, 0.25)
+        log.saved(5, None)
+    spike, other, _, save, background = lines(log)
+    assert (spike["excess"], spike["skipped"], other["skipped"]) == (7.5, True, False)
+    assert (save["seconds"], background["seconds"]) == (0.25, None)
+    results = run_json(log)["results"]
+    assert (results["spikes"], results["skipped_steps"], results["saved_step"]) == (2, 1, 5)
+    assert (results["val_loss"], results["best_val_loss"], results["best_step"]) == (2.0, 1.5, 2)
+    out, err = capsys.readouterr()
+    assert "step      4   saved in 0.25 s" in out and "step      5   saved\n" in out
+    assert "step 3: the loss of 9.0000 is a spike" in err and "skipped" in err.splitlines()[0]
+    assert "skipped" not in err.splitlines()[1]

@@ -1,93 +1,121 @@
-"""What a step learns from: batches, their loss, the validation metrics. The loop in train.py knows no more.
+"""What a step learns from: batches, their loss, the validation metrics. The loop in train.py knows no more of data.
 
-To add an objective: a class with the methods and attributes of `LanguageModeling`.
+To add an objective, write a class with the public methods and attributes of `LanguageModeling`.
 """
 
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from blockgpt.data.dataset import ensure_prepared, open_dataset
-from blockgpt.data.loader import Prefetch, TrainBatches, pinned, to_device, val_batches, val_sequences
+from blockgpt.data.dataset import Dataset, ensure_prepared, open_dataset
+from blockgpt.data.loader import GlobalBatches, Prefetch, TrainBatches, pinned, to_device, val_batches, val_sequences
 from blockgpt.data.mixture import MixedBatches, Mixture, check_epochs, describe_phases, source_seed
 from blockgpt.data.packing import IGNORED, PackedBatches
 from blockgpt.data.tokenizer import describe_tokenizer
 from blockgpt.errors import ConfigError, DataError
+from blockgpt.training.launch import Runtime
+
+Batch = tuple[torch.Tensor, ...]
 
 
 class LanguageModeling:
-    """Next-token prediction: cross-entropy in nats, every token of a step weighing the same.
+    """Next-token prediction: cross-entropy in nats, every target token of a step weighs the same.
 
-    vocab_size: token ids in the data. micro_steps: this process's micro-batches a step. tokens_per_step and
-    sequences_per_step count over all processes. fingerprint: of the token files and of how they are mixed and packed.
-    tokenizer: as meta.json has it. datasets: {name: Dataset}; dataset: the first, whose tokenizer all of them have.
+    Attributes:
+        vocab_size: number of token ids in the data.
+        micro_steps: micro-batches of this process in a step.
+        tokens_per_step, sequences_per_step: over all processes.
+        fingerprint: hex digest of the token files and of how they are mixed and packed.
+        tokenizer: the tokenizer's entry in meta.json.
+        datasets: {name: `Dataset`}; all have the same tokenizer.
     """
 
-    def __init__(self, config, runtime):
+    def __init__(self, config: Any, runtime: Runtime) -> None:
+        """Open the datasets that `config` names.
+
+        Raises:
+            DataError: a dataset is missing or damaged, or the datasets have different tokenizers.
+            ConfigError: the model or the mixture does not fit this objective.
+        """
         self.config, self.runtime, self.phases = config, runtime, config.phases()
-        block_size, self.sequences_per_step = (config.model.block_size,
-                                               config.batch_size * config.gradient_accumulation_steps)
+        block_size = config.model.block_size
+        self.sequences_per_step = config.batch_size * config.gradient_accumulation_steps
         self.tokens_per_step = self.sequences_per_step * block_size
         self.micro_steps = config.gradient_accumulation_steps // runtime.dp_size
         self.mixture = Mixture(self.phases, self.sequences_per_step)
-        runtime.on_rank_zero(lambda: [ensure_prepared(name, config.data_dir) for name in self.mixture.names])
-        vocab_size = config.model.vocab_size if "vocab_size" in config.explicit else None
-        self.datasets = {name: open_dataset(name, config.data_dir, config.tokenizer, vocab_size)
-                         for name in self.mixture.names}
-        self.dataset = first = next(iter(self.datasets.values()))
-        for name, dataset in self.datasets.items():
-            if dataset.meta["tokenizer"] != first.meta["tokenizer"]:
-                mine, theirs = (describe_tokenizer(d.meta["tokenizer"]) for d in (dataset, first))
-                raise DataError(f"datasets {first.name!r} ({theirs}) and {name!r} ({mine}) have different tokenizers: "
-                                "one model cannot read both (prepare one again with the other's --tokenizer)")
+        self.datasets = self._open_datasets()
+        first = next(iter(self.datasets.values()))
         self.vocab_size, self.tokenizer, self.eot = first.vocab_size, first.meta["tokenizer"], first.meta["eot"]
-        self._check_sight()
+        self._check_model()
 
-        source = {"stream": TrainBatches, "documents": PackedBatches}[config.packing]
-        shape = (config.batch_size, config.gradient_accumulation_steps)
+        batches_of = PackedBatches if config.packing == "documents" else TrainBatches
+        sizes = (config.batch_size, config.gradient_accumulation_steps)
+        self.batches: GlobalBatches
+        self.sources: dict[str, TrainBatches | PackedBatches]
         if len(self.datasets) == 1:
-            self.sources = {first.name: source(first, config.seed, block_size, *shape)}
+            self.sources = {first.name: batches_of(first, config.seed, block_size, *sizes)}
             self.batches = self.sources[first.name]
         else:
-            self.sources = {name: source(dataset, source_seed(config.seed, name), block_size, *shape)
+            self.sources = {name: batches_of(dataset, source_seed(config.seed, name), block_size, *sizes)
                             for name, dataset in self.datasets.items()}
-            self.batches = MixedBatches(self.sources, self.mixture, *shape)
+            self.batches = MixedBatches(self.sources, self.mixture, *sizes)
         for dataset in self.datasets.values():
-            val_sequences(dataset, block_size)  # a split too short is told now, not after an hour
+            val_sequences(dataset, block_size)  # a split that is too short is an error now, not after an hour
         if not config.eval_only:
             check_epochs(self.mixture, {name: b.n_sequences for name, b in self.sources.items()}, config.max_epochs,
                          config.max_iters, self.sequences_per_step)
         self.fingerprint = self._fingerprint()
         self.prefetch = Prefetch(self._read, self._successor)
 
-    def _check_sight(self):
-        """`ConfigError` if what the model's tokens see does not go with this objective, or with these data."""
+    def _open_datasets(self) -> dict[str, Dataset]:
+        config = self.config
+
+        def prepare() -> None:
+            for name in self.mixture.names:
+                ensure_prepared(name, config.data_dir)
+
+        self.runtime.on_rank_zero(prepare)
+        vocab_size = config.model.vocab_size if "vocab_size" in config.explicit else None
+        datasets = {name: open_dataset(name, config.data_dir, config.tokenizer, vocab_size)
+                    for name in self.mixture.names}
+        first = next(iter(datasets.values()))
+        for name, dataset in datasets.items():
+            if dataset.meta["tokenizer"] != first.meta["tokenizer"]:
+                ours, theirs = (describe_tokenizer(d.meta["tokenizer"]) for d in (dataset, first))
+                raise DataError(f"datasets {first.name!r} ({theirs}) and {name!r} ({ours}) have different tokenizers, "
+                                "and one model cannot read both (prepare one again with the other's --tokenizer)")
+        return datasets
+
+    def _check_model(self) -> None:
+        """Raise `ConfigError` if the model's attention mask does not fit next-token prediction, or these datasets."""
         if not self.config.model.causal:
-            raise ConfigError("causal", "False: every token would see the next one, which it is to predict "
-                                        "(next-token prediction needs causal=True)")
+            raise ConfigError("causal", "False lets every token attend to the token that it predicts (next-token "
+                                        "prediction needs causal=True)")
         if self.config.model.mask_documents:
             for name, dataset in self.datasets.items():
                 if dataset.meta["eot"] is None:
-                    raise ConfigError("mask_documents", f"the tokens of {name} do not say where a document ends "
-                                                        "(they have no end-of-text token)")
+                    raise ConfigError("mask_documents", f"dataset {name} has no end-of-text token, so its documents "
+                                                        "have no boundaries (--mask_documents=False)")
 
-    def _fingerprint(self):
-        prints = [[name, dataset.fingerprint] for name, dataset in self.datasets.items()]
-        if len(prints) == 1 and self.config.packing == "stream":
-            return prints[0][1]
-        shares = [[phase.first, sorted((name, str(share)) for name, share in shares.items())]
-                  for phase, shares in zip(self.mixture.phases, self.mixture.shares, strict=True)]
-        return hashlib.sha256(json.dumps([prints, shares, self.config.packing]).encode()).hexdigest()
+    def _fingerprint(self) -> str:
+        fingerprints = [[name, dataset.fingerprint] for name, dataset in self.datasets.items()]
+        if len(fingerprints) == 1 and self.config.packing == "stream":
+            return fingerprints[0][1]
+        weights = [[phase.first, sorted((name, str(weight)) for name, weight in phase_weights.items())]
+                   for phase, phase_weights in zip(self.mixture.phases, self.mixture.shares, strict=True)]
+        return hashlib.sha256(json.dumps([fingerprints, weights, self.config.packing]).encode()).hexdigest()
 
-    def description(self):
-        """The data, as run.json keeps it."""
-        consumed = self.mixture.consumed(self.config.max_iters * self.sequences_per_step)
+    def description(self) -> dict[str, Any]:
+        """The data, as run.json records it."""
+        planned = self.mixture.consumed(self.config.max_iters * self.sequences_per_step)
         sources = {name: {"fingerprint": dataset.fingerprint, "train_tokens": dataset.tokens("train"),
                           "val_tokens": dataset.tokens("val"), "share": float(self.mixture.shares[-1][name]),
-                          "planned_tokens": consumed[name] * self.config.model.block_size,
-                          "planned_epochs": consumed[name] / self.sources[name].n_sequences}
+                          "planned_tokens": planned[name] * self.config.model.block_size,
+                          "planned_epochs": planned[name] / self.sources[name].n_sequences}
                    for name, dataset in self.datasets.items()}
         return {"dataset": describe_phases(self.phases), "fingerprint": self.fingerprint, "vocab_size": self.vocab_size,
                 "train_tokens": sum(s["train_tokens"] for s in sources.values()),
@@ -95,83 +123,94 @@ class LanguageModeling:
                 "tokens_per_step": self.tokens_per_step, "sequences_per_step": self.sequences_per_step,
                 "packing": self.config.packing, "sources": sources}
 
-    def consumed(self, step):
+    def consumed(self, step: int) -> dict[str, int]:
         """{source: tokens of it in the first `step` steps}, padding included."""
         sequences = self.mixture.consumed(step * self.sequences_per_step)
-        return {name: n * self.config.model.block_size for name, n in sequences.items()}
+        return {name: count * self.config.model.block_size for name, count in sequences.items()}
 
-    def micro_batches(self, step):
+    # ------------------------------------------------------------ training
+
+    def micro_batches(self, step: int) -> Iterator[Batch]:
         """This process's micro-batches of step `step`: (x, y), each (batch_size, block_size) int64 on the device."""
         self.step_targets = self.batches.step_targets(step)
         for micro_step in range(self.micro_steps):
             self.runtime.heartbeat()
             yield to_device(self.prefetch.get((step, micro_step)), self.runtime.device)
 
-    def _read(self, key):
+    def _read(self, key: tuple[int, int]) -> Batch:
         batch = self.batches.micro_batch(*key, self.runtime.dp_rank, self.runtime.dp_size)
         return pinned(batch) if self.runtime.device.type == "cuda" else batch
 
-    def _successor(self, key):
+    def _successor(self, key: tuple[int, int]) -> tuple[int, int]:
         step, micro_step = key
         return (step, micro_step + 1) if micro_step + 1 < self.micro_steps else (step + 1, 0)
 
-    def offsets(self, step, micro_step, rank):
-        """Where the data of a micro-batch of step `step` on the process of data rank `rank` are, in words."""
-        sequence_ids = self.batches.sequence_ids(step, micro_step, rank, self.runtime.dp_size)
-        places = [f"{name} {token:,}" for name, token in self.batches.offsets(sequence_ids[:4])]
-        return (f"sequences {sequence_ids[0]:,} to {sequence_ids[-1]:,} of the run, from token {', '.join(places)}"
-                + (" …" if len(sequence_ids) > 4 else ""))
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """This micro-batch's term of the step's loss: the sum over its targets / the targets of the whole step.
 
-    def loss(self, model, batch):
-        """This micro-batch's share of the step's loss: the sum over its targets / the targets of the step."""
+        The terms of all micro-batches and processes add up to the mean over the step's targets.
+        """
         x, y = batch
         targets = y.numel() if self.config.packing == "stream" else (y != IGNORED).sum()
-        return model(x, y, documents=self.documents(x))[1] * (targets / self.step_targets)
+        return model(x, y, documents=self.document_ids(x))[1] * (targets / self.step_targets)
 
-    def documents(self, x):
-        """(B, T) int64, the number within its window of each token's document, if those are to be kept apart."""
+    def document_ids(self, x: torch.Tensor) -> torch.Tensor | None:
+        """(B, T) int64, the index within its sequence of each token's document; None without mask_documents."""
         if not self.config.model.mask_documents:
             return None
         ends = x == self.eot
         return ends.cumsum(dim=1) - ends.long()  # the end-of-text token belongs to the document that it ends
 
-    @torch.no_grad()
-    def evaluate(self, model):
-        """{val_loss: nats per token, val_bpb: bits per byte of text} over fixed windows of the validation split.
+    def locate(self, step: int, micro_step: int, dp_rank: int) -> str:
+        """Where the sequences of a micro-batch of data-parallel rank `dp_rank` are in the dataset, in words."""
+        ids = self.batches.sequence_ids(step, micro_step, dp_rank, self.runtime.dp_size)
+        places = [f"{name} {token:,}" for name, token in self.batches.offsets(ids[:4])]
+        return (f"sequences {ids[0]:,} to {ids[-1]:,} of the run, from token {', '.join(places)}"
+                + (" …" if len(ids) > 4 else ""))
 
-        Of several sources: those of each, as val_loss/<name>, and their means by the shares of the last phase, where
-        the run is to arrive. Each is measured as a run on it alone would. No val_bpb where bytes were not counted.
+    # ------------------------------------------------------------ evaluation
+
+    @torch.no_grad()
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        """{val_loss: nats per token, val_bpb: bits per byte of text} over fixed sequences of the validation split.
+
+        With several sources, those of each source as val_loss/<name> and val_bpb/<name>, each measured as a run on that
+        source alone would. val_loss is then the mean of the sources' losses, weighted as the mixture's last phase, and
+        val_bpb the ratio of that mean to the equally weighted mean of bytes per token. No val_bpb where the bytes of a
+        dataset were not counted.
         """
         was_training = model.training
         model.eval()
-        losses = {name: self._loss_on(model, dataset) for name, dataset in self.datasets.items()}
-        model.train(was_training)
-        shares = {name: float(share) for name, share in self.mixture.shares[-1].items()}
+        try:
+            losses = {name: self._loss_on(model, dataset) for name, dataset in self.datasets.items()}
+        finally:
+            model.train(was_training)
+        weights = {name: float(weight) for name, weight in self.mixture.shares[-1].items()}
         bytes_per_token = {name: dataset.bytes_per_token("val") for name, dataset in self.datasets.items()}
-        metrics = loss_metrics(sum(shares[name] * losses[name] for name in losses),
-                          None if None in bytes_per_token.values()
-                          else sum(shares[name] * bytes_per_token[name] for name in losses))
+        mean_bytes = (None if None in bytes_per_token.values()
+                      else sum(weights[name] * (bytes_per_token[name] or 0.0) for name in losses))
+        metrics = loss_metrics(sum(weights[name] * losses[name] for name in losses), mean_bytes)
         if len(losses) > 1:
             for name in losses:
-                each = loss_metrics(losses[name], bytes_per_token[name])
-                metrics |= {f"{metric}/{name}": value for metric, value in each.items()}
+                own = loss_metrics(losses[name], bytes_per_token[name])
+                metrics |= {f"{metric}/{name}": value for metric, value in own.items()}
         return metrics
 
-    def _loss_on(self, model, dataset):
-        total, count = 0.0, 0
+    def _loss_on(self, model: torch.nn.Module, dataset: Dataset) -> float:
+        total, count = 0.0, 0.0
         for batch in val_batches(dataset, self.config.model.block_size, self.config.eval_tokens,
                                  self.config.batch_size, self.runtime.dp_rank, self.runtime.dp_size):
             self.runtime.heartbeat()
             targets = int((batch[1] != IGNORED).sum())
             x, y = to_device(batch, self.runtime.device)
             with self.runtime.autocast():
-                loss = model(x, y, documents=self.documents(x))[1].item()
-            if targets:  # else a mean over nothing
+                loss = model(x, y, documents=self.document_ids(x))[1].item()
+            if targets:  # a batch of padding has no mean
                 total, count = total + loss * targets, count + targets
         total, count = self.runtime.all_reduce_sum(total, count)
         return total / count
 
 
-def loss_metrics(loss, bytes_per_token):
-    """{val_loss, val_bpb} of a loss in nats per token; without val_bpb where the bytes of a token are not known."""
+def loss_metrics(loss: float, bytes_per_token: float | None) -> dict[str, float]:
+    """{val_loss, val_bpb} of a loss in nats per token; without val_bpb where bytes_per_token is not known."""
     return {"val_loss": loss} | ({"val_bpb": loss / math.log(2) / bytes_per_token} if bytes_per_token else {})

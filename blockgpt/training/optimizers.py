@@ -1,6 +1,7 @@
-"""Optimizers, parameter groups and learning-rate schedules."""
+"""The optimizer, its parameter groups, gradient clipping and learning-rate schedules."""
 
 import math
+from typing import Any
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -8,20 +9,20 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 FUSED_DEVICES = ("cuda", "cpu", "mps")  # where torch.optim.AdamW has a fused step
 
 
-def build_optimizer(model, config, device):
+def build_optimizer(model: Any, config: Any, device: torch.device) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019): matrices decay, norms and biases do not.
 
-    One group for each learning-rate multiplier that the model's initialisation asks for (muP). A smaller rate does
-    not mean less decay: their product is the same in all groups that decay. use_zero1: each process holds the moments
-    of some of the parameters and updates these for all (ZeRO stage 1, Rajbhandari et al. 2020).
+    There is one group for each learning-rate multiplier that the model's initialisation asks for (muP). A smaller lr
+    does not mean less decay: lr × weight decay is the same in all groups that decay. With use_zero1, each process holds
+    the optimizer state of some parameters and updates these for all (ZeRO stage 1, Rajbhandari et al. 2020).
     """
     multipliers = model.lr_multipliers()
-    groups = {}
+    by_key: dict[tuple[bool, float, tuple[str, ...]], list[torch.nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups.setdefault((p.dim() < 2, multipliers[name], mesh_names(p)), []).append(p)
-    groups = [{"params": parameters, "weight_decay": 0.0 if vectors else config.weight_decay / multiplier,
-               "lr_multiplier": multiplier} for (vectors, multiplier, _), parameters in sorted(groups.items())]
+            by_key.setdefault((p.dim() < 2, multipliers[name], mesh_dim_names(p)), []).append(p)
+    groups = [{"params": parameters, "weight_decay": 0.0 if is_vector else config.weight_decay / multiplier,
+               "lr_multiplier": multiplier} for (is_vector, multiplier, _), parameters in sorted(by_key.items())]
     settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2),
                 "fused": device.type in FUSED_DEVICES}
     if config.use_zero1:
@@ -31,13 +32,13 @@ def build_optimizer(model, config, device):
     return torch.optim.AdamW(groups, **settings)
 
 
-def mesh_names(tensor):
-    """The dimensions of a DTensor's grid of processes, () of any other: those alike can be computed together."""
+def mesh_dim_names(tensor: torch.Tensor) -> tuple[str, ...]:
+    """The mesh dimensions of a DTensor, () of a plain tensor. Only tensors of equal ones can be computed together."""
     return tensor.device_mesh.mesh_dim_names if hasattr(tensor, "device_mesh") else ()
 
 
-def learning_rate(step, config):
-    """The rate of step `step` (from 0): linear warm-up, then cosine to min_lr at lr_decay_iters, or constant."""
+def learning_rate(step: int, config: Any) -> float:
+    """The lr of step `step` (from 0): linear warm-up, then cosine to min_lr at lr_decay_iters, or constant."""
     peak = config.learning_rate
     end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
     warmup = min(100, min(end, config.max_iters) // 10) if config.warmup_iters is None else config.warmup_iters
@@ -52,30 +53,29 @@ def learning_rate(step, config):
     return floor + 0.5 * (1.0 + math.cos(math.pi * progress)) * (peak - floor)
 
 
-def set_learning_rate(optimizer, rate):
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group lr × its multiplier."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_multiplier"]
+        group["lr"] = lr * group["lr_multiplier"]
 
 
-def clip_gradients(model, largest):
-    """Scale all gradients so that their norm is at most `largest` (0: leave them); the norm before, a float.
+def clip_gradients(model: torch.nn.Module, max_norm: float) -> float:
+    """Scale all gradients so that their norm is at most `max_norm` (0: leave them); returns the norm before.
 
-    The norm is the whole model's, however it is parted.
+    The norm is that of the whole model, however it is sharded.
     """
-    groups = {}
+    by_mesh: dict[tuple[str, ...], list[torch.nn.Parameter]] = {}
     for p in model.parameters():
         if p.grad is not None:
-            groups.setdefault(mesh_names(p), []).append(p)
-    norms = [full_tensor(get_total_norm([p.grad for p in ps])) for ps in groups.values()]
+            by_mesh.setdefault(mesh_dim_names(p), []).append(p)
+    norms = [full_tensor(get_total_norm([p.grad for p in ps if p.grad is not None])) for ps in by_mesh.values()]
     total = norms[0] if len(norms) == 1 else get_total_norm(norms)
-    if largest:
-        for parameters in groups.values():
-            clip_grads_with_norm_(parameters, largest, total)
+    if max_norm:
+        for parameters in by_mesh.values():
+            clip_grads_with_norm_(parameters, max_norm, total)
     return total.item()
 
 
-def full_tensor(tensor):
-    """A DTensor put together, on every process; any other as it is."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a DTensor, on every process; a plain tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-

@@ -15,21 +15,21 @@ from model_builder import build_model
 BLOCK = 16
 
 
-class Alone(Runtime):
-    """A process that hears nothing of the others: its sums are its own, and it finds the datasets itself."""
+class Isolated(Runtime):
+    """A process without a process group: its sums are its own, and it finds the datasets itself."""
 
-    asked = 0
+    calls_on_rank_zero = 0
 
-    def sum(self, *values):
+    def all_reduce_sum(self, *values):
         return list(map(float, values))
 
-    def on_main(self, function):
-        self.asked += 1
+    def on_rank_zero(self, function):
+        self.calls_on_rank_zero += 1
         return function()
 
 
 def runtime(rank=0, world_size=1):
-    return Alone(rank, rank, world_size, torch.device("cpu"), torch.float32, False, False)
+    return Isolated(rank, rank, world_size, torch.device("cpu"), torch.float32, False, False)
 
 
 @pytest.fixture
@@ -50,27 +50,27 @@ def exact_losses(model, x, y):
         return -double.eval()(x)[0].log_softmax(-1).gather(-1, y[..., None])[..., 0]
 
 
-def test_the_shares_of_a_step_sum_to_the_mean_over_its_tokens(config):
+def test_the_micro_losses_of_a_step_sum_to_the_mean_over_its_tokens(config):
     c = config(batch_size=3, gradient_accumulation_steps=4)
     model = build_model(c.model)
     one = LanguageModeling(c, runtime())
     batches = list(one.micro_batches(5))
     assert len(batches) == one.micro_steps == 4 and one.tokens_per_step == 4 * 3 * BLOCK
-    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    x, y = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     mean = exact_losses(model, x, y).mean().item()
     assert sum(one.loss(model, b).item() for b in batches) == pytest.approx(mean, rel=1e-6)
-    shares = []
-    for rank in range(2):  # two processes share the same step
-        part = LanguageModeling(c, runtime(rank, 2))
-        assert part.micro_steps == 2 and part.tokens_per_step == one.tokens_per_step
-        shares += [part.loss(model, b).item() for b in part.micro_batches(5)]
-    assert sorted(shares) == sorted(one.loss(model, b).item() for b in batches)
+    micro_losses = []
+    for rank in range(2):  # two processes split the same step
+        half = LanguageModeling(c, runtime(rank, 2))
+        assert half.micro_steps == 2 and half.tokens_per_step == one.tokens_per_step
+        micro_losses += [half.loss(model, b).item() for b in half.micro_batches(5)]
+    assert sorted(micro_losses) == sorted(one.loss(model, b).item() for b in batches)
 
 
 def test_an_evaluation_is_the_mean_over_the_whole_split(config):
     c = config(eval_tokens=0, dropout=0.5)
     model, objective = build_model(c.model), LanguageModeling(c, runtime())
-    data = np.fromfile(objective.dataset.directory / "val.bin", "<u2").astype(np.int64)
+    data = np.fromfile(objective.datasets["text"].directory / "val.bin", "<u2").astype(np.int64)
     n = (len(data) - 1) // BLOCK
     x, y = (torch.from_numpy(data[i:i + n * BLOCK].reshape(n, BLOCK)) for i in (0, 1))
     mean = exact_losses(model, x, y).mean().item()
@@ -88,19 +88,19 @@ def test_an_evaluation_does_not_depend_on_batches_or_processes(config):
         other = LanguageModeling(config(eval_tokens=37 * BLOCK, batch_size=batch_size), runtime())
         assert other.evaluate(model)["val_loss"] == pytest.approx(whole, rel=1e-6)
     c = config(eval_tokens=37 * BLOCK, gradient_accumulation_steps=2)
-    parts = [LanguageModeling(c, runtime(rank, 2)).evaluate(model)["val_loss"] for rank in range(2)]
-    assert (19 * parts[0] + 18 * parts[1]) / 37 == pytest.approx(whole, rel=1e-6)
+    halves = [LanguageModeling(c, runtime(rank, 2)).evaluate(model)["val_loss"] for rank in range(2)]
+    assert (19 * halves[0] + 18 * halves[1]) / 37 == pytest.approx(whole, rel=1e-6)
 
 
-def test_documents_are_kept_apart_as_if_each_were_alone(config):
+def test_masked_documents_give_the_logits_of_each_document_alone(config):
     c = config(mask_documents=True, position_encoding="none", n_layer=2, init_std=0.3)
     model, objective = build_model(c.model).eval(), LanguageModeling(c, runtime())
     eot = objective.eot
     x = torch.randint(0, 256, (2, BLOCK), generator=torch.Generator().manual_seed(0))
     x[0, [3, 4, 9]] = eot  # a document that is nothing but its end, too
     x[1, BLOCK - 1] = eot
-    assert objective.documents(x).tolist() == [[0] * 4 + [1] + [2] * 5 + [3] * 6, [0] * BLOCK]
-    logits = model(x, documents=objective.documents(x))[0]
+    assert objective.document_ids(x).tolist() == [[0] * 4 + [1] + [2] * 5 + [3] * 6, [0] * BLOCK]
+    logits = model(x, documents=objective.document_ids(x))[0]
     for row, first, last in ((0, 0, 4), (0, 4, 5), (0, 5, 10), (0, 10, BLOCK), (1, 0, BLOCK)):
         alone = model(x[row:row + 1, first:last])[0]
         torch.testing.assert_close(logits[row:row + 1, first:last], alone, rtol=1e-4, atol=1e-5)
@@ -108,21 +108,30 @@ def test_documents_are_kept_apart_as_if_each_were_alone(config):
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
     objective.step_targets = y.numel()
     assert objective.loss(model, (x, y)).item() * y.numel() == pytest.approx(expected, rel=1e-6)
-    assert LanguageModeling(config(), runtime()).documents(x) is None
+    assert LanguageModeling(config(), runtime()).document_ids(x) is None
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_an_evaluation_is_without_dropout_and_leaves_the_mode_as_it_was(config, training):
+def test_an_evaluation_has_no_dropout_and_restores_training_mode(config, training):
     c = config(eval_tokens=64, dropout=0.5)
     model, objective = build_model(c.model).train(training), LanguageModeling(c, runtime())
     assert objective.evaluate(model) == objective.evaluate(model)
     assert all(m.training == training for m in model.modules())
 
 
-def test_no_process_waits_for_one_that_found_no_dataset(config):
-    """It is for `on_rank_zero` to find, and to tell all: if only the first one raised, the others would wait for it."""
+def test_a_missing_dataset_is_an_error_on_every_rank(config):
+    """Rank zero looks for it through `on_rank_zero`: if rank zero alone raised, the others would wait for it."""
     for rank in range(2):
         process = runtime(rank, 2)
         with pytest.raises(DataError, match="does not exist"):
             LanguageModeling(config("nothing", gradient_accumulation_steps=2), process)
-        assert process.asked == 1
+        assert process.calls_on_rank_zero == 1
+
+
+def test_an_evaluation_that_fails_restores_training_mode(config, monkeypatch):
+    c = config(eval_tokens=64)
+    model, objective = build_model(c.model).train(), LanguageModeling(c, runtime())
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        objective.evaluate(model)
+    assert model.training

@@ -1,0 +1,174 @@
+"""A run's checkpoints as the training loop sees them: resume from the newest, save, remember the best and the last.
+
+train.py knows no files: it calls `CheckpointManager.restore` once before the loop, and `save` after the steps for which
+`is_due` says so. Files and formats belong to checkpoint.py, checkpoint_saver.py and checkpoint_files.py.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from blockgpt.errors import CheckpointError, SaveError
+from blockgpt.training import checkpoint, checkpoint_saver
+from blockgpt.training.diagnostics import LossSpikeDetector
+from blockgpt.training.launch import Runtime
+from blockgpt.training.objectives import LanguageModeling
+
+
+class Log(Protocol):
+    """What a `CheckpointManager` needs of the run's log."""
+
+    def warning(self, text: str) -> None: ...
+    def saved(self, step: int, seconds: float | None) -> None: ...
+
+
+@dataclass
+class Progress:
+    """How far a run is: what changes from step to step besides weights and optimizer state."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # that these steps were trained on, over all processes
+    skipped: int = 0  # updates left out because of a loss spike
+    best: dict[str, Any] | None = None  # {"step", metrics} of the evaluation with the lowest val_loss
+
+    def is_best(self, metrics: dict[str, float]) -> bool:
+        """Whether an evaluation of the current step is the best so far; it is then remembered."""
+        best = float("inf") if self.best is None else self.best["val_loss"]
+        if not metrics["val_loss"] < best:  # nor is nan
+            return False
+        self.best = {"step": self.step, **metrics}
+        return True
+
+
+@dataclass
+class Resumption:
+    """Where a resumed run continues. path: the checkpoint, None if the run ended before its first save.
+
+    changed: {key: [before, now]} of the config, the data and the number of processes.
+    """
+
+    path: Path | None
+    changed: dict[str, list[Any]] = field(default_factory=dict)
+    forced: tuple[str, ...] = ()
+
+
+class CheckpointManager:
+    """Resumes and saves one run, all ranks together.
+
+    Attributes:
+        progress: the run's `Progress`, updated by the training loop.
+        spikes: the `LossSpikeDetector`, whose averages are part of a checkpoint.
+        resumption: how the run was resumed; None for a new run.
+        last_saved: step of the newest checkpoint that is known to be good, or None.
+    """
+
+    def __init__(self, config: Any, runtime: Runtime, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+                 scaler: torch.amp.GradScaler, objective: LanguageModeling, description: dict[str, Any]) -> None:
+        """description: what sample.py needs to rebuild the model: {"model": its config, "tokenizer": its meta}."""
+        self.config, self.runtime, self.objective, self.description = config, runtime, objective, description
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.progress, self.spikes = Progress(), LossSpikeDetector(config.spike_threshold)
+        self.resumption: Resumption | None = None
+        self.last_saved: int | None = None
+
+    def restore(self, run_dir: Path) -> Progress:
+        """Fill model, optimizer and loss scaler from the run's newest usable checkpoint, if the run is a resumed one.
+
+        Raises:
+            CheckpointError: there is no usable checkpoint, or it was made on other data.
+        """
+        config, runtime = self.config, self.runtime
+        if not config.resuming:
+            return self.progress
+        path = checkpoint.find_newest(run_dir, runtime, or_none=config.resume == "auto")
+        self.resumption = Resumption(path, dict(config.changed), config.forced)
+        if path is None:
+            return self.progress
+        state = checkpoint.load(path, self.model, self.optimizer, runtime)
+        changed = self.resumption.changed
+        if state["data"] != self.objective.fingerprint:
+            if not config.resume_force:
+                raise CheckpointError(f"{path}: was made on other data than its dataset contains now (--resume_force "
+                                      "continues on the new data)")
+            changed["data"] = [state["data"], self.objective.fingerprint]
+            self.resumption.forced += ("data",)
+        if state["world_size"] != runtime.world_size:
+            changed["world_size"] = [state["world_size"], runtime.world_size]
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(state["step"], state["tokens"], state["skipped"], state["best"])
+        self.spikes = LossSpikeDetector(config.spike_threshold, state["spikes"])
+        self.last_saved = self.progress.step
+        return self.progress
+
+    def open(self, run_dir: Path, log: Log) -> None:
+        """Prepare for saves into `run_dir`: what killed saves left there is removed. Called once, by all ranks."""
+        self.run_dir, self.log = run_dir, log
+        self.runtime.on_rank_zero(lambda: checkpoint.clean(run_dir))
+        self.saver = checkpoint_saver.CheckpointSaver(run_dir, self.runtime, self.config.keep_last,
+                                                      self.config.checkpoint_async)
+
+    def is_due(self, is_best: bool) -> bool:
+        """Whether the current step is one to save, beside the last one of the run."""
+        interval = (self.config.eval_interval if self.config.checkpoint_interval is None
+                    else self.config.checkpoint_interval)
+        return bool(interval and (self.progress.step % interval == 0 or is_best))
+
+    def save(self, final: bool = False) -> None:
+        """Write a checkpoint; at the end of training the weights alone, too. A failure is a warning.
+
+        Args:
+            final: no step follows. Background saves are waited for, and a failure raises.
+
+        Raises:
+            SaveError: a final save failed.
+        """
+        step, started = self.progress.step, time.perf_counter()
+        try:
+            path = self.saver.save(self.model, self.optimizer, self._state(), wait=final)
+            if path:
+                self._saved(step, None, time.perf_counter() - started)
+            if final and step >= self.config.max_iters:
+                assert path is not None  # a save that is waited for returns its directory
+                checkpoint.export(self.run_dir, path, {**self.description, "step": step}, self.runtime)
+        except OSError as error:
+            if final:
+                last = "none" if self.last_saved is None else f"step {self.last_saved}"
+                raise SaveError(f"{self.run_dir}: the checkpoint of step {step} failed: {error} (last good "
+                                f"checkpoint: {last})") from None
+            self._saved(step, str(error))
+
+    @property
+    def save_finished(self) -> bool:
+        """Whether a background save of this rank has finished since the last `poll`."""
+        return self.saver.ended
+
+    def poll(self) -> None:
+        """Report the background save that has finished on all ranks."""
+        self._report(self.saver.poll())
+
+    def wait(self) -> None:
+        """Wait for a background save and report it."""
+        self._report(self.saver.wait())
+
+    def _report(self, outcome: tuple[int, str | None] | None) -> None:
+        if outcome:
+            self._saved(*outcome)
+
+    def _saved(self, step: int, problem: str | None, seconds: float | None = None) -> None:
+        if problem:
+            self.log.warning(f"the checkpoint of step {step} failed: {problem}; training continues")
+        else:
+            self.last_saved = step
+            self.log.saved(step, seconds)
+
+    def _state(self) -> dict[str, Any]:
+        """state.json's content: see checkpoint.py."""
+        progress = self.progress
+        return {"step": progress.step, "tokens": progress.tokens, "best": progress.best, "skipped": progress.skipped,
+                "spikes": self.spikes.state, "scaler": self.scaler.state_dict() or None,
+                "data": self.objective.fingerprint, "description": self.description, "config": self.config.flat(),
+                "seed": self.config.seed, "sequences": progress.step * self.objective.sequences_per_step}
