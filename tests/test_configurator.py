@@ -1,4 +1,4 @@
-"""The configurator: what a command line means, whoever typed it and in whichever order."""
+"""The configurator: what a command line, a config file and a recorded run mean, in any order."""
 
 import contextlib
 import dataclasses
@@ -13,8 +13,9 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockgpt.errors import NonFiniteError, UserError, exit_on_user_error
-from configurator import KEYS, TYPES, load_config
+from blockgpt.config_fields import example_value
+from blockgpt.errors import UserError, exit_on_user_error
+from configurator import KEYS, RENAMED_KEYS, TYPES, load_config
 from model_config import ModelConfig
 
 
@@ -45,7 +46,7 @@ def test_defaults_then_preset_then_files_then_flags(config_file):
     assert value("normalization", "--arch_preset=llama") == "rmsnorm"
     assert value("norm_position", path, "--arch_preset=llama") == "post"
     assert value("norm_position", path, "--norm_position=pre") == "pre"
-    assert value("norm_position", "--norm_position=pre", path) == "pre"  # flags beat files, wherever they stand
+    assert value("norm_position", "--norm_position=pre", path) == "pre"  # flags override files in any order
     assert value("learning_rate", path) == 2e-3 and value("learning_rate", path, "--learning_rate=1") == 1.0
 
 
@@ -56,11 +57,11 @@ def test_files_compose_left_to_right(config_file):
     assert value("arch_preset", "config/arch_gpt2.py", "config/arch_llama.py", "config/size_tiny.py") == "llama"
 
 
-@pytest.mark.parametrize("order", [["part.py", "config/arch_llama.py"], ["config/arch_llama.py", "part.py"],
+@pytest.mark.parametrize("order", [["own.py", "config/arch_llama.py"], ["config/arch_llama.py", "own.py"],
                                    ["--normalization=layernorm", "--arch_preset=llama"],
                                    ["--arch_preset=llama", "--normalization=layernorm"]])
 def test_an_explicit_component_beats_the_preset_in_any_order(config_file, order):
-    config_file("part.py", "normalization = 'layernorm'")
+    config_file("own.py", "normalization = 'layernorm'")
     assert load_config(order).model.arch_name().endswith("-RoPE-LN-SwiGLU-PreNorm")
 
 
@@ -101,14 +102,14 @@ def test_a_mixture_means_the_same_in_a_flag_in_a_file_and_in_run_json(config_fil
     assert flag == file == expected == json.loads(json.dumps(flag))
 
 
-def test_phases_are_what_dataset_or_dataset_schedule_say():
+def test_phases_come_from_dataset_or_dataset_schedule():
     assert load_config([]).phases() == [(0, {"pycode": 1})]
     assert load_config([f"--dataset={MIXTURE}"]).phases() == [(0, MIXTURE)]
     assert load_config([f"--dataset_schedule={SCHEDULE}"]).phases() == [(0, MIXTURE), (20_000, {"pycode": 1})]
     assert load_config(["config/mix_code.py"]).phases()[0][1]["pycode_gpt2"] == 0.65
 
 
-def test_nothing_in_a_mixture_is_carried_out(tmp_path, monkeypatch):
+def test_no_code_in_a_mixture_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "is not a Python dict" in refusal("--dataset={'a': __import__('os').mkdir('pwned')}")
     assert not list(tmp_path.iterdir())
@@ -137,8 +138,11 @@ def test_a_flag_means_what_its_key_takes(argument, expected):
     (["--tf32", "--n_layer=2"], "tf32", True), (["--tf32", "config/size_tiny.py"], "n_embd", 64),
     (["--run_name", "a b=c"], "run_name", "a b=c"), (["--run_name", "x.py"], "run_name", "x.py"),
     (["--run_name", "-x"], "run_name", "-x"), (["--compile", "None", "config/size_tiny.py"], "n_embd", 64),
+    (["--compile"], "compile", True), (["--compile", "--n_layer=2"], "compile", True),
+    (["config/arch_llama.py", "--compile", "config/size_tiny.py"], "n_embd", 64), (["--run_name=--"], "run_name", "--"),
+    (["--seed", "-0"], "seed", 0), (["--run_name=--help"], "run_name", "--help"),
 ])
-def test_a_value_may_stand_behind_its_flag(argv, key, expected):
+def test_a_value_may_follow_its_flag(argv, key, expected):
     assert value(key, *argv) == expected
 
 
@@ -152,18 +156,39 @@ def test_a_file_means_what_its_key_takes(config_file, text, expected):
     assert got == expected and type(got) is type(expected)
 
 
-def test_a_run_of_its_own_is_as_small_as_a_laptop_and_a_model_of_its_own_is_124m():
+def test_a_run_without_sizes_fits_a_laptop_and_a_model_without_sizes_has_124m():
     assert load_config([]).model.n_embd < ModelConfig().n_embd == 768
 
 
-# Where a mistake is
+# Every key with another value
 
 
-def test_a_mistake_is_said_where_it_was_made(config_file):
+@pytest.mark.parametrize("key", list(KEYS))
+def test_an_example_means_the_same_in_a_flag_in_a_file_and_in_run_json(config_file, monkeypatch, key):
+    example = example_value(KEYS[key], TYPES[key])
+    others = []
+    if key == "resume":
+        others = ["--run_name=mine"]
+    elif key == "lr_decay_iters":
+        others = ["--max_iters=2000"]
+    elif key in ("tensor_parallel", "dp_replicate"):
+        others = ["--use_fsdp", "--gradient_accumulation_steps=2"]
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    assert example != KEYS[key].default
+    flat = load_config([*others, f"--{key}={example}"]).flat()
+    assert flat[key] == example and flat == load_config([*others, f"--{key}", str(example)]).flat()
+    assert flat == load_config([*others, config_file("mine.py", f"{key} = {example!r}")]).flat()
+    assert json.loads(json.dumps(flat)) == flat
+
+
+# Messages
+
+
+def test_a_mistake_names_the_place_where_it_was_made(config_file):
     path = config_file("mine.py", "n_embd = 100\nn_head = 4\nmin_lr = 1e-4")
-    assert refusal(path, "--n_head=3").startswith("--n_head: n_head: 3 does not divide n_embd=100")
-    assert refusal("--n_head=3", path, "--n_embd=8").startswith("--n_head: n_head: 3 does not divide n_embd=8")
-    assert refusal("--n_embd=30", path, "--n_head=4").startswith("--n_head: n_head: 4 does not divide n_embd=30")
+    assert refusal(path, "--n_head=3").startswith("--n_head: 3 does not divide n_embd=100")
+    assert refusal("--n_head=3", path, "--n_embd=8").startswith("--n_head: 3 does not divide n_embd=8")
+    assert refusal("--n_embd=30", path, "--n_head=4").startswith("--n_head: 4 does not divide n_embd=30")
     assert refusal(path, "--learning_rate=1e-5").startswith("mine.py: min_lr: 0.0001 is above learning_rate=1e-05")
     assert refusal(path, "--n_embd=7", "--head_dim=3", "--position_encoding=rope").startswith("--position_encoding: ")
     assert refusal(path, "--head_dim=3", "--arch_preset=llama").startswith("--head_dim: position_encoding: rope ")
@@ -175,7 +200,7 @@ def test_a_wrong_value_is_refused_even_where_another_would_beat_it(config_file):
     assert refusal(config_file("mine.py", "n_layer = '2'"), "--n_layer=2").startswith("mine.py: n_layer: ")
 
 
-def test_accumulation_is_shared_by_the_processes(monkeypatch):
+def test_the_processes_divide_the_micro_batches(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert value("gradient_accumulation_steps", "--gradient_accumulation_steps=8") == 8
     assert "a multiple of 4" in refusal("--gradient_accumulation_steps=6")
@@ -184,30 +209,17 @@ def test_accumulation_is_shared_by_the_processes(monkeypatch):
 def test_an_explicit_vocabulary_must_hold_the_data():
     assert load_config([]).for_vocabulary(257).model.vocab_size == 320
     assert load_config(["--vocab_size=300"]).for_vocabulary(257).model.vocab_size == 300
-    with pytest.raises(UserError, match="--vocab_size: vocab_size: 256 is too small for pycode"):
+    with pytest.raises(UserError, match="--vocab_size: 256 is too small for pycode"):
         load_config(["--vocab_size=256"]).for_vocabulary(257)
-
-
-@pytest.mark.parametrize("environment, code, lines", [
-    ({}, 2, 1), ({"WORLD_SIZE": "16", "LOCAL_RANK": "0", "RANK": "8"}, 2, 1),
-    ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 2, 0), ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 5, 1),
-])
-def test_a_slip_is_told_once_on_each_machine_and_a_failure_by_everyone(monkeypatch, capsys, environment, code, lines):
-    for name, text in environment.items():
-        monkeypatch.setenv(name, text)
-    with pytest.raises(SystemExit) as left, exit_on_user_error():
-        raise {2: UserError, 5: NonFiniteError}[code]("one\ntwo \x1b[31m")
-    assert left.value.code == code
-    assert capsys.readouterr().err == "error: one two ?[31m\n" * lines
 
 
 @pytest.mark.parametrize("text, message", [
     ("3", "is not START:STOP"), ("a:b", "is not START:STOP"), ("1:2:3", "is not START:STOP"), ("-1:3", "is not START"),
-    ("٣:٤", "is not START:STOP"), ("0:3", "holds no step"), ("3:3", "holds no step"),
-    ("5:2", "holds no step"), ("9:12", "goes up to step 11, beyond max_iters=10"),
+    ("٣:٤", "is not START:STOP"), ("0:3", "has no step"), ("3:3", "has no step"),
+    ("5:2", "has no step"), ("9:12", "ends with step 11, beyond max_iters=10"),
 ])
 def test_profile_names_steps_of_the_run(text, message):
-    assert refusal(f"--profile={text}", "--max_iters=10").startswith("--profile: profile: ")
+    assert refusal(f"--profile={text}", "--max_iters=10").startswith("--profile: ")
     assert message in refusal(f"--profile={text}", "--max_iters=10")
 
 
@@ -221,7 +233,7 @@ def test_profiled_steps_count_like_the_log_and_end_before_stop():
 
 @pytest.fixture
 def recorded(tmp_path, monkeypatch):
-    """recorded(*argv): the run runs/mine, as made by these arguments."""
+    """recorded(*argv): record the run runs/mine of these arguments; its keys."""
     monkeypatch.chdir(tmp_path)
 
     def record(*argv):
@@ -236,11 +248,12 @@ def recorded(tmp_path, monkeypatch):
 RESUME = ("--resume=must", "--run_name=mine")
 
 
-def test_a_resumed_run_takes_over_its_keys(recorded):
-    made = recorded("config/arch_llama.py", "config/size_tiny.py", "--learning_rate=1", "--eval_only", "--data_dir=x",
+def test_a_resumed_run_inherits_its_keys(recorded):
+    before = recorded("config/arch_llama.py", "config/size_tiny.py", "--learning_rate=1", "--eval_only", "--data_dir=x",
                     "--profile=1:3")
     again = load_config(RESUME)
-    assert again.flat() == {**made, "init_from": "resume", "run_name": "mine", "eval_only": False, "profile": None}
+    assert again.flat() == {**before, "resume": "must", "run_name": "mine", "eval_only": False, "profile": None}
+    assert again.resuming and not load_config(["--run_name=mine"]).resuming
     assert again.for_vocabulary(300).model.vocab_size == 320  # what the run has, not what the data would get
     assert again.keys_without_effect() == {}
     free = ("--max_iters=9", "--learning_rate=2", "--attention_backend=manual", "--dtype=bfloat16", "--out_dir=runs")
@@ -248,12 +261,12 @@ def test_a_resumed_run_takes_over_its_keys(recorded):
     assert load_config([*RESUME, "config/arch_llama.py", "config/size_tiny.py", "--seed=1337"]).model == again.model
 
 
-def test_a_resumed_run_refuses_to_become_another_by_name(recorded, config_file):
+def test_a_resumed_run_refuses_changes_that_make_it_another_experiment(recorded, config_file):
     recorded("config/arch_llama.py", "--batch_size=4", "--gradient_accumulation_steps=2")
     for flag in ("--n_layer=9", "--normalization=layernorm", "--arch_preset=gpt2", "--dropout=0.5", "--seed=1",
                  "--dataset=other", "--vocab_size=999", "--batch_size=8", "--gradient_accumulation_steps=3"):
         key = flag[2:].partition("=")[0]
-        assert refusal(*RESUME, flag).startswith(f"--{key}: {key}: the run ")
+        assert refusal(*RESUME, flag).startswith(f"--{key}: the run ")
     assert refusal(*RESUME, config_file("other.py", "n_layer = 9")).startswith("other.py: n_layer: the run was made")
     assert load_config([*RESUME, "--batch_size=2", "--gradient_accumulation_steps=4"]).batch_size == 2  # the same step
 
@@ -263,16 +276,16 @@ FORCED = ("--n_layer=9", "--normalization=layernorm", "--dropout=0.5", "--seed=1
 
 
 @pytest.mark.parametrize("flag", FORCED)
-def test_what_is_refused_can_be_forced_and_is_named(recorded, flag):
-    made = recorded("config/arch_llama.py", "--batch_size=4", "--gradient_accumulation_steps=2")
+def test_a_refused_change_can_be_forced_and_is_listed(recorded, flag):
+    before = recorded("config/arch_llama.py", "--batch_size=4", "--gradient_accumulation_steps=2")
     name = flag[2:].partition("=")[0]
     assert refusal(*RESUME, flag).endswith(", or --resume_force)")
     config = load_config([*RESUME, flag, "--resume_force"])
-    assert config.forced == (name,) and config.changed[name] == [made[name], config.flat()[name]]
+    assert config.forced == (name,) and config.changed[name] == [before[name], config.flat()[name]]
     assert set(config.changed) == {name} and config.for_vocabulary(257).changed == config.changed
 
 
-def test_what_changed_freely_is_told_and_nothing_is_forced(recorded):
+def test_an_allowed_change_is_listed_and_not_forced(recorded):
     recorded("--learning_rate=1", "--wandb_log")
     config = load_config([*RESUME, "--learning_rate=2", "--wandb_log", "--max_iters=2000", "--keep_last=3"])
     assert config.changed == {"learning_rate": [1.0, 2.0], "keep_last": [2, 3]} and config.forced == ()
@@ -282,34 +295,63 @@ def test_what_changed_freely_is_told_and_nothing_is_forced(recorded):
 AUTO = ("--resume=auto", "--run_name=mine")
 
 
-def test_auto_resumes_what_is_there_and_starts_where_nothing_is(recorded, tmp_path):
-    assert load_config([*AUTO, "--seed=3"]).init_from == "scratch"
+def test_auto_resumes_an_existing_run_and_otherwise_starts_it(recorded, tmp_path):
+    assert not load_config([*AUTO, "--seed=3"]).resuming
     recorded("--seed=3")
-    assert load_config(AUTO).init_from == "resume" and load_config(AUTO).seed == 3
-    assert refusal(*AUTO, "--seed=4").startswith("--seed: seed: the run was made with 3")
-    (tmp_path / "runs/mine/run.json").unlink()  # killed before it could say what it is
-    assert load_config([*AUTO, "--seed=4"]).init_from == "scratch"
+    assert load_config(AUTO).resuming and load_config(AUTO).seed == 3
+    assert refusal(*AUTO, "--seed=4").startswith("--seed: the run was made with 3")
+    (tmp_path / "runs/mine/run.json").unlink()  # killed before it was written
+    assert not load_config([*AUTO, "--seed=4"]).resuming
     (tmp_path / "runs/mine/checkpoints/step_00000001").mkdir(parents=True)
-    assert "there is no run" in refusal(*AUTO) or "cannot be read" in refusal(*AUTO)
-    assert refusal("--resume=auto").startswith("--resume: resume: auto needs --run_name=NAME")
+    assert refusal(*AUTO).startswith("--run_name: there is no run runs/mine to resume")
+    assert refusal("--resume=auto").startswith("--resume: auto needs --run_name=NAME")
     assert load_config(["--resume_force"]).keys_without_effect() == {"resume_force": "nothing is resumed"}
 
 
-def test_a_restarted_run_goes_on(recorded):
+def test_a_restarted_run_continues(recorded):
     assert load_config(["--run_name=mine"], restarted="mine").resume == "auto"
     recorded("--seed=3")
-    for argv in (["--run_name=mine"], []):
+    for argv in (["--run_name=mine"], [], ["--run_name=mine", "--resume=must"]):
         config = load_config(argv, restarted="mine")
-        assert (config.run_name, config.init_from, config.resume, config.seed) == ("mine", "resume", "auto", 3)
-    assert load_config(["--run_name=mine"]).init_from == "scratch"
+        assert (config.run_name, config.resuming, config.resume, config.seed) == ("mine", True, "auto", 3)
+    assert not load_config(["--run_name=mine"]).resuming
 
 
-def test_a_run_of_before_a_key_existed_gets_its_default(recorded):
-    made = recorded("config/size_tiny.py", "--batch_size=16")
-    old = {k: v for k, v in made.items() if k not in ("batch_size", "bias")} | {"once": 1}
+def test_a_run_recorded_before_a_key_existed_gets_its_default(recorded):
+    before = recorded("config/size_tiny.py", "--batch_size=16")
+    old = {k: v for k, v in before.items() if k not in ("batch_size", "bias")} | {"once": 1}
     with open("runs/mine/run.json", "w") as f:
         json.dump({"config": old}, f)
-    assert load_config(RESUME).flat() == {**made, "init_from": "resume", "run_name": "mine"}
+    assert load_config(RESUME).flat() == {**before, "resume": "must", "run_name": "mine"}
+
+
+@pytest.mark.parametrize("run_dir", sorted((ROOT / "tests/fixtures/runs").iterdir()), ids=lambda path: path.name)
+def test_a_recorded_run_with_keys_of_an_earlier_version_is_read_as_it_is(monkeypatch, run_dir):
+    document = json.loads((run_dir / "run.json").read_text())
+    old = document["config"]
+    monkeypatch.setenv("WORLD_SIZE", str(document["hardware"]["world_size"]))
+    config = load_config(["--resume=must", f"--run_name={run_dir.name}", f"--out_dir={run_dir.parent}"])
+    assert config.resuming and config.changed == {} and set(RENAMED_KEYS) <= set(old)
+    for name, new_name in RENAMED_KEYS.items():
+        assert new_name == "resume" or config.flat()[new_name] == old[name]
+    assert config.model.flat().items() <= old.items()
+
+
+@pytest.mark.parametrize("name, flag_message, file_message", [
+    ("fsdp_replicas", "was renamed to --dp_replicate", "was renamed to dp_replicate"),
+    ("keep_checkpoints", "was renamed to --keep_last", "was renamed to keep_last"),
+    ("peer_timeout", "was renamed to --rank_timeout", "was renamed to rank_timeout"),
+    ("init_from", "was replaced by --resume=must (instead of init_from=resume; drop init_from=scratch)",
+     "was replaced by resume = 'must' (instead of init_from=resume; drop init_from=scratch)"),
+])
+def test_a_renamed_key_is_answered_with_its_new_name(config_file, name, flag_message, file_message):
+    for argv in ([f"--{name}=resume"], [f"--{name}", "3"], [f"--{name}"]):
+        assert refusal(*argv) == f"--{name}: {flag_message}"
+    assert refusal(config_file("mine.py", f"{name} = 3")) == f"mine.py: {name}: {file_message}"
+
+
+def test_no_renamed_key_is_a_key_and_every_new_name_is():
+    assert not set(RENAMED_KEYS) & set(KEYS) and set(RENAMED_KEYS.values()) <= set(KEYS)
 
 
 # Notes
@@ -329,7 +371,7 @@ def test_a_run_of_before_a_key_existed_gets_its_default(recorded):
     (["--mfu_peak=sparse", "--device=cpu"], "mfu_peak"), (["--mfu_peak=9", "--device=cpu"], ""),
     (["config/arch_custom.py", "--arch_preset=llama", "--ffn_type=standard"], ""),
 ])
-def test_a_key_without_effect_is_known_with_its_reason(argv, noted):
+def test_a_key_without_effect_is_listed_with_its_reason(argv, noted):
     reasons = load_config(argv).keys_without_effect()
     assert set(reasons) == set(noted.split()) and all(reasons.values())
 
@@ -361,7 +403,7 @@ def test_neither_the_configurator_nor_the_comparison_loads_torch():
 
 
 def valid_values(key):
-    """A strategy for what the key takes on its own; in a combination it may still not fit."""
+    """A strategy for values that are legal for the key alone; in a combination they may be refused."""
     limits, types = KEYS[key].metadata, TYPES[key]
     if limits["choices"]:
         values = st.sampled_from(limits["choices"])
@@ -382,12 +424,12 @@ def valid_values(key):
     return values | st.none() if type(None) in types else values
 
 
-def outcome(argv, place):
-    """The configuration that argv asks for, or what is wrong with it; `place` is where a key was set."""
+def outcome(argv, place, key):
+    """The configuration that argv asks for, or what is wrong with it, without the place where the key was set."""
     try:
         return load_config(argv).flat()
     except UserError as error:
-        return str(error).replace(place, "PLACE", 1)
+        return str(error).removeprefix(f"{place}: ").removeprefix(f"{key}: ")
 
 
 @settings(max_examples=400, deadline=None)
@@ -396,10 +438,10 @@ def test_a_value_means_the_same_in_a_flag_and_in_a_file(tmp_path_factory, pair):
     key, value = pair
     path = tmp_path_factory.getbasetemp() / "same.py"
     path.write_text(f"{key} = {value!r}\n", encoding="utf-8")
-    from_flag = outcome([f"--{key}={value}"], f"--{key}")
+    from_flag = outcome([f"--{key}={value}"], f"--{key}", key)
     if value not in ("None", "none"):  # a text that a flag takes for the None that its key also takes
-        assert from_flag == outcome([str(path)], str(path))
-        assert from_flag == outcome([f"--{key}", str(value)], f"--{key}")
+        assert from_flag == outcome([str(path)], path, key)
+        assert from_flag == outcome([f"--{key}", str(value)], f"--{key}", key)
         assert isinstance(from_flag, str) or from_flag[key] == value
 
 
@@ -414,8 +456,8 @@ def test_the_recorded_keys_are_a_config_file_of_the_same_run(tmp_path_factory, a
     assert load_config([str(path)]).flat() == flat
 
 
-def told(argv):
-    """A config that is sound through and through, or None after exactly one line."""
+def load_or_exit(argv):
+    """A config that is consistent, or None after exactly one line."""
     err, out, config = io.StringIO(), io.StringIO(), None
     try:
         with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out), exit_on_user_error():
@@ -440,7 +482,7 @@ keys = st.sampled_from(list(KEYS))
 @settings(max_examples=500, deadline=None)
 @given(key=keys, text=texts)
 def test_any_text_for_any_key_is_a_config_or_one_line(key, text):
-    config = told([f"--{key}={text}"])
+    config = load_or_exit([f"--{key}={text}"])
     assert config is None or key in config.explicit
 
 
@@ -451,7 +493,7 @@ arguments = (st.builds("--{}={}".format, keys, texts) | st.builds("--{}".format,
 @settings(max_examples=500, deadline=None)
 @given(argv=st.lists(arguments, max_size=6))
 def test_any_command_line_is_a_config_or_one_line(argv):
-    told(argv)
+    load_or_exit(argv)
 
 
 literals = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
@@ -464,7 +506,7 @@ def test_any_config_file_is_a_config_or_one_line(tmp_path_factory, values, more)
     path = tmp_path_factory.getbasetemp() / "any.py"
     text = "\n".join(f"{key} = {value!r}" for key, value in values.items())
     path.write_bytes(text.encode("utf-8", "surrogatepass") + b"\n" + more)
-    told([str(path)])
+    load_or_exit([str(path)])
 
 
 @settings(max_examples=200, deadline=None)
@@ -474,7 +516,7 @@ def test_any_recorded_run_resumes_or_is_one_line(tmp_path_factory, config):
     run.mkdir(exist_ok=True)
     with contextlib.suppress(TypeError):  # bytes are no JSON
         (run / "run.json").write_text(json.dumps({"config": config}))
-    told(["--resume=must", "--run_name=resumed", f"--out_dir={run.parent}"])
+    load_or_exit(["--resume=must", "--run_name=resumed", f"--out_dir={run.parent}"])
 
 
 def test_every_key_has_a_line_of_help_and_a_default_that_it_takes():
