@@ -1,23 +1,26 @@
-# make demo: train two architectures on the embedded corpus and compare them. make test: the tests.
-# Everything is installed into .venv, from the requirements files alone.
+# make demo: train two architectures on the embedded corpus and compare them. make test: lint, types and tests.
+# make test-quick: the inner loop. Everything is installed into .venv, from the requirements files alone.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-quick test-long lint clean
 
 demo: .venv/run.stamp
 	@$(BIN)/python -m tools.demo
 
-test: .venv/dev.stamp
-	@$(BIN)/ruff check .
+test: lint
 	@$(BIN)/python -m pytest -n auto -m "not long"
 
-test-long: .venv/dev.stamp
+test-quick: .venv/dev.stamp
+	@$(BIN)/python -m pytest -n auto -m "not long and not slow"
+
+test-long: lint
 	@$(BIN)/python -m pytest -n auto
 
 lint: .venv/dev.stamp
 	@$(BIN)/ruff check .
+	@$(BIN)/mypy
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -31,4 +34,4 @@ lint: .venv/dev.stamp
 	@touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis
