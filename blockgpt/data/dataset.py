@@ -1,4 +1,12 @@
-"""A dataset on disk: its directory, meta.json and shards; whether it is complete. Used by readers and writers alike."""
+"""A dataset on disk: its directory, its meta.json and its shards. Both sides of the data use it, writing and reading.
+
+    <data_dir>/<dataset>/meta.json                        written last: a dataset without it is not complete
+    <data_dir>/<dataset>/train*.bin, val*.bin             shards: token ids, one after the other, little-endian
+
+`open_dataset` checks the files against meta.json and memory-maps them. Two .bin files without a meta.json, as nanoGPT's
+prepare.py writes them, are "bare"; they can be opened if the tokenizer or the vocabulary size is given.
+To add a field to meta.json: a line in `META`, and a new `SCHEMA_VERSION` if older datasets do not have it.
+"""
 
 import hashlib
 import json
@@ -9,36 +17,83 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from blockgpt.data.tokenizer import UNNAMED, describe_tokenizer, load_tokenizer
+from blockgpt.data.tokenizer import UNNAMED, Tokenizer, describe_tokenizer, load_tokenizer
 from blockgpt.errors import DataError, did_you_mean
 from blockgpt.files import sha256_of
 
+ROOT = Path(__file__).resolve().parents[2]  # the project's folder, which has data/<dataset>/prepare.py
+EMBEDDED = "pycode"  # the dataset that needs no download: its text is Python's standard library
 SPLITS = ("train", "val")
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+VERIFY_BYTES = 2**30  # larger datasets are checked by file size only: their digests would take seconds at each start
+SAMPLE_TOKENS = 2**22  # of a bare file, decoded to count the bytes per token
 
-
-def dtype_for(vocab_size):
-    return "uint16" if vocab_size <= 2**16 else "uint32"
-ROOT = Path(__file__).resolve().parents[2]
-EMBEDDED = "pycode"  # the corpus that needs no download: every Python brings it
+# The schema of meta.json: {field: accepted types}.
 SCHEMA_VERSION = 1
+META: dict[str, tuple[type, ...]] = {
+    "schema_version": (int,), "tokenizer": (dict,), "vocab_size": (int,), "eot": (int, type(None)), "dtype": (str,),
+    "source": (str,), "splits": (dict,), "skipped": (dict,)}
+SPLIT_FIELDS: dict[str, tuple[type, ...]] = {"tokens": (int,), "bytes": (int,), "documents": (int,), "files": (dict,)}
+FILE_FIELDS: dict[str, tuple[type, ...]] = {"sha256": (str,), "size": (int,)}
 
 
-def dataset_dir(dataset, data_dir=None):
-    """Where a dataset stands; data_dir None: data/ beside this file."""
+@dataclass(frozen=True)
+class Dataset:
+    """An open dataset, whose files match its meta.json.
+
+    Attributes:
+        shards: {split: 1-d read-only arrays of token ids, in the order of the file names}.
+        hint: what to do if a shard turns out to be damaged later; the end of an error message.
+    """
+
+    name: str
+    directory: Path
+    meta: dict[str, Any]
+    shards: dict[str, list[np.ndarray]]
+    hint: str = ""
+
+    @property
+    def vocab_size(self) -> int:
+        return self.meta["vocab_size"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of what the batches depend on: the digest of every shard, the dtype, the vocabulary size."""
+        shards = {s: [f["sha256"] for _, f in sorted(self.meta["splits"][s]["files"].items())] for s in SPLITS}
+        return hashlib.sha256(json.dumps([self.meta["dtype"], self.vocab_size, shards]).encode()).hexdigest()
+
+    def tokens(self, split: str) -> int:
+        """Tokens in a split, end-of-text tokens included."""
+        return self.meta["splits"][split]["tokens"]
+
+    def bytes_per_token(self, split: str) -> float | None:
+        """UTF-8 bytes of text in the split / tokens in the split; bits per byte = bits per token / this.
+
+        None if the bytes are not known, as for bare files without a tokenizer.
+        """
+        text_bytes = self.meta["splits"][split]["bytes"]
+        return None if text_bytes is None else text_bytes / self.tokens(split)
+
+
+# The directory
+
+
+def dataset_dir(dataset: str, data_dir: str | Path | None = None) -> Path:
+    """The directory of a dataset; data_dir None: data/ in the project's folder."""
     return Path(data_dir or ROOT / "data") / dataset
 
 
-def prepare_command(dataset, data_dir=None):
-    """The command, as typed in the project's folder, that makes a dataset."""
-    elsewhere = f" --out_dir {shlex.quote(str(dataset_dir(dataset, data_dir)))}" if data_dir else ""
-    return f"python data/{dataset}/prepare.py{elsewhere}"
+def prepare_command(dataset: str, data_dir: str | Path | None = None) -> str:
+    """The command that makes a dataset, as typed in the project's folder."""
+    out_dir = f" --out_dir {shlex.quote(str(dataset_dir(dataset, data_dir)))}" if data_dir else ""
+    return f"python data/{dataset}/prepare.py{out_dir}"
 
 
-def not_prepared(dataset, data_dir=None):
+def not_prepared(dataset: str, data_dir: str | Path | None = None) -> DataError:
     """The `DataError` for a dataset that has no meta.json."""
     scripts = {p.parent.name for p in ROOT.glob("data/*/prepare.py")}
     if dataset in scripts:
@@ -48,149 +103,120 @@ def not_prepared(dataset, data_dir=None):
                      + did_you_mean(dataset, sorted(scripts | prepared)))
 
 
-def is_bare(directory):
-    """Whether a dataset is two files of tokens that nothing describes, as nanoGPT leaves them.
+def is_bare(directory: Path) -> bool:
+    """Whether a directory has a train.bin and a val.bin but no meta.json, as nanoGPT's prepare.py leaves it.
 
-    What a killed `prepare` leaves may look so too, but for its work directory.
+    A killed `prepare` leaves the same two files, but also its work directory.
     """
     return (all((directory / f"{split}.bin").exists() for split in SPLITS) and not (directory / "meta.json").exists()
             and not any(directory.glob(".parts.*.tmp")))
 
 
-def ensure_prepared(dataset, data_dir=None):
-    """Make the embedded corpus if it is asked for and not there yet; `DataError` for any other dataset not there.
+def ensure_prepared(dataset: str, data_dir: str | Path | None = None) -> None:
+    """Prepare the embedded dataset if it does not exist yet. Only one process of a run calls this; the others wait.
 
-    Of the processes of one run, let one call this and the others wait.
+    Raises:
+        DataError: any other dataset does not exist, or prepare.py failed.
     """
     directory = dataset_dir(dataset, data_dir)
     if (directory / "meta.json").exists():
         return
     if dataset != EMBEDDED:
         if is_bare(directory):
-            return  # `open_dataset` asks what the files hold
+            return  # `open_dataset` checks that the tokenizer or the vocabulary size is given
         raise not_prepared(dataset, data_dir)
     print(f"preparing {dataset} in {directory}: once, a few seconds", flush=True)
-    command = [sys.executable, ROOT / "data" / dataset / "prepare.py", "--out_dir", directory]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise DataError(f"dataset {dataset!r} could not be prepared: {last.removeprefix('error: ')}")
-VERIFY_BYTES = 2**30  # larger datasets are opened by size alone: their digests would take seconds at every start
-COUNTED_TOKENS = 2**22  # of bare files, to learn the bytes of a token
-META = {"schema_version": (int,), "tokenizer": (dict,), "vocab_size": (int,), "eot": (int, type(None)),
-        "dtype": (str,), "source": (str,), "splits": (dict,), "skipped": (dict,)}
-SPLIT = {"tokens": (int,), "bytes": (int,), "documents": (int,), "files": (dict,)}
-FILE = {"sha256": (str,), "size": (int,)}
+    command = [sys.executable, str(ROOT / "data" / dataset / "prepare.py"), "--out_dir", str(directory)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        last_line = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()[-1]
+        raise DataError(f"dataset {dataset!r} could not be prepared: {last_line.removeprefix('error: ')}")
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """A dataset whose files are what its meta.json says.
+# Opening
 
-    shards: {split: [1-d arrays of token ids, read-only]}. remedy: what to do if they turn out damaged after all.
+
+def open_dataset(dataset: str, data_dir: str | Path | None = None, tokenizer: str | None = None,
+                 vocab_size: int | None = None) -> Dataset:
+    """Open `<data_dir>/<dataset>` and check it. Datasets over VERIFY_BYTES are checked by file size only.
+
+    Args:
+        data_dir: None: data/ in the project's folder.
+        tokenizer: a name or a file, as `load_tokenizer` takes it. Bare files need it or vocab_size; if a dataset with
+            a meta.json was made with another tokenizer, it is an error.
+        vocab_size: of bare files without a tokenizer; ignored for other datasets.
+
+    Raises:
+        DataError: a file is missing, has another size or digest than meta.json says, or has token ids beyond the
+            vocabulary; meta.json is invalid; the tokenizer is another one.
     """
-
-    name: str
-    directory: Path
-    meta: dict
-    shards: dict
-    remedy: str = ""
-
-    @property
-    def vocab_size(self):
-        return self.meta["vocab_size"]
-
-    @property
-    def fingerprint(self):
-        """Hex digest of what the batches depend on: every shard, the dtype, the vocabulary's size."""
-        shards = {s: [f["sha256"] for _, f in sorted(self.meta["splits"][s]["files"].items())] for s in SPLITS}
-        return hashlib.sha256(json.dumps([self.meta["dtype"], self.vocab_size, shards]).encode()).hexdigest()
-
-    def tokens(self, split):
-        """Tokens in a split, end-of-text tokens included."""
-        return self.meta["splits"][split]["tokens"]
-
-    def bytes_per_token(self, split):
-        """UTF-8 bytes of text per token of the split, on average; bits per byte = bits per token / this.
-
-        None where nobody counted them, as for bare token files.
-        """
-        held = self.meta["splits"][split]["bytes"]
-        return None if held is None else held / self.tokens(split)
-
-
-def open_dataset(dataset, data_dir=None, tokenizer=None, vocab_size=None):
-    """Open `<data_dir>/<dataset>`, checked: a `Dataset`. data_dir None: data/ beside this file.
-
-    tokenizer (as `load_tokenizer` takes it), vocab_size: what a folder of bare token files needs, of which the one or
-    the other is enough; of other datasets the tokenizer must be the one that is named.
-    `DataError` names the file at fault: absent, of another size or digest than meta.json says (the digests of a
-    dataset up to VERIFY_BYTES), or with token ids beyond the vocabulary.
-    """
-    directory, remedy = dataset_dir(dataset, data_dir), f"(run {prepare_command(dataset, data_dir)} again)"
+    directory, hint = dataset_dir(dataset, data_dir), f"(run {prepare_command(dataset, data_dir)} again)"
     if is_bare(directory):
         return open_bare(dataset, directory, load_tokenizer(tokenizer) if tokenizer else None, vocab_size)
     if not (directory / "meta.json").exists():
         raise not_prepared(dataset, data_dir)
     try:
         meta = read_meta(directory / "meta.json")
-        if type(meta.get("command")) is str:  # of a dataset without a script of its own
-            remedy = f"(run {meta['command']} again)"
+        if type(meta.get("command")) is str:  # of a dataset that data/files/prepare.py made
+            hint = f"(run {meta['command']} again)"
         files = [(split, name, entry) for split in SPLITS for name, entry in meta["splits"][split]["files"].items()]
         verify = sum(entry["size"] for _, _, entry in files) <= VERIFY_BYTES
-        shards = {split: [] for split in SPLITS}
+        shards: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
         for split, name, entry in sorted(files, key=lambda file: file[1]):
             shards[split].append(open_shard(directory / name, entry, DTYPES[meta["dtype"]], meta["vocab_size"], verify))
     except DataError as error:
-        raise DataError(f"{error} {remedy}") from None
+        raise DataError(f"{error} {hint}") from None
     if tokenizer and load_tokenizer(tokenizer).to_meta() != meta["tokenizer"]:
-        raise DataError(f"dataset {dataset!r} was made with the tokenizer {describe_tokenizer(meta['tokenizer'])}, not with "
-                        f"{tokenizer} (drop --tokenizer, or prepare it again)")
-    return Dataset(dataset, directory, meta, shards, remedy)
+        raise DataError(f"dataset {dataset!r} was made with the tokenizer {describe_tokenizer(meta['tokenizer'])}, "
+                        f"not with {tokenizer} (drop --tokenizer, or prepare it again)")
+    return Dataset(dataset, directory, meta, shards, hint)
 
 
-def open_bare(dataset, directory, tokenizer=None, vocab_size=None):
-    """The `Dataset` of a train.bin and val.bin without a meta.json, as nanoGPT's prepare.py leaves them.
+def open_bare(dataset: str, directory: Path, tokenizer: Tokenizer | None = None,
+              vocab_size: int | None = None) -> Dataset:
+    """Open a train.bin and a val.bin that have no meta.json, as nanoGPT's prepare.py writes them.
 
-    Where the tokenizer is known its bytes are counted by decoding, or, beyond COUNTED_TOKENS, estimated from those.
+    With a tokenizer the bytes of the text are counted by decoding the first SAMPLE_TOKENS tokens of each split, and
+    extrapolated to the rest.
+
+    Raises:
+        DataError: neither tokenizer nor vocab_size is given, or the files do not fit them.
     """
-    if tokenizer is None and vocab_size is None:
+    if tokenizer:
+        vocab_size = tokenizer.vocab_size
+    elif vocab_size is None:
         raise DataError(f"{directory}: has train.bin and val.bin and no meta.json: say what they hold, "
-                        "--tokenizer=gpt2 or --vocab_size=N (python -m tools.convert_nanogpt_meta writes it down)")
-    vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
-    dtype = DTYPES[dtype_for(vocab_size)]
+                        "--tokenizer=gpt2 or --vocab_size=N (python -m tools.convert_nanogpt_meta writes meta.json)")
+    assert vocab_size is not None
+    dtype, hint = DTYPES[dtype_for(vocab_size)], "(another --tokenizer or --vocab_size?)"
     shards, splits = {}, {}
     for split in SPLITS:
         path = directory / f"{split}.bin"
         size = path.stat().st_size
         if not size or size % dtype.itemsize:
-            raise DataError(f"{path}: has {size} bytes, which is no whole number of {dtype.name} tokens, at least one")
+            raise DataError(f"{path}: has {size} bytes, which is not a whole number of {dtype.name} tokens, "
+                            "at least one")
         entry = {"size": size, "sha256": sha256_of(path) if size <= VERIFY_BYTES else sha256_of_ends(path)}
-        shards[split] = [open_shard(path, entry, dtype, vocab_size, verify=False)]
+        shard = open_shard(path, entry, dtype, vocab_size, verify=False)
         if size <= VERIFY_BYTES:
-            check_token_ids(shards[split][0], vocab_size, path, "(another --tokenizer or --vocab_size?)")
-        splits[split] = {"tokens": size // dtype.itemsize, "bytes": None, "documents": 1,
-                         "files": {path.name: entry}}
+            check_token_ids(shard, vocab_size, path, hint)
+        text_bytes = None
         if tokenizer:
-            sample = shards[split][0][:COUNTED_TOKENS]
-            held = len(tokenizer.decode(sample.tolist()).encode())
-            splits[split]["bytes"] = round(held * splits[split]["tokens"] / len(sample))
+            sample = shard[:SAMPLE_TOKENS]
+            text_bytes = round(len(tokenizer.decode(sample.tolist()).encode()) * len(shard) / len(sample))
+        shards[split] = [shard]
+        splits[split] = {"tokens": len(shard), "bytes": text_bytes, "documents": 1, "files": {path.name: entry}}
     meta = {"schema_version": SCHEMA_VERSION, "tokenizer": tokenizer.to_meta() if tokenizer else {"name": UNNAMED},
             "vocab_size": vocab_size, "eot": tokenizer.eot if tokenizer else None, "dtype": dtype_for(vocab_size),
             "source": "token files without a meta.json", "splits": splits, "skipped": {}}
-    return Dataset(dataset, directory, meta, shards, "(another --tokenizer or --vocab_size?)")
+    return Dataset(dataset, directory, meta, shards, hint)
 
 
-def sha256_of_ends(path, n=2**20):
-    """Hex digest of a large file's size and first and last n bytes: what can be told of it at once."""
-    with open(path, "rb") as file:
-        size, head = file.seek(0, 2), file.seek(0) or file.read(n)
-        file.seek(-n, 2)
-        return hashlib.sha256(str(size).encode() + head + file.read(n)).hexdigest()
+# meta.json
 
 
-def read_meta(path):
-    """The content of a meta.json; `DataError` if a field is absent or cannot be, alone or beside another."""
+def read_meta(path: Path) -> dict[str, Any]:
+    """The content of a meta.json. `DataError` if a field is missing, has another type, or contradicts another field."""
     try:
         meta = json.loads(path.read_bytes())
     except OSError as error:
@@ -203,30 +229,34 @@ def read_meta(path):
     check_meta_fields(path, "", meta, META)
     if meta["dtype"] not in DTYPES:
         raise DataError(f"{path}: dtype is {meta['dtype']!r}, not one of {', '.join(DTYPES)}")
-    itemsize = DTYPES[meta["dtype"]].itemsize
     if meta["vocab_size"] < 1:
         raise DataError(f"{path}: vocab_size is {meta['vocab_size']}, must be at least 1")
     for split in SPLITS:
-        where, entries = f"splits.{split}.", meta["splits"].get(split)
-        check_meta_fields(path, where, entries, SPLIT)
-        for field in ("tokens", "bytes"):
-            if entries[field] < 1:
-                raise DataError(f"{path}: {where}{field} is {entries[field]}: the split is empty")
-        for name, entry in entries["files"].items():
-            if not re.fullmatch(rf"{split}[\w.-]*\.bin", name):
-                raise DataError(f"{path}: {where}files: {name!r} is not the name of a {split}*.bin beside it")
-            check_meta_fields(path, f"{where}files.{name}.", entry, FILE)
-            if entry["size"] % itemsize:
-                raise DataError(f"{path}: {where}files.{name}.size is {entry['size']}, which is no whole number of "
-                                f"{meta['dtype']} tokens")
-        held = sum(entry["size"] for entry in entries["files"].values()) // itemsize
-        if held != entries["tokens"]:
-            raise DataError(f"{path}: {where}tokens is {entries['tokens']}, but its files hold {held} {meta['dtype']} "
-                            "tokens")
+        check_split(path, split, meta["splits"].get(split), meta["dtype"])
     return meta
 
 
-def check_meta_fields(path, where, value, fields):
+def check_split(path: Path, split: str, entry: Any, dtype: str) -> None:
+    """`DataError` unless `entry` is a valid entry of meta.json's "splits"."""
+    where = f"splits.{split}."
+    check_meta_fields(path, where, entry, SPLIT_FIELDS)
+    for field in ("tokens", "bytes"):
+        if entry[field] < 1:
+            raise DataError(f"{path}: {where}{field} is {entry[field]}: the split is empty")
+    itemsize = DTYPES[dtype].itemsize
+    for name, file in entry["files"].items():
+        if not re.fullmatch(rf"{split}[\w.-]*\.bin", name):
+            raise DataError(f"{path}: {where}files: {name!r} is not the name of a {split}*.bin in the same folder")
+        check_meta_fields(path, f"{where}files.{name}.", file, FILE_FIELDS)
+        if file["size"] % itemsize:
+            raise DataError(f"{path}: {where}files.{name}.size is {file['size']}, which is not a whole number of "
+                            f"{dtype} tokens")
+    tokens = sum(file["size"] for file in entry["files"].values()) // itemsize
+    if tokens != entry["tokens"]:
+        raise DataError(f"{path}: {where}tokens is {entry['tokens']}, but its files hold {tokens} {dtype} tokens")
+
+
+def check_meta_fields(path: Path, where: str, value: Any, fields: dict[str, tuple[type, ...]]) -> None:
     """`DataError` unless `value` is an object that has every field of `fields` with one of its types."""
     if type(value) is not dict:
         raise DataError(f"{path}: {where.rstrip('.') or 'the whole'} is not an object")
@@ -237,10 +267,18 @@ def check_meta_fields(path, where, value, fields):
             raise DataError(f"{path}: {where}{name} is {value[name]!r:.80}, not of type {types[0].__name__}")
 
 
-def open_shard(path, entry, dtype, vocab_size, verify):
-    """Memory-map one file of tokens after checking it against its entry in meta.json: 1-d array, read-only.
+# Shards
 
-    verify: its digest and its ids too, which reads it.
+
+def dtype_for(vocab_size: int) -> str:
+    """The key of `DTYPES` for a vocabulary: the smallest dtype that holds its ids."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def open_shard(path: Path, entry: dict[str, Any], dtype: np.dtype, vocab_size: int, verify: bool) -> np.ndarray:
+    """Memory-map a shard and check it against its entry in meta.json: 1-d read-only array.
+
+    verify: check the digest and the token ids too, which reads the whole file.
     """
     try:
         size = path.stat().st_size
@@ -248,7 +286,7 @@ def open_shard(path, entry, dtype, vocab_size, verify):
             raise DataError(f"{path}: has {size} bytes, meta.json says {entry['size']}")
         if verify and sha256_of(path) != entry["sha256"]:
             raise DataError(f"{path}: is damaged: its sha256 is not the one in meta.json")
-        tokens = memory_map(path, dtype) if size else np.empty(0, dtype)
+        tokens = memory_map(path, dtype)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     if verify:
@@ -258,23 +296,34 @@ def open_shard(path, entry, dtype, vocab_size, verify):
     return tokens
 
 
-def memory_map(path, dtype):
-    """A file as a 1-d array, read-only, of which only what is looked at is read."""
+def memory_map(path: str | Path, dtype: np.dtype | str) -> np.ndarray:
+    """A file as a 1-d read-only array; only the pages that are accessed are read. The file may be empty."""
     with open(path, "rb") as file:
+        if not file.seek(0, 2):  # mmap refuses an empty file
+            return np.frombuffer(b"", dtype)
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
 
 
-def madvise(tokens, pattern):
-    """Tell the system, if it can be told, how a mapped file will be read.
+def madvise(tokens: np.ndarray, advice: str) -> None:
+    """Tell the system how a memory-mapped array will be accessed, if the platform has that advice.
 
-    It reads ahead of what is looked at, which a window at a random place in a large file pays for a hundredfold.
+    Without MADV_RANDOM the system reads ahead, which makes a read at a random position of a large file some hundred
+    times as expensive.
     """
-    mapping = getattr(tokens.base, "obj", None)  # numpy keeps a memoryview of it
-    if isinstance(mapping, mmap.mmap) and hasattr(mmap, pattern):
-        mapping.madvise(getattr(mmap, pattern))
+    mapping = getattr(tokens.base, "obj", None)  # numpy keeps a memoryview of the mmap
+    if isinstance(mapping, mmap.mmap) and hasattr(mmap, advice):
+        mapping.madvise(getattr(mmap, advice))
 
 
-def check_token_ids(ids, vocab_size, where, remedy=""):
-    """`DataError` if a token id lies beyond the vocabulary: an embedding would fail on it far from the cause."""
+def check_token_ids(ids: np.ndarray, vocab_size: int, where: str | Path, hint: str = "") -> None:
+    """`DataError` if a token id is beyond the vocabulary: the embedding would fail far from the cause."""
     if ids.size and ids.max() >= vocab_size:
-        raise DataError(f"{where}: has the token id {ids.max()}, beyond vocab_size={vocab_size} {remedy}".rstrip())
+        raise DataError(f"{where}: has the token id {ids.max()}, beyond vocab_size={vocab_size} {hint}".rstrip())
+
+
+def sha256_of_ends(path: Path, n: int = 2**20) -> str:
+    """Hex digest of a large file's size and of its first and last n bytes, which is quick whatever the size."""
+    with open(path, "rb") as file:
+        head, size = file.read(n), file.seek(0, 2)
+        file.seek(-n, 2)
+        return hashlib.sha256(str(size).encode() + head + file.read(n)).hexdigest()

@@ -1,34 +1,44 @@
-"""Whole documents in every window: packing='documents'.
+"""Whole documents in every sequence: packing='documents'.
 
-A window holds documents, end to end, and none is cut unless it is longer than the window: a cut one goes on in
-windows of its own, and its end is packed as a document is. What stays free at the end of a window is padding, which
-is never a target. The plan is made once, at start, which reads the split, and holds 20 bytes a document.
+A sequence holds one or more documents, end to end. A document is cut only if it is longer than a sequence: into chunks
+of that length, and its last chunk is packed like a document. The free tokens at the end of a sequence are padding,
+which is never a target. The packing is computed once, at startup, by a scan of the split (20 bytes per document).
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from blockgpt.data.dataset import check_token_ids, madvise
-from blockgpt.data.loader import GlobalBatches, feistel_permute, splitmix64
+from blockgpt.data.dataset import Dataset, check_token_ids, madvise
+from blockgpt.data.loader import Batch, GlobalBatches, feistel_permute, splitmix64
 from blockgpt.errors import DataError
 
-IGNORED = -1  # the target that the loss leaves out
-SCANNED = 2**24  # tokens looked at at a time
+IGNORED = -1  # the target index that the loss ignores
+SCAN_TOKENS = 2**24  # scanned at a time
 
 
 class PackedBatches(GlobalBatches):
-    """The training sequences of a run, each whole documents. The k-th is a function of (seed, k) alone.
+    """The training batches of a run on one dataset, packing='documents'.
 
-    A keyed permutation orders the windows of each epoch. `DataError` if the documents of the dataset cannot be told
-    apart, or if none has two tokens.
+    A sequence is a function of (seed, sequence id). A permutation keyed by (seed, epoch) orders those of each epoch.
+
+    Attributes:
+        chunk_starts, chunk_lengths: of each chunk, in tokens of the split, ordered by sequence and then by position.
+        chunk_bounds: (n_sequences + 1,) the chunks of sequence i are chunk_bounds[i] … chunk_bounds[i + 1] - 1.
+        used: (n_sequences,) tokens of each sequence that are not padding.
+
+    Raises:
+        DataError: the dataset has no end-of-text token, or no document of two tokens.
     """
 
-    def __init__(self, dataset, seed, block_size, batch_size, gradient_accumulation_steps=1):
+    def __init__(self, dataset: Dataset, seed: int, block_size: int, batch_size: int,
+                 gradient_accumulation_steps: int = 1) -> None:
         super().__init__(batch_size, gradient_accumulation_steps)
         self.dataset, self.block_size, self.eot = dataset, block_size, dataset.meta["eot"]
         if self.eot is None:
-            raise DataError(f"packing='documents' needs a token behind each document, and dataset {dataset.name!r} has "
-                            "none (packing='stream')")
+            raise DataError(f"packing='documents' needs an end-of-text token after each document, and dataset "
+                            f"{dataset.name!r} has none (use --packing=stream)")
         self.shards = dataset.shards["train"]
         self.shard_ends = np.cumsum([len(tokens) for tokens in self.shards])
         for tokens in self.shards:
@@ -39,96 +49,108 @@ class PackedBatches(GlobalBatches):
         if not len(lengths):
             raise DataError(f"the train split of dataset {dataset.name!r} has no document of two tokens")
         bins, self.n_sequences = best_fit(lengths, block_size + 1)
-        order = np.argsort(bins, kind="stable")  # within a window, in the order of the corpus
-        self.starts, self.lengths = starts[order], lengths[order].astype(np.int32)
-        self.bounds = np.searchsorted(bins[order], np.arange(self.n_sequences + 1))
-        self.used = np.bincount(bins, lengths, self.n_sequences).astype(np.int32)  # tokens of each window
+        order = np.argsort(bins, kind="stable")  # within a sequence, in the order of the corpus
+        self.chunk_starts, self.chunk_lengths = starts[order], lengths[order].astype(np.int32)
+        self.chunk_bounds = np.searchsorted(bins[order], np.arange(self.n_sequences + 1))
+        self.used = np.bincount(bins, lengths, self.n_sequences).astype(np.int32)
         self.seed_key = splitmix64(np.array([seed], np.uint64))
 
-    def windows_of(self, k):
-        epoch, place = np.divmod(k, self.n_sequences)
-        return feistel_permute(place, self.n_sequences, splitmix64(self.seed_key + epoch.astype(np.uint64)))
+    def _indices(self, sequence_ids: np.ndarray) -> np.ndarray:
+        """The index of each sequence among those of the split, (B,) int64."""
+        epoch, position = np.divmod(sequence_ids, self.n_sequences)
+        return feistel_permute(position, self.n_sequences, splitmix64(self.seed_key + epoch.astype(np.uint64)))
 
-    def sequences(self, k):
-        """The k-th sequences of the run, k (B,) int64: x, y, int64 tensors (B, block_size); padding is eot, IGNORED."""
-        windows = self.windows_of(k)
-        ids = np.full((len(k), self.block_size + 1), self.eot, np.int64)
-        for row, window in zip(ids, windows, strict=True):
-            at = 0
-            for piece in range(self.bounds[window], self.bounds[window + 1]):
-                start, n = self.starts[piece], self.lengths[piece]
-                shard = int(np.searchsorted(self.shard_ends, start, side="right"))
-                start -= self.shard_ends[shard] - len(self.shards[shard])
-                row[at:at + n] = self.shards[shard][start:start + n]
-                at += n
-        check_token_ids(ids, self.dataset.vocab_size, f"{self.dataset.directory}: train", self.dataset.remedy)
+    def read(self, sequence_ids: np.ndarray) -> Batch:
+        """As `GlobalBatches.read`. The padding is eot in the inputs and IGNORED in the targets."""
+        indices = self._indices(sequence_ids)
+        ids = np.full((len(sequence_ids), self.block_size + 1), self.eot, np.int64)
+        for row, index in zip(ids, indices, strict=True):
+            end = 0
+            for chunk in range(self.chunk_bounds[index], self.chunk_bounds[index + 1]):
+                first, n = self.chunk_starts[chunk], self.chunk_lengths[chunk]
+                shard = int(np.searchsorted(self.shard_ends, first, side="right"))
+                first -= self.shard_ends[shard] - len(self.shards[shard])
+                row[end:end + n] = self.shards[shard][first:first + n]
+                end += n
+        check_token_ids(ids, self.dataset.vocab_size, f"{self.dataset.directory}: train", self.dataset.hint)
         targets = ids[:, 1:].copy()
-        targets[np.arange(self.block_size) >= self.used[windows, None] - 1] = IGNORED
+        targets[np.arange(self.block_size) >= self.used[indices, None] - 1] = IGNORED
         return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets)
 
-    def offsets(self, k):
-        """[(dataset, token of its train split)] where the first document of each sequence begins."""
-        return [(self.dataset.name, int(self.starts[self.bounds[window]])) for window in self.windows_of(k)]
+    def offsets(self, sequence_ids: np.ndarray) -> list[tuple[str, int]]:
+        return [(self.dataset.name, int(self.chunk_starts[self.chunk_bounds[i]])) for i in self._indices(sequence_ids)]
 
-    def n_targets(self, k):
-        return int(self.used[self.windows_of(k)].sum() - len(k))
+    def n_targets(self, sequence_ids: np.ndarray) -> int:
+        return int(self.used[self._indices(sequence_ids)].sum() - len(sequence_ids))
 
 
-def document_chunks(shards, eot, block_size):
-    """The documents of the shards as (starts, lengths), int64: whole, or cut where longer than block_size + 1 tokens.
+def document_chunks(shards: Sequence[np.ndarray], eot: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Find the documents of the shards and cut those longer than block_size + 1 tokens into chunks.
 
-    The pieces of a cut document overlap by one token, so that each of its tokens but the first is a target once.
-    What has fewer than two tokens, and so no target, is left out.
+    The chunks of a document overlap by one token, so that each of its tokens but the first is a target once. A chunk
+    of fewer than two tokens has no target and is left out.
+
+    Returns:
+        First token in the split and length of each chunk, int64 each.
     """
-    starts, lengths, base = [], [], 0
+    starts, lengths, shard_start = [], [], 0
     for tokens in shards:
-        ends = [np.flatnonzero(tokens[i:i + SCANNED] == eot) + i + 1 for i in range(0, len(tokens), SCANNED)]
-        ends = np.concatenate([*ends, [len(tokens)]])  # the last document of a file need not end in eot
+        scans = [np.flatnonzero(tokens[i:i + SCAN_TOKENS] == eot) + i + 1 for i in range(0, len(tokens), SCAN_TOKENS)]
+        ends = np.concatenate([*scans, [len(tokens)]])  # the last document of a file may lack its eot
         first = np.concatenate([[0], ends[:-1]])
         n = ends - first
-        cuts = np.maximum(1, -(-(n - 1) // block_size))  # pieces of each document
-        number = np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts)  # of each piece within it
-        starts.append(base + np.repeat(first, cuts) + number * block_size)
-        lengths.append(np.minimum(np.repeat(n, cuts) - number * block_size, block_size + 1))
-        base += len(tokens)
-    starts, lengths = np.concatenate(starts), np.concatenate(lengths)
-    kept = lengths >= 2
-    return starts[kept], lengths[kept]
+        n_chunks = np.maximum(1, -(-(n - 1) // block_size))  # of each document
+        # The index of each chunk within its document.
+        chunk = np.arange(n_chunks.sum()) - np.repeat(np.cumsum(n_chunks) - n_chunks, n_chunks)
+        starts.append(shard_start + np.repeat(first, n_chunks) + chunk * block_size)
+        lengths.append(np.minimum(np.repeat(n, n_chunks) - chunk * block_size, block_size + 1))
+        shard_start += len(tokens)
+    all_starts, all_lengths = np.concatenate(starts), np.concatenate(lengths)
+    has_target = all_lengths >= 2
+    return all_starts[has_target], all_lengths[has_target]
 
 
-def best_fit(lengths, capacity):
-    """Pack pieces into windows of `capacity`, the longest first, each where the least room stays: (bin of each piece,
-    number of bins). Best-fit decreasing (Ding et al. 2024), for all pieces of a length at once: the cost is that of
-    the different lengths, not of the pieces.
+def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
+    """Pack chunks into bins by best-fit decreasing (Ding et al. 2024).
+
+    The longest chunk comes first; each goes to the bin with the least free space that holds it. All chunks of one
+    length are packed at once, so the time depends on the number of distinct lengths, not on the number of chunks.
+
+    Args:
+        lengths: of the chunks, each at least 2 and at most capacity.
+        capacity: tokens of a bin.
+
+    Returns:
+        The bin of each chunk, and the number of bins.
     """
     order = np.argsort(-lengths, kind="stable")
     bins = np.empty(len(lengths), np.int64)
-    rooms = {}  # free tokens -> [arrays of bins]
-    occupied = 0  # bit r: some bin has r tokens free
-    n_bins = at = 0
+    bins_by_free: dict[int, list[np.ndarray]] = {}  # free tokens -> arrays of bins with so many
+    free_mask = 0  # bit n is set if a bin has n free tokens
+    n_bins = packed = 0
     distinct, counts = np.unique(lengths, return_counts=True)
     for length, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while count:
-            larger = occupied >> length
+            larger = free_mask >> length
             if larger:
-                room = length + (larger & -larger).bit_length() - 1
-                free = rooms[room].pop()
-                if not rooms[room]:
-                    occupied &= ~(1 << room)
+                free = length + (larger & -larger).bit_length() - 1  # the lowest bit: the tightest fit
+                candidates = bins_by_free[free].pop()
+                if not bins_by_free[free]:
+                    free_mask &= ~(1 << free)
             else:
-                room = capacity
-                free = np.arange(n_bins, n_bins - (-count // (capacity // length)))
-                n_bins += len(free)
-            each = room // length  # the best fit for the next of the same length is the same bin, until it is full
-            used = min(len(free), -(-count // each))
-            placed = min(count, used * each)
-            bins[order[at:at + placed]] = np.repeat(free[:used], each)[:placed]
-            last = placed - (used - 1) * each  # pieces in the last bin
-            left = [(room, free[used:]), (room - each * length, free[:used - 1]),
-                    (room - last * length, free[used - 1:used])]
-            for rest, those in left:
-                if rest >= 2 and len(those):
-                    rooms.setdefault(rest, []).append(those)
-                    occupied |= 1 << rest
-            at, count = at + placed, count - placed
+                free = capacity
+                candidates = np.arange(n_bins, n_bins - (-count // (capacity // length)))
+                n_bins += len(candidates)
+            per_bin = free // length  # the best fit for the next chunk of this length is the same bin, until it is full
+            n_used = min(len(candidates), -(-count // per_bin))
+            n = min(count, n_used * per_bin)
+            bins[order[packed:packed + n]] = np.repeat(candidates[:n_used], per_bin)[:n]
+            in_last = n - (n_used - 1) * per_bin  # chunks in the last bin used
+            remaining = [(free, candidates[n_used:]), (free - per_bin * length, candidates[:n_used - 1]),
+                         (free - in_last * length, candidates[n_used - 1:n_used])]
+            for new_free, those in remaining:
+                if new_free >= 2 and len(those):
+                    bins_by_free.setdefault(new_free, []).append(those)
+                    free_mask |= 1 << new_free
+            packed, count = packed + n, count - n
     return bins, n_bins

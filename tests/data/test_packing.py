@@ -1,97 +1,95 @@
-"""packing='documents': whole documents in every window, each once an epoch, and no token lost."""
+"""packing='documents': whole documents in every sequence, each once per epoch, and no token lost."""
 
 import collections
+import itertools
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from dataset_helpers import counting_dataset, equal, exact_losses, refusal, single_process
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_loader import dataset, same
 
 from blockgpt.data import packing as packing_module
 from blockgpt.data.packing import IGNORED, PackedBatches, best_fit, document_chunks
-from blockgpt.errors import DataError
 
 EOT = 0
-DOCUMENTS = st.lists(st.integers(1, 50), min_size=1, max_size=40)  # lengths, eot included
+DOCUMENT_LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)  # eot included
 
 
 def corpus(*shards):
-    """A dataset of documents with these lengths, shard by shard; their tokens number themselves from 1 on."""
-    d, number = dataset([1]), iter(range(1, 10**6))
-    d.shards["train"] = [np.array([t for n in lengths for t in [*(next(number) for _ in range(n - 1)), EOT]], "<u4")
+    """A dataset of documents of these lengths, by shard; all tokens but the eots count up from 1."""
+    d, ids = counting_dataset([1]), iter(range(1, 10**6))
+    d.shards["train"] = [np.array([t for n in lengths for t in [*(next(ids) for _ in range(n - 1)), EOT]], "<u4")
                          for lengths in shards]
     d.meta["eot"] = EOT
     return d
 
 
-def documents_of(d):
-    whole = [np.split(tokens, np.flatnonzero(tokens == EOT) + 1)[:-1] for tokens in d.shards["train"]]
-    return [tuple(document.tolist()) for shard in whole for document in shard]
+def split_documents(tokens):
+    """The documents in an array of tokens, eot included, as tuples."""
+    return [tuple(d.tolist()) for d in np.split(tokens, np.flatnonzero(tokens == EOT) + 1) if len(d)]
 
 
-def windows(batches, epoch=0):
-    """The windows of an epoch, without padding, as tuples of tokens."""
+def unpadded_sequences(batches, epoch=0):
+    """The sequences of an epoch without padding, as tuples of tokens."""
     n = batches.n_sequences
-    x, y = batches.sequences(epoch * n + np.arange(n))
+    ids = epoch * n + np.arange(n)
+    x, y = batches.read(ids)
     assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (n, batches.block_size)
     used = (y != IGNORED).sum(1)
-    assert int(used.sum()) == batches.n_targets(epoch * n + np.arange(n)) and used.min() >= 1
+    assert int(used.sum()) == batches.n_targets(ids) and used.min() >= 1
     for a, b, m in zip(x, y, used.tolist(), strict=True):
         assert torch.equal(a[1:m], b[:m - 1]) and (b[m:] == IGNORED).all() and (a[m + 1:] == EOT).all()
     return [(*a[:m].tolist(), int(b[m - 1])) for a, b, m in zip(x, y, used.tolist(), strict=True)]
 
 
-@given(st.lists(DOCUMENTS, min_size=1, max_size=3), st.integers(2, 30), st.integers(0, 2**63 - 1))
-def test_no_document_is_cut_unless_it_is_longer_than_the_window(shards, block_size, seed):
+@given(st.lists(DOCUMENT_LENGTHS, min_size=1, max_size=3), st.integers(2, 30), st.integers(0, 2**63 - 1))
+def test_a_document_is_cut_only_if_it_is_longer_than_a_sequence(shards, block_size, seed):
+    assume(any(n >= 2 for lengths in shards for n in lengths))
     d = corpus(*shards)
-    if all(n < 2 for lengths in shards for n in lengths):
-        return
     b = PackedBatches(d, seed, block_size, 2)
     for epoch in (0, 5):
-        texts, found = windows(b, epoch), collections.Counter()
-        for text in texts:
-            parts = np.split(np.array(text), np.flatnonzero(np.array(text) == EOT) + 1)
-            found.update(tuple(p.tolist()) for p in parts if len(p))
-        for document in documents_of(d):
+        sequences = unpadded_sequences(b, epoch)
+        found = collections.Counter(document for s in sequences for document in split_documents(np.array(s)))
+        for document in itertools.chain.from_iterable(split_documents(tokens) for tokens in d.shards["train"]):
             if 2 <= len(document) <= block_size + 1:
                 assert found[document] == 1, document  # whole, once
-            elif len(document) > block_size + 1:  # in pieces that overlap by one token
-                cut = [document[i:i + block_size + 1] for i in range(0, len(document) - 1, block_size)]
-                assert all(found[piece] >= 1 for piece in cut)
-        assert sum(len(t) for t in texts) == int(b.lengths.sum())
+            elif len(document) > block_size + 1:  # in chunks that overlap by one token
+                chunks = [document[i:i + block_size + 1] for i in range(0, len(document) - 1, block_size)]
+                assert all(found[chunk] >= 1 for chunk in chunks)
+        assert sum(map(len, sequences)) == int(b.chunk_lengths.sum())
 
 
 @given(st.lists(st.integers(2, 64), min_size=1, max_size=200))
-def test_pieces_fit_and_are_packed_as_one_by_one(lengths):
-    """Against the definition: the longest first, each into the fullest window that holds it."""
+def test_chunks_are_packed_as_if_one_at_a_time(lengths):
+    """Against the definition: the longest first, each into the fullest bin that holds it."""
     bins, n = best_fit(np.array(lengths), 64)
-    filled = np.bincount(bins, lengths, n)
-    assert filled.max() <= 64 and len(np.unique(bins)) == n and filled.min() >= 2
-    rooms = []
+    used = np.bincount(bins, lengths, n)
+    assert used.max() <= 64 and len(np.unique(bins)) == n and used.min() >= 2
+    free = []
     for length in sorted(lengths, reverse=True):
-        fitting = [i for i, room in enumerate(rooms) if room >= length]
+        fitting = [i for i, size in enumerate(free) if size >= length]
         if fitting:
-            rooms[min(fitting, key=lambda i: rooms[i])] -= length
+            free[min(fitting, key=lambda i: free[i])] -= length
         else:
-            rooms.append(64 - length)
-    assert sorted(64 - filled) == sorted(rooms)
+            free.append(64 - length)
+    assert sorted(64 - used) == sorted(free)
 
 
 def test_ordinary_documents_leave_little_padding():
     lengths = np.random.default_rng(0).lognormal(6, 1.2, 20_000).astype(int) + 2
     tokens = np.ones(int(lengths.sum()), np.uint16)
     tokens[np.cumsum(lengths) - 1] = EOT
-    _, n = document_chunks([tokens], EOT, 1024)
-    _, bins = best_fit(n, 1025)
-    assert n.sum() / (bins * 1025) > 0.995
+    _, chunk_lengths = document_chunks([tokens], EOT, 1024)
+    _, n_bins = best_fit(chunk_lengths, 1025)
+    assert chunk_lengths.sum() / (n_bins * 1025) > 0.995
 
 
-def test_the_scan_is_in_blocks(monkeypatch):
+def test_the_chunks_do_not_depend_on_how_much_is_scanned_at_a_time(monkeypatch):
     d = corpus([3, 9, 30, 2], [5, 5])
     whole = document_chunks(d.shards["train"], EOT, 8)
-    monkeypatch.setattr(packing_module, "SCANNED", 4)
+    monkeypatch.setattr(packing_module, "SCAN_TOKENS", 4)
     for a, b in zip(whole, document_chunks(d.shards["train"], EOT, 8), strict=True):
         assert np.array_equal(a, b)
 
@@ -100,35 +98,40 @@ def test_the_scan_is_in_blocks(monkeypatch):
 def test_any_number_of_processes_reads_the_same_global_batch(world_size):
     d = corpus([3, 9, 30, 2, 7] * 20)
     whole = PackedBatches(d, 3, 16, 24).micro_batch(10**9)
-    shared = PackedBatches(d, 3, 16, 24 // world_size, world_size)
-    parts = [shared.micro_batch(10**9, 0, rank, world_size) for rank in range(world_size)]
-    assert same([torch.cat([p[j] for p in parts]) for j in (0, 1)], whole)
-    assert shared.step_targets(10**9) == int((whole[1] != IGNORED).sum())
+    sharded = PackedBatches(d, 3, 16, 24 // world_size, world_size)
+    micro_batches = [sharded.micro_batch(10**9, 0, rank, world_size) for rank in range(world_size)]
+    assert equal(map(torch.cat, zip(*micro_batches, strict=True)), whole)
+    assert sharded.step_targets(10**9) == int((whole[1] != IGNORED).sum())
+
+
+def test_the_offset_of_a_sequence_is_where_its_first_document_begins():
+    d = corpus([3, 9, 30, 2], [5, 5, 17])
+    b, tokens = PackedBatches(d, 3, 16, 2), np.concatenate(d.shards["train"])
+    ids = np.arange(2 * b.n_sequences)
+    x = b.read(ids)[0]
+    assert [tokens[first:first + 2].tolist() for _, first in b.offsets(ids)] == x[:, :2].tolist()
 
 
 def test_the_order_changes_with_the_epoch_and_the_seed():
     d = corpus([5] * 100)
-    orders = [[w[0] for w in windows(PackedBatches(d, seed, 9, 1), epoch)] for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    orders = [[s[0] for s in unpadded_sequences(PackedBatches(d, seed, 9, 1), epoch)]
+              for seed, epoch in ((1, 0), (1, 1), (2, 0))]
     assert orders[0] != orders[1] != orders[2] != orders[0] and sorted(orders[0]) == sorted(orders[1])
 
 
 def test_documents_of_one_token_are_left_out():
-    assert windows(PackedBatches(corpus([1, 3, 1]), 0, 8, 1)) == [(1, 2, EOT)]
-    with pytest.raises(DataError, match="no document of two tokens"):
-        PackedBatches(corpus([1, 1]), 0, 8, 1)
+    assert unpadded_sequences(PackedBatches(corpus([1, 3, 1]), 0, 8, 1)) == [(1, 2, EOT)]
+    assert "no document of two tokens" in refusal(PackedBatches, corpus([1, 1]), 0, 8, 1)
 
 
-def test_without_a_separator_it_is_refused():
+def test_a_dataset_without_an_end_of_text_token_is_refused():
     d = corpus([5])
     d.meta["eot"] = None
-    with pytest.raises(DataError, match=r"packing='stream'"):
-        PackedBatches(d, 0, 8, 1)
+    assert "--packing=stream" in refusal(PackedBatches, d, 0, 8, 1)
 
 
 def test_the_loss_is_the_mean_over_the_targets(data_dir):
-    """Padding counts for nothing, however it is shared out among micro-batches."""
-    from test_objectives import exact_losses, runtime
-
+    """Padding does not count, whatever the micro-batches."""
     from blockgpt.training.objectives import LanguageModeling
     from configurator import load_config
     from model_builder import build_model
@@ -137,7 +140,7 @@ def test_the_loss_is_the_mean_over_the_targets(data_dir):
         return LanguageModeling(load_config([
             f"--data_dir={data_dir}", "--dataset=text", "--packing=documents", "--n_layer=1", "--n_head=2",
             "--n_embd=16", "--block_size=1500", "--vocab_size=320", f"--batch_size={batch_size}", "--device=cpu",
-            f"--gradient_accumulation_steps={accumulation}"]), runtime())
+            f"--gradient_accumulation_steps={accumulation}"]), single_process())
     whole = objective(6, 1)
     model = build_model(whole.config.model)
     step, x, y = next((step, x, y) for step in range(99) for x, y in whole.micro_batches(step)
@@ -145,6 +148,6 @@ def test_the_loss_is_the_mean_over_the_targets(data_dir):
     mean = exact_losses(model, x, y.clamp(min=0))[y != IGNORED].mean().item()
     list(whole.micro_batches(step))
     assert whole.loss(model, (x, y)).item() == pytest.approx(mean, rel=1e-5)
-    parts = objective(2, 3)
-    assert sum(parts.loss(model, b).item() for b in parts.micro_batches(step)) == pytest.approx(mean, rel=1e-5)
-    assert whole.fingerprint != whole.dataset.fingerprint  # another order of the same tokens is another run
+    split = objective(2, 3)
+    assert sum(split.loss(model, b).item() for b in split.micro_batches(step)) == pytest.approx(mean, rel=1e-5)
+    assert whole.fingerprint != whole.datasets["text"].fingerprint  # another order of the same tokens is another run
