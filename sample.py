@@ -1,42 +1,62 @@
 """Text from a trained model: `python sample.py --run=runs/NAME --prompt="def main("`."""
 
+import argparse
+import io
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blockgpt.console import ArgumentParser
 from blockgpt.errors import CheckpointError, DataError, UserError, exit_on_user_error
 
+if TYPE_CHECKING:  # torch is imported after the flags are checked
+    import torch
 
-def arguments(argv):
+    from blockgpt.data.tokenizer import Tokenizer
+    from model_builder import GPT
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
     """The parsed command line; `UserError` for a value out of range."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--run", required=True, help="run directory")
-    parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="by validation loss, or time")
-    parser.add_argument("--prompt", default="\n", help="text to go on from")
+    parser.add_argument("--checkpoint", choices=("best", "latest"), default="best",
+                        help="best: the lowest validation loss; latest: the newest")
+    parser.add_argument("--prompt", default="\n", help="text to continue")
     parser.add_argument("--num_samples", type=int, default=1, help="independent continuations")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to add at most")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="maximum number of tokens to add")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top_k", type=int, help="only the k likeliest tokens")
     parser.add_argument("--top_p", type=float, help="only the likeliest tokens that together have this probability")
     parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same text")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args(argv)
-    for name, value, ok, range_ in (("num_samples", args.num_samples, args.num_samples >= 1, "at least 1"),
-                                    ("max_new_tokens", args.max_new_tokens, args.max_new_tokens >= 0, "at least 0"),
-                                    ("temperature", args.temperature, args.temperature == 0
-                                     or 1e-3 <= args.temperature <= 1e6, "0, or from 0.001 to 1e6"),
-                                    ("top_k", args.top_k, args.top_k is None or args.top_k >= 1, "at least 1"),
-                                    ("top_p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "in (0, 1]"),
-                                    ("seed", args.seed, 0 <= args.seed < 2**63, "from 0 to 2**63 - 1")):
-        if not ok:
-            raise UserError(f"--{name}: {value} is out of range, must be {range_}")
+    for name, value, valid, limits in (
+            ("num_samples", args.num_samples, args.num_samples >= 1, "at least 1"),
+            ("max_new_tokens", args.max_new_tokens, args.max_new_tokens >= 0, "at least 0"),
+            ("temperature", args.temperature, args.temperature == 0 or 1e-3 <= args.temperature <= 1e6,
+             "0, or from 0.001 to 1e6"),
+            ("top_k", args.top_k, args.top_k is None or args.top_k >= 1, "at least 1"),
+            ("top_p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "in (0, 1]"),
+            ("seed", args.seed, 0 <= args.seed < 2**63, "from 0 to 2**63 - 1")):
+        if not valid:
+            raise UserError(f"--{name}: {value} is out of range, must be {limits}")
     return args
 
 
-def load_run(run_dir, which, device):
-    """(model on `device`, tokenizer) of a run: its best or newest checkpoint, verified, whatever the run's status.
+def load_run(run_dir: Path, which: str, device: "torch.device") -> "tuple[GPT, Tokenizer]":
+    """(model on `device`, tokenizer) of a run, from its best or newest checkpoint, verified.
 
-    Without a usable checkpoint, as when they were deleted to make room: what the run exported at its end.
+    Without a usable checkpoint, as when they were deleted to free disk space, from the weights exported at its end.
+
+    Args:
+        run_dir: the run directory; the run may be running, finished or failed.
+        which: "best" or "latest".
+        device: of the model.
+
+    Raises:
+        UserError: run_dir is not a run directory.
+        CheckpointError: there is no usable checkpoint and no export, or it was written by another version.
     """
     import blockgpt.training.checkpoint as checkpoint
     from blockgpt.data.tokenizer import from_meta
@@ -65,7 +85,7 @@ def load_run(run_dir, which, device):
     return model.eval(), tokenizer
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     args = arguments(argv)
     import torch
 
@@ -78,7 +98,8 @@ def main(argv):
         raise UserError(f"--prompt: {error}") from None
     if not ids:
         raise UserError("--prompt: is empty (give at least one character)")
-    sys.stdout.reconfigure(errors="replace")  # a model writes what it likes, not every terminal shows it
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a model may write characters that the terminal cannot encode
+        sys.stdout.reconfigure(errors="replace")
     device = model.lm_head.weight.device
     generator = torch.Generator(device).manual_seed(args.seed)
     for i in range(args.num_samples):
