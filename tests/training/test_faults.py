@@ -1,8 +1,11 @@
-"""What happens to a run from outside: signals, peers that die or stand still, values that are not finite on one."""
+"""Faults from outside: signals, ranks that die or hang, values that are not finite on one rank."""
 
 import json
+import os
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from configurator import load_config
 CPU = torch.device("cpu")
 
 
-def watchdog():
+def new_watchdog():
     return Watchdog(Runtime(0, 0, 1, CPU, torch.float32, False, False), load_config([]))
 
 
@@ -25,10 +28,10 @@ def watchdog():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time that Watch sees. Where SIGTERM would end the tests, it is a KeyboardInterrupt too."""
+    """The watchdog's time, as a list of one number. All its signals raise KeyboardInterrupt unless it handles them."""
     time = [0.0]
     monkeypatch.setattr(faults.time, "monotonic", lambda: time[0])
-    # All, as a job in the background starts with Ctrl-C ignored.
+    # SIGINT too, as a job in the background starts with it ignored.
     before = {s: signal.signal(s, signal.default_int_handler) for s in Watchdog.SIGNALS}
     yield time
     found = [signal.getsignal(s) for s in Watchdog.SIGNALS]
@@ -39,109 +42,152 @@ def clock(monkeypatch):
 
 @pytest.mark.parametrize("first", Watchdog.SIGNALS)
 @pytest.mark.parametrize("last", Watchdog.SIGNALS)
-def test_the_first_signal_is_noted_and_one_after_it_ends_the_process(clock, first, last):
-    with watchdog() as w, w.training():
-        assert w.agree().stop is None
+def test_the_first_signal_asks_for_a_stop_and_a_later_one_ends_the_process(clock, first, last):
+    with new_watchdog() as watchdog, watchdog.training():
+        assert watchdog.gather_status().stop_reason is None
         signal.raise_signal(first)
-        assert w.agree().stop == first.name
+        assert watchdog.gather_status().stop_reason == first.name
         clock[0] = 0.9
-        signal.raise_signal(signal.SIGTERM)  # the same wish, passed on by torchrun
+        signal.raise_signal(signal.SIGTERM)  # the same signal, passed on by torchrun
         signal.raise_signal(signal.SIGINT)
-        assert w.agree().stop == first.name
+        assert watchdog.gather_status().stop_reason == first.name
         clock[0] = 2.0
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(last)
 
 
-def test_signals_are_wishes_while_training_alone(clock):
-    with watchdog() as w:
+def test_signals_ask_for_a_stop_only_within_training(clock):
+    with new_watchdog() as watchdog:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
-        with w.training():
+        with watchdog.training():
             assert signal.getsignal(signal.SIGTERM) != signal.default_int_handler
         assert signal.getsignal(signal.SIGTERM) == signal.default_int_handler
 
 
-def test_one_process_agrees_with_itself():
-    with watchdog() as w:
-        known = w.agree([1.0, 2.5], 0.25, 7, saved=True)
-        assert (known.loss, known.bad, known.stop) == (3.5, [-1], None)
-        assert known.saved is True and known.step_times == [0.25] and known.memory == [7]
-        assert w.agree([1.0, float("nan"), float("inf")]).bad == [1] and w.agree([float("-inf")]).bad == [0]
-        assert w.agree([1.0, float("nan")], grad_norm=float("nan")).bad == [1]
-        assert w.agree([1.0, 2.0], grad_norm=float("inf")).bad == [0] and w.agree([1.0], grad_norm=2.0).bad == [-1]
+def test_the_exit_of_torchrun_asks_for_a_stop(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(faults, "HEARTBEAT_SECONDS", 0.01)
+    with new_watchdog() as watchdog, watchdog.training():
+        assert watchdog.gather_status().stop_reason is None
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        deadline = time.monotonic() + 10
+        while (reason := watchdog.gather_status().stop_reason) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert reason == "the exit of torchrun"
 
 
-def test_an_error_of_one_process_stays_what_it_is():
+def test_the_status_of_one_process():
+    with new_watchdog() as watchdog:
+        status = watchdog.gather_status([1.0, 2.5], step_time=0.25, memory_peak=7, save_finished=True)
+        assert (status.loss, status.nonfinite_micro_steps, status.stop_reason) == (3.5, [-1], None)
+        assert status.save_finished is True and status.step_times == [0.25] and status.memory_peaks == [7]
+
+
+@pytest.mark.parametrize("micro_losses, grad_norm, nonfinite", [
+    ([1.0, 2.0], 2.0, -1), ([1.0, float("nan"), float("inf")], 0.0, 1), ([float("-inf")], 0.0, 0),
+    ([1.0, float("nan")], float("nan"), 1), ([1.0, 2.0], float("inf"), 0)])
+def test_the_first_micro_batch_that_is_not_finite_is_named(micro_losses, grad_norm, nonfinite):
+    with new_watchdog() as watchdog:
+        assert watchdog.gather_status(micro_losses, grad_norm=grad_norm).nonfinite_micro_steps == [nonfinite]
+
+
+def test_a_single_process_raises_its_errors_unchanged():
     for error in (DataError("x"), RuntimeError("shape '[2]' is invalid"), KeyboardInterrupt()):
-        with pytest.raises(type(error)) as raised, watchdog() as w, w.training():
+        with pytest.raises(type(error)) as raised, new_watchdog() as watchdog, watchdog.training():
             raise error
         assert raised.value is error
+
+
+def test_a_broken_connection_is_told_from_other_errors():
     assert is_broken_connection(RuntimeError("[…/gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
     assert is_broken_connection(torch.distributed.DistBackendError("NCCL error"))
     assert not is_broken_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
+def test_only_a_phase_that_has_finished_once_has_the_short_timeout():
+    watchdog = new_watchdog()
+    watchdog.config = load_config(["--rank_timeout=60", "--save_timeout=90"])
+    watchdog.enter_phase("step", 1)
+    assert watchdog._timeout() == faults.FIRST_CALL_TIMEOUT
+    watchdog.enter_phase("save")
+    assert watchdog._timeout() == 90
+    watchdog.enter_phase("step", 2)
+    assert watchdog._timeout() == 60
+
+
 # ---- several processes
 
-def wait_for(run_dir, step):
-    """Until the log of a run has reached `step`."""
-    until = time.monotonic() + 120
-    while time.monotonic() < until:
+def wait_for_step(run_dir: Path, step: int) -> None:
+    """Return when the log of a run has reached `step`."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
         if (run_dir / "metrics.jsonl").exists() and max(records(run_dir), default=0) >= step:
             return
         time.sleep(0.05)
     raise AssertionError(f"no step {step} in {run_dir}")
 
 
-ENDLESS = ["--max_iters=100000", "--eval_interval=100000", "--gradient_accumulation_steps=2"]
+@pytest.fixture
+def endless(tmp_path, processes):
+    """endless(*flags) -> (two processes of an endless run that has reached step 5, its directory)."""
+    def start(*flags: str) -> tuple[list[subprocess.Popen], Path]:
+        ranks = processes(2, "endless", "--max_iters=100000", "--eval_interval=100000",
+                          "--gradient_accumulation_steps=2", *flags)
+        wait_for_step(tmp_path / "runs/endless", 5)
+        return ranks, tmp_path / "runs/endless"
+    return start
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_is_named_by_the_other(tmp_path, processes, victim):
-    ranks = processes(2, "mine", *ENDLESS)
-    wait_for(tmp_path / "runs/mine", 5)
-    ranks[victim].kill()
-    _, error = ranks[1 - victim].communicate(timeout=60)
-    assert ranks[1 - victim].returncode == PeerLostError.exit_code
-    line = next(x for x in error.splitlines() if x.startswith("error: "))
-    assert f"error: rank {1 - victim} at step " in line and "in phase step: communication broke" in line
-    # Without torchrun the store is rank 0's, and goes with it.
-    assert f"lost rank {victim}, last heard of at step " in line or victim == 0
-    if victim == 1:
-        run = json.loads((tmp_path / "runs/mine/run.json").read_text())
+def error_line(stderr: str) -> str:
+    return next(line for line in stderr.splitlines() if line.startswith("error: "))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_is_named_by_the_other(endless, killed):
+    ranks, run_dir = endless()
+    ranks[killed].kill()
+    _, stderr = ranks[1 - killed].communicate(timeout=60)
+    assert ranks[1 - killed].returncode == PeerLostError.exit_code
+    line = error_line(stderr)
+    assert f"error: rank {1 - killed} at step " in line and "in phase step: communication broke" in line
+    if killed == 1:  # without torchrun the store is in rank zero, and ends with it
+        assert "lost rank 1, last heartbeat at step " in line
+        run = json.loads((run_dir / "run.json").read_text())
         assert run["status"] == "failed" and "lost rank 1" in run["status_reason"]
 
 
-def test_a_rank_that_stands_still_is_named_with_the_stacks(tmp_path, processes):
-    ranks = processes(2, "mine", "--rank_timeout=3", *ENDLESS)
-    wait_for(tmp_path / "runs/mine", 5)
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_with_the_stacks(endless):
+    ranks, run_dir = endless("--rank_timeout=3")
     ranks[1].send_signal(signal.SIGSTOP)
-    _, error = ranks[0].communicate(timeout=60)
+    _, stderr = ranks[0].communicate(timeout=60)
     assert ranks[0].returncode == PeerLostError.exit_code
-    line = next(x for x in error.splitlines() if x.startswith("error: "))
-    assert "error: rank 0 at step " in line and "no progress for " in line and "lost rank 1, last heard of" in line
-    assert "most recent call first" in error and "in train" in error
-    run = json.loads((tmp_path / "runs/mine/run.json").read_text())
+    line = error_line(stderr)
+    assert "error: rank 0 at step " in line and "no progress for " in line
+    assert "lost rank 1, last heartbeat at step " in line
+    assert "most recent call first" in stderr and "in train" in stderr
+    run = json.loads((run_dir / "run.json").read_text())
     assert run["status"] == "failed" and "lost rank 1" in run["status_reason"]
 
 
-@pytest.mark.parametrize(("sent", "to"), [(signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1])])
-def test_a_signal_to_one_or_all_stops_all_at_the_same_step(tmp_path, processes, sent, to):
-    ranks = processes(2, "mine", *ENDLESS)
-    wait_for(tmp_path / "runs/mine", 5)
+@pytest.mark.slow
+@pytest.mark.parametrize("sent, to", [(signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1])])
+def test_a_signal_to_one_or_all_stops_all_at_the_same_step(endless, sent, to):
+    ranks, run_dir = endless()
     for rank in to:
         ranks[rank].send_signal(sent)
     outputs = [rank.communicate(timeout=60) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    run = json.loads((tmp_path / "runs/mine/run.json").read_text())
+    run = json.loads((run_dir / "run.json").read_text())
     assert run["status"] == "interrupted" and run["status_reason"].startswith(f"{sent.name} at step ")
-    assert f"step_{run['results']['step']:08d}" in [p.name for p in (tmp_path / "runs/mine/checkpoints").iterdir()]
+    assert f"step_{run['results']['step']:08d}" in [p.name for p in (run_dir / "checkpoints").iterdir()]
 
 
-def test_a_second_signal_ends_a_process_that_waits_for_a_peer(tmp_path, processes):
-    ranks = processes(2, "mine", *ENDLESS)
-    wait_for(tmp_path / "runs/mine", 5)
+@pytest.mark.slow
+def test_a_second_signal_ends_a_process_that_waits_for_a_peer(endless):
+    ranks, _ = endless()
     ranks[1].send_signal(signal.SIGSTOP)
     ranks[0].send_signal(signal.SIGTERM)
     time.sleep(1.5)
