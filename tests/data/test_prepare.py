@@ -1,29 +1,33 @@
-"""What preparing promises: the files say what meta.json says, and a dataset is there whole or not at all."""
+"""Preparing: the files match meta.json, and after any interruption a dataset is complete or does not exist."""
 
 import collections
+import gzip
 import hashlib
-import importlib.util
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import sysconfig
-import urllib.error
-import urllib.request
+import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import ROOT, environment, run_python
+from dataset_helpers import refusal
+from prepare_helpers import contents, partitions_of, run_prepare
 
 from blockgpt.data import dataset as dataset_module
+from blockgpt.data import prepare as prepare_module
+from blockgpt.data import sources as sources_module
+from blockgpt.data import writer
 from blockgpt.data.dataset import ensure_prepared, open_dataset
-from blockgpt.data.prepare import write_dataset
-from blockgpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from blockgpt.data.prepare import Progress, write_dataset
+from blockgpt.data.sources import file_partitions
+from blockgpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, from_meta, load_tokenizer
 from blockgpt.errors import DataError
 
-ROOT = dataset_module.ROOT
 DOCUMENTS = [("train", "First.\n"), ("val", "Żółw"), ("train", "Zweites."), ("train", "")]
 
 
@@ -31,27 +35,8 @@ def write(directory, documents=DOCUMENTS, tokenizer=None, **more):
     return write_dataset(directory, tokenizer or ByteTokenizer(), documents, **{"source": "a test", **more})
 
 
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def refusal(action, *args, **kwargs):
-    """The message of the `DataError` that the action raises; it has one line."""
-    with pytest.raises(DataError) as raised:
-        action(*args, **kwargs)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
-
-
-def names(directory):
-    return sorted(p.name for p in directory.iterdir())
-
-
 class WideTokenizer(Tokenizer):
-    """One token a code point, from a vocabulary that two bytes cannot number."""
+    """One token per code point; its vocabulary needs more than two bytes."""
 
     name, vocab_size = "wide", 0x110000
 
@@ -62,7 +47,7 @@ class WideTokenizer(Tokenizer):
 # What is written
 
 
-def test_files_hold_the_tokens_and_meta_counts_them(tmp_path, capsys):
+def test_files_contain_the_tokens_that_meta_counts(tmp_path, capsys):
     skipped = collections.Counter(empty=2)
     meta = write(tmp_path, skipped=skipped, python="3.x")
     assert meta == json.loads((tmp_path / "meta.json").read_text())
@@ -81,30 +66,37 @@ def test_files_hold_the_tokens_and_meta_counts_them(tmp_path, capsys):
     assert "18 tokens" in out and "2 empty" in out and str(tmp_path) in out
 
 
-def test_a_large_vocabulary_takes_uint32(tmp_path):
+def test_a_large_vocabulary_is_stored_as_uint32(tmp_path):
     meta = write(tmp_path, tokenizer=WideTokenizer())
     assert meta["dtype"] == "uint32"
     assert np.fromfile(tmp_path / "val.bin", "<u4").tolist() == [ord(c) for c in "Żółw"]
 
 
-def test_the_loader_opens_what_the_writer_wrote(tmp_path):
+def test_the_reading_side_opens_what_was_written(tmp_path):
     write(tmp_path / "x")
     d = open_dataset("x", tmp_path)
     assert d.tokens("val") == 8 and d.vocab_size == 257 and d.bytes_per_token("val") == 7 / 8
 
 
+def test_a_trained_tokenizer_is_saved_with_the_dataset(tmp_path, pieces, sources):
+    model = load_tokenizer(str(pieces))
+    write(tmp_path / "x", [("train", sources[0]), ("val", sources[1].replace("▁", ""))], model)
+    d = open_dataset("x", tmp_path)
+    restored = from_meta(d.meta["tokenizer"])
+    assert restored.decode(d.shards["train"][0].tolist()) == sources[0] and d.meta["eot"] == restored.eot == 1
+
+
 def test_the_same_documents_give_the_same_files(tmp_path):
     for name in "ab":
         write(tmp_path / name)
-    assert names(tmp_path / "a") == ["meta.json", "train.bin", "val.bin"]
-    for name in names(tmp_path / "a"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert sorted(contents(tmp_path / "a")) == ["meta.json", "train.bin", "val.bin"]
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_documents_are_streamed(tmp_path):
-    unread = iter(DOCUMENTS)
-    write(tmp_path, (pair for pair in unread))
-    assert next(unread, None) is None
+    remaining = iter(DOCUMENTS)
+    write(tmp_path, (pair for pair in remaining))
+    assert next(remaining, None) is None
 
 
 # All or nothing
@@ -118,47 +110,50 @@ def interrupted(error):
 @pytest.mark.parametrize("documents", [[("train", "abc")], [("val", "abc")], []])
 def test_an_empty_split_is_refused_and_leaves_nothing(tmp_path, documents):
     assert "split would be empty" in refusal(write, tmp_path, documents, CharTokenizer("abc"))
-    assert names(tmp_path) == []
+    assert contents(tmp_path) == {}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("bug"), DataError("no"), OSError(28, "No space")])
-@pytest.mark.parametrize("before", [[], DOCUMENTS])
-def test_a_failure_keeps_the_old_dataset_and_no_temporaries(tmp_path, error, before):
-    if before:
-        write(tmp_path / "x", before)
+@pytest.mark.parametrize("existing", [[], DOCUMENTS])
+def test_a_failure_keeps_the_old_dataset_and_no_temporaries(tmp_path, error, existing):
+    if existing:
+        write(tmp_path / "x", existing)
     else:
         (tmp_path / "x").mkdir()
-    old = {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir()}
+    before = contents(tmp_path / "x")
     with pytest.raises(DataError if isinstance(error, OSError) else type(error)):
         write(tmp_path / "x", interrupted(error))
-    assert {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir()} == old
+    assert contents(tmp_path / "x") == before
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
-    """A limit on file size stands for the disk: the write itself fails, in the middle."""
+def test_a_full_disk_is_a_one_line_error_and_leaves_nothing(tmp_path):
+    """A limit on the file size acts as the full disk: a write fails in the middle."""
     source = tmp_path / "input.txt"
     source.write_text("abcdefghij" * 100_000)
     code = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
             "runpy.run_path(sys.argv.pop(1), run_name='__main__')")
     script = ROOT / "data/shakespeare_char/prepare.py"
-    done = subprocess.run([sys.executable, "-c", code, script, "--source", source, "--out_dir", tmp_path / "x"],
-                          capture_output=True, text=True)
+    done = run_python("-c", code, script, "--source", source, "--out_dir", tmp_path / "x")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "cannot be written" in done.stderr
-    assert names(tmp_path / "x") == []
+    assert contents(tmp_path / "x") == {}
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+def test_a_folder_that_cannot_be_created_is_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refusal(write, tmp_path / "file" / "x")
 
 
+def start(*command, cwd=None):
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=environment(), stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def kill_when_ready(code, *args):
     """Run Python `code`, wait for its first line of output, kill -9 it."""
-    child = subprocess.Popen([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE,
-                             stdin=subprocess.PIPE, text=True)
+    child = start("-c", code, *args)
     assert child.stdout.readline() == "ready\n"
-    child.send_signal(signal.SIGKILL)
+    child.kill()
     child.communicate()
     assert child.returncode == -signal.SIGKILL
 
@@ -166,7 +161,7 @@ def kill_when_ready(code, *args):
 WAIT = "import sys; print('ready', flush=True); sys.stdin.read()"
 
 
-def test_killed_while_writing_leaves_no_dataset(tmp_path):
+def test_a_process_killed_while_it_writes_leaves_no_dataset(tmp_path):
     kill_when_ready(f"""
 import sys
 from blockgpt.data.prepare import write_dataset
@@ -175,14 +170,14 @@ def documents():
     yield from [("train", "x" * 3_000_000), ("val", "y")]
     {WAIT}
 write_dataset(sys.argv[1], ByteTokenizer(), documents(), source="a test")""", tmp_path / "x")
-    left = names(tmp_path / "x")
-    assert left and all(name.endswith(".tmp") for name in left)
+    names = [p.name for p in (tmp_path / "x").iterdir()]
+    assert names and all(name.endswith(".tmp") for name in names)
     assert "x" in refusal(open_dataset, "x", tmp_path)
     write(tmp_path / "x")
     assert open_dataset("x", tmp_path).tokens("train") == 18
 
 
-def test_killed_between_the_renames_leaves_no_dataset(tmp_path):
+def test_a_process_killed_between_the_renames_leaves_no_dataset(tmp_path):
     write(tmp_path / "x")
     kill_when_ready(f"""
 import os, sys
@@ -194,12 +189,12 @@ def slow_replace(a, b):
     {WAIT}
 os.replace = slow_replace
 write_dataset(sys.argv[1], ByteTokenizer(), [("train", "other"), ("val", "texts")], source="a test")""", tmp_path / "x")
-    assert (tmp_path / "x" / "train.bin").stat().st_size == 12  # the new one is there already
+    assert (tmp_path / "x" / "train.bin").stat().st_size == 12  # the new file
     assert not (tmp_path / "x" / "meta.json").exists()
     refusal(open_dataset, "x", tmp_path)
 
 
-def test_two_processes_at_once_do_not_mix(tmp_path):
+def test_two_processes_at_once_do_not_mix_their_files(tmp_path):
     def documents():
         yield from DOCUMENTS[:2]
         write(tmp_path / "x", [("train", "the other process"), ("val", "is faster")])
@@ -207,10 +202,10 @@ def test_two_processes_at_once_do_not_mix(tmp_path):
         yield from DOCUMENTS[2:]
     write(tmp_path / "x", documents())
     assert open_dataset("x", tmp_path).tokens("train") == 18
-    assert names(tmp_path / "x") == ["meta.json", "train.bin", "val.bin"]
+    assert sorted(contents(tmp_path / "x")) == ["meta.json", "train.bin", "val.bin"]
 
 
-def test_preparing_the_same_again_never_takes_it_away(tmp_path, monkeypatch):
+def test_preparing_the_same_dataset_again_never_removes_it(tmp_path, monkeypatch):
     write(tmp_path / "x")
     opened = []
     replace = os.replace
@@ -219,8 +214,8 @@ def test_preparing_the_same_again_never_takes_it_away(tmp_path, monkeypatch):
     assert len(opened) == 3  # two splits and meta.json
 
 
-def test_what_a_killed_process_left_long_ago_is_removed(tmp_path):
-    old, new, foreign = (tmp_path / n for n in (".meta.json.1a2b.tmp", ".meta.json.3c4d.tmp", ".mine.tmp"))
+def test_old_temporaries_of_a_killed_process_are_removed(tmp_path):
+    old, new, foreign = (tmp_path / n for n in (".meta.json.1a2b.tmp", ".meta.json.3c4d.tmp", ".other.tmp"))
     for path in (old, new, foreign):
         path.write_bytes(b"")
     for path in (old, foreign):
@@ -229,12 +224,235 @@ def test_what_a_killed_process_left_long_ago_is_removed(tmp_path):
     assert not old.exists() and new.exists() and foreign.exists()
 
 
-# ensure
+# Several partitions and processes
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """A folder of files that gives several partitions."""
+    monkeypatch.setattr(sources_module, "PARTITION_BYTES", 5000)
+    (tmp_path / "corpus").mkdir()
+    for i in range(40):
+        lines = [json.dumps({"text": f"{i} {j} {hashlib.md5(bytes([i, j])).hexdigest() * 3}"}) for j in range(15)]
+        (tmp_path / f"corpus/{i:02}.jsonl").write_text("\n".join(lines))
+    return tmp_path / "corpus"
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_changes_nothing(tmp_path, corpus):
+    partitions = file_partitions([str(corpus)])
+    assert len(partitions) > 5
+    for workers in (1, 3):
+        run_prepare(tmp_path / f"w{workers}", partitions, workers=workers)
+    assert contents(tmp_path / "w1") == contents(tmp_path / "w3")
+    assert sorted(contents(tmp_path / "w1")) == ["meta.json", "train.bin", "val.bin"]
+
+
+SMALL_PARTITIONS = """
+import runpy, sys
+sys.path.insert(0, {root!r})
+import blockgpt.data.prepare as prepare
+import blockgpt.data.sources
+blockgpt.data.sources.PARTITION_BYTES = 5000
+{code}
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def files_command(corpus, out_dir, *flags, code=""):
+    """The arguments of Python for data/files/prepare.py with small partitions; `code` runs first."""
+    return ["-c", SMALL_PARTITIONS.format(root=str(ROOT), code=code), ROOT / "data/files/prepare.py", "--name=x",
+            "--input", corpus, "--out_dir", out_dir, "--tokenizer=byte", "--val_fraction=0.2", *flags]
+
+
+# Prints a line per finished partition; after the third, waits until stdin is closed.
+PAUSE = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+original, finished = prepare.finish_partition, []
+def finish_partition(*args):
+    original(*args)
+    finished.append(args)
+    print("done", flush=True)
+    if len(finished) == 3:
+        sys.stdin.read()
+prepare.finish_partition = finish_partition
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_partitions_that_were_finished_before_a_kill_are_not_encoded_again(tmp_path, corpus, how):
+    out = tmp_path / "x"
+    child = start(*files_command(corpus, out, "--workers=1", code=PAUSE))
+    for _ in range(3):
+        assert child.stdout.readline() == "done\n"
+    child.send_signal(how)
+    child.wait()
+    _, err = child.communicate()
+    assert child.returncode == (-how if how == signal.SIGKILL else 130) and "Traceback" not in err
+    assert not (out / "meta.json").exists()
+    (work,) = out.glob(".parts.*.tmp")
+    assert len(list(work.glob("*.json"))) == 3
+    assert "x" in refusal(open_dataset, "x", tmp_path)  # it is not taken for a complete dataset
+
+    resumed = run_python(*files_command(corpus, out, "--workers=1", code=PAUSE))
+    assert resumed.returncode == 0, resumed.stderr
+    total = len(file_partitions([str(corpus)]))
+    assert f"continuing: 3 of {total} partitions are finished" in resumed.stdout
+    assert resumed.stdout.count("done\n") == total - 3
+    run_prepare(tmp_path / "uninterrupted", file_partitions([str(corpus)]))
+    a, b = contents(out), contents(tmp_path / "uninterrupted")
+    assert sorted(a) == sorted(b) and a["train.bin"] == b["train.bin"] and a["val.bin"] == b["val.bin"]
+
+
+@pytest.mark.slow
+def test_a_kill_before_the_commit_leaves_nothing_behind_after_the_next_run(tmp_path, corpus):
+    code = """
+def commit(*args):
+    print("encoded", flush=True)
+    sys.stdin.read()
+prepare.commit = commit
+"""
+    out = tmp_path / "x"
+    child = start(*files_command(corpus, out, "--workers=1", "--shard_tokens=5000", code=code))
+    assert child.stdout.readline() == "encoded\n"
+    child.kill()
+    child.communicate()
+    resumed = run_python(*files_command(corpus, out, "--workers=1"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert re.search(r"continuing: (\d+) of \1 partitions are finished", resumed.stdout)
+    assert sorted(contents(out)) == ["meta.json", "train.bin", "val.bin"]
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_main_process(tmp_path, corpus):
+    (tmp_path / "fault.py").write_text("import threading\ndef keep(text):\n    print('filtering', flush=True)\n"
+                                       "    threading.Event().wait()\n")
+    child = start(*files_command(corpus, tmp_path / "x", "--workers=2", "--filter=callable=fault:keep"), cwd=tmp_path)
+    assert child.stdout.readline() == "filtering\n"
+    child.kill()
+    child.communicate(timeout=60)  # until the end of the output, to which the workers write too
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_a_one_line_error_and_the_same_command_continues(tmp_path, corpus):
+    out = tmp_path / "x"
+    (tmp_path / "fault.py").write_text("import os\ndef keep(text):\n    if text.startswith('20 7 '):\n"
+                                       "        os.kill(os.getpid(), 9)\n    return True\n")
+    flags = ["--workers=2", "--filter=callable=fault:keep"]
+    killed = run_python(*files_command(corpus, out, *flags), cwd=tmp_path)
+    assert killed.returncode == 2 and killed.stderr.count("\n") == 1 and "a worker process was killed" in killed.stderr
+    assert killed.stderr.endswith("(the finished partitions are saved: the same command continues)\n")
+    (tmp_path / "fault.py").write_text("def keep(text):\n    return True\n")
+    resumed = run_python(*files_command(corpus, out, *flags), cwd=tmp_path)
+    assert resumed.returncode == 0 and "partitions are finished" in resumed.stdout, resumed.stderr
+    assert sorted(contents(out)) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_a_damaged_file_is_a_one_line_error_and_after_a_repair_the_command_continues(tmp_path, corpus, capsys):
+    damaged = corpus / "99.jsonl.gz"
+    good = gzip.compress(b'{"text": "the last document"}\n' * 50)
+    damaged.write_bytes(good[:-12])
+    out = tmp_path / "x"
+    message = refusal(run_prepare, out, file_partitions([str(corpus)]))
+    assert str(damaged) in message
+    assert message.endswith("(the finished partitions are saved: the same command continues)")
+    assert [p.name[:7] for p in out.iterdir()] == [".parts."]
+    damaged.write_bytes(good)
+    meta = run_prepare(out, file_partitions([str(corpus)]))
+    assert sum(s["documents"] for s in meta["splits"].values()) == 601
+    done, total = map(int, re.search(r"continuing: (\d+) of (\d+) partitions", capsys.readouterr().out).groups())
+    assert done == total - 1 > 5
+
+
+def test_after_a_full_disk_the_same_command_continues(tmp_path, corpus):
+    """A limit on the file size acts as the full disk. The partitions are below it, the shard is not."""
+    out = tmp_path / "x"
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
+    full = run_python(*files_command(corpus, out, "--workers=1", code=code))
+    assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
+    assert f"{out}: cannot be written: File too large" in full.stderr
+    assert "the same command continues" in full.stderr
+    assert [p.name[:7] for p in out.iterdir()] == [".parts."]
+    resumed = run_python(*files_command(corpus, out, "--workers=1"))
+    assert resumed.returncode == 0 and "continuing: " in resumed.stdout
+    assert sorted(contents(out)) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_a_second_process_that_prepares_the_same_dataset_is_refused(tmp_path, corpus):
+    out = tmp_path / "x"
+    child = start(*files_command(corpus, out, "--workers=1", code=PAUSE))
+    for _ in range(3):
+        assert child.stdout.readline() == "done\n"
+    message = refusal(run_prepare, out, file_partitions([str(corpus)]))
+    assert "another process is preparing the same dataset" in message
+    child.communicate()
+    assert child.returncode == 0 and (out / "meta.json").exists()
+
+
+def test_finished_partitions_are_kept_however_old_they_are(tmp_path, corpus, capsys):
+    damaged = corpus / "99.jsonl.gz"
+    damaged.write_bytes(b"no gzip")
+    refusal(run_prepare, tmp_path / "x", file_partitions([str(corpus)]))
+    (work,) = (tmp_path / "x").glob(".parts.*.tmp")
+    for path in (*work.iterdir(), work):
+        os.utime(path, (time.time() - 9 * writer.STALE_SECONDS,) * 2)
+    damaged.unlink()
+    run_prepare(tmp_path / "x", file_partitions([str(corpus)]))
+    assert "continuing: " in capsys.readouterr().out
+
+
+# Progress
+
+
+def test_short_work_prints_no_progress(tmp_path, capfd):
+    run_prepare(tmp_path, partitions_of([f"text {i}" for i in range(40)]))
+    out, err = capfd.readouterr()
+    assert out.startswith("train ") and err == ""
+
+
+def test_progress_in_a_file_is_a_line_every_30_seconds(capsys, monkeypatch):
+    clock = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    progress = Progress(10, 2)
+    progress.advance(500, 800_000)
+    clock = 129.0
+    progress.update(1)
+    assert capsys.readouterr().out == ""
+    clock = 130.0
+    progress.advance(100, 0)
+    line = capsys.readouterr().out
+    assert line.endswith("\n") and line.count("\n") == 1 and "\r" not in line
+    assert " 3/10 " in line and "600 tokens, 20 tokens/s, 0.0 MB/s" in line
+    progress.update(1)
+    assert capsys.readouterr().out == ""  # not again at once
+
+
+def test_progress_on_a_terminal_is_a_bar_that_is_removed_at_the_end(capsys, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(prepare_module, "TERMINAL_SECONDS", 0)
+    progress = Progress(10, 2)
+    progress.advance(500, 800)
+    progress.update(1)
+    progress.close()
+    assert " 3/10 " in terminal.getvalue() and "500 tokens, " in terminal.getvalue()
+    assert "MB/s" in terminal.getvalue() and terminal.getvalue().rsplit("\r", 2)[1].isspace()
+    assert capsys.readouterr().out == ""
+
+
+# ensure_prepared
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project folder whose data/pycode/prepare.py notes its arguments, or fails if told to."""
+    """A project folder whose data/pycode/prepare.py writes its arguments to meta.json, or fails if FAIL is set."""
     root = tmp_path / "project"
     for name in ("pycode", "shakespeare_char"):
         (root / "data" / name).mkdir(parents=True)
@@ -247,150 +465,32 @@ def project(tmp_path, monkeypatch):
     return root
 
 
-def test_ensure_makes_the_embedded_corpus_once(project, capfd):
+def test_the_embedded_corpus_is_prepared_once(project, capfd):
     ensure_prepared("pycode")
     meta = project / "data/pycode/meta.json"
     assert "--out_dir" in meta.read_text()
     assert capfd.readouterr().out.count("\n") == 1
-    meta.write_text("mine")
+    meta.write_text("unchanged")
     ensure_prepared("pycode")
-    assert meta.read_text() == "mine" and capfd.readouterr().out == ""
+    assert meta.read_text() == "unchanged" and capfd.readouterr().out == ""
 
 
-def test_ensure_prepares_into_another_data_dir(project, tmp_path):
+def test_the_embedded_corpus_is_prepared_into_another_data_dir(project, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     ensure_prepared("pycode", str(tmp_path / "elsewhere"))
     assert (tmp_path / "elsewhere/pycode/meta.json").exists() and not (project / "data/pycode/meta.json").exists()
 
 
-def test_ensure_tells_why_preparing_failed(project, monkeypatch):
+def test_a_failed_preparation_is_reported_with_its_error(project, monkeypatch):
     monkeypatch.setenv("FAIL", "1")
     message = refusal(ensure_prepared, "pycode")
     assert message.endswith("/x: disk full") and "error:" not in message
 
 
-def test_ensure_names_the_command_or_the_datasets_there_are(project, tmp_path):
+def test_the_command_or_the_existing_datasets_are_named(project, tmp_path):
     assert "run python data/shakespeare_char/prepare.py" in refusal(ensure_prepared, "shakespeare_char")
     assert f"--out_dir {tmp_path}/shakespeare_char" in refusal(ensure_prepared, "shakespeare_char", tmp_path)
     assert "did you mean shakespeare_char?" in refusal(ensure_prepared, "shakespear")
-    write(tmp_path / "mine")
-    ensure_prepared("mine", tmp_path)
-    assert "one of mine, pycode, shakespeare_char" in refusal(ensure_prepared, "qqq", tmp_path)
-
-
-# data/pycode
-
-
-@pytest.fixture
-def stdlib(tmp_path):
-    root = tmp_path / "lib"
-    files = {"b.py": b"b = 1\n", "a.py": "ä = 2\n".encode(), "pkg/m.py": b"", "pkg/latin.py": b"# \xe9\n",
-             "data.txt": b"no", "site-packages/x.py": b"no", "__pycache__/c.py": b"no", "pkg/dist-packages/y.py": b"no"}
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
-    (root / "gone.py").symlink_to("nowhere")  # listed, and cannot be read, not even by root
-    for i in range(200):
-        (root / f"pkg/f{i}.py").write_text(f"x = {i}\n")
-    return root
-
-
-def test_pycode_collects_source_in_order_and_counts_the_rest(stdlib):
-    pycode, skipped = load_script("pycode"), collections.Counter()
-    found = list(pycode.collect(str(stdlib), skipped))
-    assert [text for _, text in found[:2]] == ["ä = 2\n", "b = 1\n"]
-    assert len(found) == 202 and not any("no" in text for _, text in found)
-    assert skipped == {"empty": 1, "not_utf8": 1, "unreadable": 1}
-
-
-def test_pycode_splits_by_path_alone(stdlib):
-    pycode = load_script("pycode")
-    first = list(pycode.collect(stdlib, collections.Counter()))
-    (stdlib / "b.py").write_text("changed")
-    (stdlib / "a.py").unlink()
-    second = list(pycode.collect(stdlib, collections.Counter()))
-    assert [s for s, _ in second] == [s for s, _ in first[1:]]
-    assert 0.05 < sum(s == "val" for s, _ in first) / len(first) < 0.2
-    assert {n: pycode.split_of(n) for n in ("abc.py", "ast.py", "json/decoder.py")} == \
-        {"abc.py": "train", "ast.py": "val", "json/decoder.py": "train"}  # as on every machine
-    assert pycode.split_of("not unicode \udcff.py") in ("train", "val")
-
-
-def test_pycode_runs_as_a_command(stdlib, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(stdlib))
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "--out_dir", str(tmp_path / "pycode")])
-    load_script("pycode").main()
-    d = open_dataset("pycode", tmp_path)
-    assert d.meta["splits"]["train"]["documents"] + d.meta["splits"]["val"]["documents"] == 202
-    assert d.meta["python"] == sys.version.split()[0].rstrip("+")
-    assert "1 not_utf8" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir()])
-def test_a_standard_library_without_source_is_one_line(tmp_path, make):
-    make(tmp_path / "lib")
-    assert "no .py files" in refusal(list, load_script("pycode").collect(tmp_path / "lib", collections.Counter()))
-
-
-# data/shakespeare_char
-
-
-def shakespeare(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, argv)])
-    load_script("shakespeare_char").main()
-
-
-def test_shakespeare_runs_from_anywhere(tmp_path):
-    (tmp_path / "input.txt").write_text("To be, or not to be: that is the question.\n" * 10)
-    command = [sys.executable, ROOT / "data/shakespeare_char/prepare.py", "--source", "input.txt", "--out_dir", "x"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    d = open_dataset("x", tmp_path)
-    assert (d.tokens("train"), d.tokens("val"), d.meta["eot"]) == (387, 43, None)
-
-
-@settings(max_examples=20)
-@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=2))
-def test_shakespeare_splits_the_characters_90_to_10(tmp_path_factory, text):
-    out = tmp_path_factory.mktemp("x")
-    (out / "input.txt").write_bytes(text.encode())
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        shakespeare(monkeypatch, "--source", out / "input.txt", "--out_dir", out)
-    meta = json.loads((out / "meta.json").read_text())
-    cut = int(len(text) * 0.9)
-    tokenizer = CharTokenizer(text)
-    assert np.fromfile(out / "train.bin", "<u2").tolist() == tokenizer.encode(text[:cut])
-    assert np.fromfile(out / "val.bin", "<u2").tolist() == tokenizer.encode(text[cut:])
-    assert meta["splits"]["val"]["bytes"] == len(text[cut:].encode())
-
-
-@pytest.mark.parametrize("answer, words", [(urllib.error.URLError("no route"), "no route"),
-                                           (b"<html>", "something else")])
-def test_a_failed_download_is_one_line_that_names_source(tmp_path, monkeypatch, answer, words):
-    class Response:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception):
-            pass
-
-        def read(self):
-            return answer
-
-    def urlopen(url, timeout):
-        if isinstance(answer, Exception):
-            raise answer
-        return Response()
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    message = refusal(shakespeare, monkeypatch, "--out_dir", tmp_path)
-    assert words in message and "--source FILE" in message and names(tmp_path) == []
-
-
-@pytest.mark.parametrize("content, words", [(None, "cannot be read"), (b"ab\xff", "not UTF-8"),
-                                            (b"", "would be empty")])
-def test_a_source_without_text_is_one_line(tmp_path, monkeypatch, content, words):
-    if content is not None:
-        (tmp_path / "input.txt").write_bytes(content)
-    message = refusal(shakespeare, monkeypatch, "--source", tmp_path / "input.txt", "--out_dir", tmp_path / "x")
-    assert words in message and "input.txt" in message
+    write(tmp_path / "own")
+    ensure_prepared("own", tmp_path)
+    assert "one of own, pycode, shakespeare_char" in refusal(ensure_prepared, "qqq", tmp_path)
