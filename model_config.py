@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from blockgpt.config_fields import check_fields, key
+from blockgpt.config_fields import check_fields, example_value, key, key_types
 from blockgpt.errors import ConfigError, did_you_mean, short_repr
 
 
@@ -500,11 +500,9 @@ class ModelConfig:
 
 def example_values() -> dict[str, tuple[typing.Any, ...]]:
     """{key: values of it for tests and tables}: all options of an axis; for other keys the default and an example."""
-    values: dict[str, tuple[typing.Any, ...]] = {}
-    for f in dataclasses.fields(ModelConfig):
-        other = not f.default if isinstance(f.default, bool) else f.metadata["example"]
-        values[f.name] = tuple(AXES[f.name]) if f.name in AXES else (f.default, other)
-    return values
+    accepted = key_types(ModelConfig)
+    return {f.name: tuple(AXES[f.name]) if f.name in AXES else (f.default, example_value(f, accepted[f.name]))
+            for f in dataclasses.fields(ModelConfig)}
 
 
 def apply_preset(overrides: Mapping[str, typing.Any]) -> ModelConfig:
