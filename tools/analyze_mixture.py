@@ -1,60 +1,74 @@
-"""What a mixture will serve over a run: tokens, epochs and repeats of each source, as a table and a plot.
+"""What a mixture reads over a run: tokens, epochs and repeats of each source, as a table and a plot.
 
     python -m tools.analyze_mixture config/mix_code.py [--max_iters=20000 …] [--plot mixture.png]
 
-Takes what train.py takes, and opens the datasets, but trains nothing.
+Takes the config files and flags of train.py and opens the datasets, but trains nothing.
 """
 
 import sys
+from typing import TypedDict
 
 import numpy as np
 
+from blockgpt.console import ArgumentParser
 from blockgpt.data.dataset import open_dataset
 from blockgpt.data.loader import TrainBatches
 from blockgpt.data.mixture import Mixture, describe_phases
 from blockgpt.data.packing import PackedBatches
 from blockgpt.errors import UserError, exit_on_user_error, require_package
-from configurator import load_config
+from configurator import Config, load_config
 
-WIDTH = 40  # characters of a bar
+BAR_WIDTH = 40  # characters
 
 
-def analyse(config):
-    """(Mixture, {source: {tokens there are, windows of an epoch, sequences served, epochs, repeated tokens}})."""
+class SourceStats(TypedDict):
+    """What a run reads from one source."""
+
+    available: int  # tokens of the train split
+    tokens: int  # that the run reads
+    epochs: float
+    repeated: int  # tokens read after the first epoch
+
+
+def analyze(config: Config) -> tuple[Mixture, dict[str, SourceStats]]:
+    """The mixture of a run and, for each source, what the run reads from it."""
     sequences_per_step = config.batch_size * config.gradient_accumulation_steps
     block_size, mixture = config.model.block_size, Mixture(config.phases(), sequences_per_step)
-    consumed, rows = mixture.consumed(config.max_iters * sequences_per_step), {}
+    consumed, stats = mixture.consumed(config.max_iters * sequences_per_step), {}
     vocab_size = config.model.vocab_size if "vocab_size" in config.explicit else None
     batches = PackedBatches if config.packing == "documents" else TrainBatches
     for name in mixture.names:
         dataset = open_dataset(name, config.data_dir, config.tokenizer, vocab_size)
-        windows = batches(dataset, config.seed, block_size, 1).n_sequences
-        rows[name] = {"available": dataset.tokens("train"), "windows": windows, "sequences": consumed[name],
-                      "tokens": consumed[name] * block_size, "epochs": consumed[name] / windows,
-                      "repeated": max(0, consumed[name] - windows) * block_size}
-    return mixture, rows
+        n_sequences = batches(dataset, config.seed, block_size, 1).n_sequences
+        stats[name] = SourceStats(available=dataset.tokens("train"), tokens=consumed[name] * block_size,
+                                  epochs=consumed[name] / n_sequences,
+                                  repeated=max(0, consumed[name] - n_sequences) * block_size)
+    return mixture, stats
 
 
-def table(config, mixture, rows):
-    """The lines of the table: a row a source, then the shares of each phase."""
-    total = sum(row["tokens"] for row in rows.values())
-    width = max(6, *map(len, rows))
-    lines = [f"{'source':<{width}}  {'tokens':>17}  {'share':>7}  {'of tokens':>17}  {'epochs':>8}  {'repeated':>17}"]
-    for name, row in rows.items():
-        lines.append(f"{name:<{width}}  {row['tokens']:>17,}  {row['tokens'] / total:>7.2%}  {row['available']:>17,}  "
+def table(config: Config, mixture: Mixture, stats: dict[str, SourceStats]) -> list[str]:
+    """The lines of the table: a row for each source, then the fractions of each phase."""
+    total = sum(row["tokens"] for row in stats.values())
+    width = max(6, *map(len, stats))
+    lines = [f"{'source':<{width}}  {'tokens':>17}  {'fraction':>8}  {'of tokens':>17}  {'epochs':>8}  "
+             f"{'repeated':>17}"]
+    for name, row in stats.items():
+        lines.append(f"{name:<{width}}  {row['tokens']:>17,}  {row['tokens'] / total:>8.2%}  {row['available']:>17,}  "
                      f"{row['epochs']:>8.3g}  {row['repeated']:>17,}")
     lines.append(f"{'all':<{width}}  {total:>17,}")
-    starts = [step for step, _ in config.phases()]
-    for start, end, shares in zip(starts, [*starts[1:], config.max_iters], mixture.shares, strict=True):
-        lines += ["", f"steps {start:,} to {min(end, config.max_iters):,}"] if start < config.max_iters else \
-            ["", f"from step {start:,} on, which the run of {config.max_iters:,} steps does not reach"]
-        lines += [f"{name:<{width}}  {'█' * round(WIDTH * share):<{WIDTH}} {float(share):.2%}"
-                  for name, share in shares.items()]
+    first_steps = [step for step, _ in config.phases()]
+    for first, last, fractions in zip(first_steps, [*first_steps[1:], config.max_iters], mixture.shares, strict=True):
+        if first < config.max_iters:
+            lines += ["", f"steps {first:,} to {min(last, config.max_iters):,}"]
+        else:
+            lines += ["", f"from step {first:,} on; the run ends after {config.max_iters:,} steps"]
+        lines += [f"{name:<{width}}  {'█' * round(BAR_WIDTH * fraction):<{BAR_WIDTH}} {float(fraction):.2%}"
+                  for name, fraction in fractions.items()]
     return lines
 
 
-def plot(path, config, mixture):
-    """Tokens served of each source against the step, into an image file."""
+def plot(path: str, config: Config, mixture: Mixture) -> None:
+    """Write an image file: the tokens read from each source against the step."""
     figure = require_package("matplotlib.figure").Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     per_step = config.batch_size * config.gradient_accumulation_steps
@@ -62,7 +76,7 @@ def plot(path, config, mixture):
     consumed = [mixture.consumed(int(step) * per_step) for step in steps]
     tokens = [[counts[name] * config.model.block_size for counts in consumed] for name in mixture.names]
     axes.stackplot(steps, tokens, labels=mixture.names)
-    axes.set(xlabel="step", ylabel="tokens served", title=describe_phases(config.phases()))
+    axes.set(xlabel="step", ylabel="tokens", title=describe_phases(config.phases()))
     axes.legend(loc="upper left")
     try:
         figure.savefig(path)
@@ -70,25 +84,20 @@ def plot(path, config, mixture):
         raise UserError(f"--plot: {path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
-def main(argv):
-    if "-h" in argv or "--help" in argv:
-        return print(__doc__)
-    path, rest = None, []
-    for i, argument in enumerate(argv):
-        name, equals, value = argument.partition("=")
-        if name == "--plot":
-            path = value if equals else next(iter(argv[i + 1:]), "")
-            if not path or path.startswith("--"):
-                raise UserError("--plot: needs a file, such as mixture.png")
-        elif i == 0 or argv[i - 1] != "--plot":
-            rest.append(argument)
-    config = load_config(rest)
-    mixture, rows = analyse(config)
+def main(argv: list[str]) -> None:
+    parser = ArgumentParser(description=__doc__, usage="%(prog)s [FILE.py …] [--key=value …] [--plot IMAGE]",
+                            epilog="The other arguments are those of train.py (python train.py --help).")
+    parser.add_argument("--plot", metavar="IMAGE", help="write the plot to this file, such as mixture.png")
+    args, config_args = parser.parse_known_args(argv)
+    if args.plot == "":
+        raise UserError("--plot: needs a file, such as mixture.png")
+    config = load_config(config_args)
+    mixture, stats = analyze(config)
     print(f"{describe_phases(config.phases())}; {config.max_iters:,} steps, packing={config.packing}\n")
-    print("\n".join(table(config, mixture, rows)))
-    if path:
-        plot(path, config, mixture)
-        print(f"\nplot: {path}")
+    print("\n".join(table(config, mixture, stats)))
+    if args.plot:
+        plot(args.plot, config, mixture)
+        print(f"\nplot: {args.plot}")
 
 
 if __name__ == "__main__":
