@@ -1,120 +1,100 @@
-"""Write the meta.json that nanoGPT's folders lack: train.bin and val.bin stay as they are.
+"""Write the meta.json that nanoGPT's folders lack; train.bin and val.bin are not changed.
 
-    python -m tools.convert_nanogpt_meta DIR                     # a meta.pkl there says which characters the ids are
-    python -m tools.convert_nanogpt_meta DIR --tokenizer gpt2    # no meta.pkl: nanoGPT's openwebtext, shakespeare
+    python -m tools.convert_nanogpt_meta DIR                     # DIR/meta.pkl contains the characters of the ids
+    python -m tools.convert_nanogpt_meta DIR --tokenizer gpt2    # without meta.pkl: nanoGPT's openwebtext, shakespeare
 
-A pickle can run any program when it is loaded, so meta.pkl is never loaded: the few instructions that a plain dict
-of numbers and strings is made of are carried out here, and any other is refused.
+A pickle can run any program when it is loaded. `read_plain_pickle` therefore refuses a pickle that names anything.
 """
 
-import pickletools
+import io
+import pickle
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from blockgpt.console import ArgumentParser
 from blockgpt.data.dataset import SPLITS, is_bare, open_bare
-from blockgpt.data.tokenizer import CharTokenizer, load_tokenizer
-from blockgpt.errors import DataError, exit_on_user_error, first_line
+from blockgpt.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from blockgpt.errors import DataError, exit_on_user_error, first_line, short_repr
 from blockgpt.files import write_json
 
-LARGEST = 2**24  # bytes of a meta.pkl: that of all of Unicode is smaller
-MARK = object()  # on the stack, where the items of a collection begin
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-NUMBERS_AND_TEXT = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "UNICODE", "BINUNICODE",
-                    "BINUNICODE8", "SHORT_BINUNICODE"}
+MAX_BYTES = 2**24  # of a meta.pkl: a vocabulary of all Unicode characters is smaller
 
 
-def read_plain_pickle(data):
-    """The dict, list, str, int, bool or None that the bytes of a pickle describe; `DataError` for anything else."""
-    stack, memo = [], {}
+class PlainUnpickler(pickle._Unpickler):
+    """Loads values of builtin types only: no class, function or persistent object can be named, so none can be called.
 
-    def since_mark():
-        at = len(stack) - 1 - next(i for i, item in enumerate(reversed(stack)) if item is MARK)
-        items = stack[at + 1:]
-        del stack[at:]
-        return items
+    It is pickle's Python implementation, because the C one allocates memory for the largest memo index in the stream:
+    ten bytes can ask for gigabytes. BYTEARRAY8 does the same and is left out.
+    """
 
-    def pairs(items):
-        return zip(items[::2], items[1::2], strict=True)
+    dispatch = {opcode: load for opcode, load in pickle._Unpickler.dispatch.items() if opcode != pickle.BYTEARRAY8[0]}
 
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise DataError(f"refers to {short_repr(f'{module}.{name}')}, which a vocabulary does not need: it is not "
+                        "nanoGPT's, and may be malicious")
+
+    def persistent_load(self, pid: Any) -> NoReturn:
+        raise DataError(f"refers to the persistent object {short_repr(pid)}: it is not nanoGPT's")
+
+
+def read_plain_pickle(data: bytes) -> Any:
+    """The value that a pickle contains: dicts, lists, strings, numbers and so on.
+
+    Raises:
+        DataError: the pickle is damaged, or refers to a class, a function or a persistent object.
+    """
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            name = opcode.name
-            if name in NUMBERS_AND_TEXT:
-                stack.append(argument)
-            elif name in CONSTANTS:
-                stack.append(CONSTANTS[name])
-            elif name == "MARK":
-                stack.append(MARK)
-            elif name in ("EMPTY_DICT", "EMPTY_LIST"):
-                stack.append({} if name == "EMPTY_DICT" else [])
-            elif name == "DICT":
-                stack.append(dict(pairs(since_mark())))
-            elif name == "LIST":
-                stack.append(since_mark())
-            elif name in ("SETITEM", "SETITEMS"):
-                items = since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-                typed(stack[-1], dict).update(pairs(items))
-            elif name in ("APPEND", "APPENDS"):
-                items = since_mark() if name == "APPENDS" else [stack.pop()]
-                typed(stack[-1], list).extend(items)
-            elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-                memo[argument] = stack[-1]
-            elif name == "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            elif name in ("GET", "BINGET", "LONG_BINGET"):
-                stack.append(memo[argument])
-            elif name == "STOP":
-                (value,) = stack
-                return value
-            elif name not in ("PROTO", "FRAME"):
-                raise DataError(f"has the instruction {name}, which no plain dict needs: not nanoGPT's, perhaps "
-                                "hostile")
-    except (ValueError, IndexError, KeyError, TypeError, StopIteration, OverflowError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"is not a whole pickle: {type(error).__name__}: {first_line(error)}") from None
-    raise DataError("is not a whole pickle: it does not end")
+        return PlainUnpickler(io.BytesIO(data)).load()
+    except DataError:
+        raise
+    except Exception as error:  # the documentation of pickle names no complete list
+        raise DataError(f"is not a complete pickle: {type(error).__name__}: {first_line(error)}") from None
 
 
-def typed(value, kind):
-    if type(value) is not kind:
-        raise TypeError(f"{type(value).__name__} is no {kind.__name__}")
-    return value
+def nanogpt_tokenizer(meta: Any) -> CharTokenizer:
+    """The tokenizer of nanoGPT's meta.pkl.
 
+    Args:
+        meta: {"vocab_size": …, "itos": {id: character}, "stoi": {character: id}}, not validated.
 
-def characters_of(meta):
-    """The `CharTokenizer` of nanoGPT's {"vocab_size": …, "itos": {id: character}, "stoi": {character: id}}."""
+    Raises:
+        DataError: meta has another form.
+    """
     itos = meta.get("itos") if type(meta) is dict else None
-    if type(itos) is not dict or not itos or set(itos) != set(range(len(itos))):
+    if (type(itos) is not dict or not itos or not all(type(i) is int for i in itos)
+            or set(itos) != set(range(len(itos)))):
         raise DataError("has no itos that numbers characters from 0 on")
     characters = [itos[i] for i in range(len(itos))]
     if not all(type(c) is str and len(c) == 1 for c in characters):
-        raise DataError("numbers something else than characters")
+        raise DataError("has an itos with values that are not single characters")
     if characters != sorted(set(characters)):
         raise DataError("does not number the characters in the order of their code points, as nanoGPT does")
     return CharTokenizer("".join(characters))
 
 
-def main(argv):
+def read_tokenizer(path: Path) -> CharTokenizer:
+    """The tokenizer that the meta.pkl at `path` describes; `DataError` names the file."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError("is too large for a vocabulary of characters")
+        return nanogpt_tokenizer(read_plain_pickle(path.read_bytes()))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror} (give --tokenizer)") from None
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def main(argv: Sequence[str]) -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path, help="with train.bin and val.bin, as nanoGPT's prepare.py leaves them")
-    parser.add_argument("--tokenizer", help="where there is no meta.pkl: gpt2, … or a file")
+    parser.add_argument("directory", type=Path, help="with train.bin and val.bin, as nanoGPT's prepare.py writes them")
+    parser.add_argument("--tokenizer", help="if there is no meta.pkl: gpt2, … or a file")
     args = parser.parse_args(argv)
     if not is_bare(args.directory):
         raise DataError(f"{args.directory}: is no folder with train.bin and val.bin and without meta.json")
-    path = args.directory / "meta.pkl"
-    if args.tokenizer:
-        tokenizer = load_tokenizer(args.tokenizer)
-    else:
-        try:
-            if path.stat().st_size > LARGEST:
-                raise DataError(f"{path}: is too large for a vocabulary of characters")
-            tokenizer = characters_of(read_plain_pickle(path.read_bytes()))
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror} (give --tokenizer)") from None
-        except DataError as error:
-            raise DataError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    tokenizer: Tokenizer = (load_tokenizer(args.tokenizer) if args.tokenizer
+                            else read_tokenizer(args.directory / "meta.pkl"))
     meta = open_bare(args.directory.name, args.directory, tokenizer).meta
     meta["source"] = "nanoGPT"
     try:
