@@ -1,63 +1,73 @@
-"""Files that are whole or not there: reserved room, atomic writes, durable renames, digests."""
+"""Files that are complete or absent: preallocation, atomic writes, durable renames, digests.
+
+A new file format goes through `write_json` or `write_bytes`, or through `PreallocatedFile` where it is large.
+"""
 
 import errno
 import hashlib
 import json
 import os
 from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
 
 CHUNK_BYTES = 1 << 20  # bytes read or written at a time
+File = TypeVar("File", bound="PreallocatedFile")
 
 
-def sha256_of(path):
-    """Hex digest of a file, read in pieces."""
-    digest, room = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+def sha256_of(path: str | Path) -> str:
+    """Hex digest of a file, read in chunks."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
     with open(path, "rb", buffering=0) as f:
-        while n := f.readinto(room):
-            digest.update(room[:n])
+        while n := f.readinto(buffer):
+            digest.update(buffer[:n])
     return digest.hexdigest()
 
 
 class PreallocatedFile:
-    """A new file of a size known before: its room is taken at once, its sha256 computed as it is written.
+    """A new file whose size is known. Its blocks are allocated first; its sha256 is computed during the write.
 
-    A context manager. OSError where the disk refuses: the room is the first thing it is asked for.
+    A context manager.
+
+    Raises:
+        OSError: the disk refuses; for want of space it does so here, before the first byte is written.
     """
 
-    def __init__(self, path, size):
-        self.size, self.written, self.digest = size, 0, hashlib.sha256()
+    def __init__(self, path: str | Path, size: int) -> None:
+        self.size, self.position, self.digest = size, 0, hashlib.sha256()
         self.file = open(path, "xb", buffering=0)  # noqa: SIM115 (lives as long as self)
         try:
             preallocate(self.file.fileno(), size)
         except OSError as error:
             self.file.close()
-            raise OSError(error.errno, f"{os.strerror(error.errno)} for {size:,} bytes", str(path)) from None
+            raise OSError(error.errno, f"{os.strerror(error.errno or 0)} for {size:,} bytes", str(path)) from None
 
-    def write(self, data):
-        """Append `data`, anything with bytes in it."""
+    def write(self, data: bytes | memoryview) -> None:
+        """Append the bytes of `data`."""
         data = memoryview(data).cast("B")
-        for start in range(0, len(data), CHUNK_BYTES):  # written and digested while it is in the cache
-            piece = data[start:start + CHUNK_BYTES]
-            self.digest.update(piece)
-            self.written += len(piece)
-            while piece:
-                piece = piece[self.file.write(piece):]
+        for start in range(0, len(data), CHUNK_BYTES):  # each chunk is written and digested while it is in the cache
+            chunk = data[start:start + CHUNK_BYTES]
+            self.digest.update(chunk)
+            self.position += len(chunk)
+            while chunk:
+                chunk = chunk[self.file.write(chunk):]
 
-    def finish(self):
-        """Force it to the disk; {"size", "sha256"}."""
-        assert self.written == self.size, f"{self.file.name}: {self.written} bytes of {self.size}"
+    def finish(self) -> dict[str, Any]:
+        """Force the file to the disk; returns its manifest entry {"size", "sha256"}."""
+        assert self.position == self.size, f"{self.file.name}: {self.position} bytes of {self.size}"
         os.fsync(self.file.fileno())
         return {"size": self.size, "sha256": self.digest.hexdigest()}
 
-    def __enter__(self):
+    def __enter__(self: File) -> File:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
         self.file.close()
 
 
-def preallocate(descriptor, size):
-    """Take the room of `size` bytes from the disk, where system and file system can; OSError if there is not enough."""
+def preallocate(descriptor: int, size: int) -> None:
+    """Allocate `size` bytes of the disk, where system and file system can; OSError if too few are free."""
     if not size or not hasattr(os, "posix_fallocate"):  # macOS
         return
     try:
@@ -67,8 +77,8 @@ def preallocate(descriptor, size):
             raise
 
 
-def drop_page_cache(path):
-    """Let the system drop its copy of a file in memory, so that the next reader meets the disk's."""
+def drop_page_cache(path: str | Path) -> None:
+    """Let the system drop its cached pages of a file, so that the next read is from the disk."""
     if hasattr(os, "posix_fadvise"):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -77,7 +87,7 @@ def drop_page_cache(path):
             os.close(descriptor)
 
 
-def fsync_path(path):
+def fsync_path(path: str | Path) -> None:
     """Force a file's content, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -86,13 +96,13 @@ def fsync_path(path):
         os.close(descriptor)
 
 
-def write_json(path, value, indent=1):
+def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
     """Replace `path` by `value` as JSON, as `write_bytes` does."""
     write_bytes(path, (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
 
 
-def write_bytes(path, content):
-    """Replace `path` by `content`: a reader, or a crash, meets the old file or the new, never a part of one."""
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Replace `path` by `content`. A reader, also after a crash, finds the old file or the new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,6 +1,6 @@
-"""What several ranks do with checkpoints, run by torchrun from test_checkpoint.py: checkpoint_ranks.py FOLDER.
+"""Checkpoints of several ranks, run by torchrun from test_checkpoint.py: checkpoint_ranks.py FOLDER.
 
-FOLDER/plain holds a run saved by one process. Each mode saves, and every mode loads what every other saved.
+FOLDER/plain is a run saved by one process. Each mode saves, and every mode loads what every other saved.
 """
 
 import contextlib
@@ -19,9 +19,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import blockgpt.training.checkpoint as checkpoint
-import blockgpt.training.checkpoint_files as shards
 from blockgpt.errors import CheckpointError, UserError
-from blockgpt.training import launch
+from blockgpt.training import checkpoint_files, checkpoint_saver, launch
 from blockgpt.training.checkpoint_saver import CheckpointSaver
 from blockgpt.training.optimizers import build_optimizer
 from configurator import load_config
@@ -59,10 +58,10 @@ def make(mode, seed=1, preset="llama", world=1, **more):
     if mode in ("tp", "fsdp+tp"):  # the fused step takes tensors of one mesh at a time
         groups = []
         for group in optimizer.param_groups:
-            on_all_ranks = {}
+            by_mesh = {}
             for p in group["params"]:
-                on_all_ranks.setdefault(str(p.device_mesh) if isinstance(p, DTensor) else None, []).append(p)
-            groups += [{**group, "params": parameters} for parameters in on_all_ranks.values()]
+                by_mesh.setdefault(str(p.device_mesh) if isinstance(p, DTensor) else None, []).append(p)
+            groups += [{**group, "params": parameters} for parameters in by_mesh.values()]
         optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.99), fused=True)
     if mode != "zero1":
         return model, optimizer
@@ -86,13 +85,13 @@ def state(step, best=None):
             "data": "0" * 64, "description": {}}
 
 
-def whole(model, optimizer):
-    """{key: whole tensor} of this rank's parameters and of the moments it has."""
-    shards.reshard_parameters(model)
+def full_tensors(model, optimizer):
+    """{key: whole tensor} of this rank's parameters and of the optimizer state it has."""
+    checkpoint_files.reshard_parameters(model)
     full = {}
     for name, p in model.named_parameters():
-        moments = shards.local_optimizer(optimizer).state.get(p, {})
-        for key, value in {name: p, **{f"{m}/{name}": v for m, v in moments.items()}}.items():
+        state = checkpoint_files.local_optimizer(optimizer).state.get(p, {})
+        for key, value in {name: p, **{f"{k}/{name}": v for k, v in state.items()}}.items():
             full[key] = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
     return full
 
@@ -107,45 +106,45 @@ def digests(folder):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
-def check_placed(runtime):
-    """`placed` says what `full_tensor` and torch's own placing say."""
+def check_local_chunks(runtime):
+    """`local_chunk` agrees with `distribute_tensor`, and the owners' chunks tile the tensor."""
     n = runtime.world_size
     meshes = [(init_device_mesh("cpu", (n,)), [(Shard(0),), (Shard(1),), (Replicate(),)])]
     if n == 4:
         meshes.append((init_device_mesh("cpu", (2, 2)), [(Replicate(), Shard(0)), (Shard(0), Shard(1)),
                                                          (Shard(1), Shard(0)), (Shard(0), Shard(0))]))
-    for mesh, kinds in meshes:
-        for placements in kinds:
+    for mesh, layouts in meshes:
+        for placements in layouts:
             for shape in ((1, 1), (2, 3), (4, 8), (5, 7), (9, 2), (17, 16)):
-                whole_one = torch.arange(shape[0] * shape[1]).reshape(shape).float()
-                tensor = distribute_tensor(whole_one, mesh, placements)
-                offset, local = shards.local_chunk(tensor)
-                box = tuple(slice(o, o + m) for o, m in zip(offset, local.shape, strict=True))
-                assert torch.equal(whole_one[box], local), (placements, shape)
-                said = runtime.all_gather_object([offset, list(local.shape), shards.is_owner(tensor)])
-                written = [(tuple(o), tuple(s)) for o, s, w in said if w and 0 not in s]
-                assert shards.tiles(written, shape), (placements, shape, written)
+                whole = torch.arange(shape[0] * shape[1]).reshape(shape).float()
+                tensor = distribute_tensor(whole, mesh, placements)
+                _, offsets, local = checkpoint_files.local_chunk(tensor)
+                block = tuple(slice(o, o + m) for o, m in zip(offsets, local.shape, strict=True))
+                assert torch.equal(whole[block], local), (placements, shape)
+                chunks = runtime.all_gather_object([offsets, list(local.shape), checkpoint_files.is_owner(tensor)])
+                owned = [(tuple(o), tuple(s)) for o, s, is_owner in chunks if is_owner and 0 not in s]
+                assert checkpoint_files.tiles(owned, shape), (placements, shape, owned)
 
 
 def main(folder):
     flags = ["--device=cpu", f"--gradient_accumulation_steps={os.environ['WORLD_SIZE']}"]
     runtime = launch.init(load_config(flags))
     n = runtime.world_size
-    check_placed(runtime)
+    check_local_chunks(runtime)
     modes = ["plain", "zero1", "fsdp"] + (["hsdp", "tp", "fsdp+tp"] if n == 4 else ["tp"] if n == 2 else [])
     reference = make("plain", 2)
     checkpoint.load(checkpoint.find_newest(folder / "plain", runtime), *reference, runtime)  # of one process
-    reference = whole(*reference)
+    reference = full_tensors(*reference)
 
-    for mode in modes:  # what one process saved, into every mode, and from there on to every other
+    for mode in modes:  # every mode loads what one process saved, and saves it again
         model, optimizer = make(mode, 3, world=n)
-        if mode != "plain":  # it has state of its own, and gathered parameters, when it is loaded
+        if mode != "plain":  # it has optimizer state and gathered parameters before it is loaded
             learn(model, optimizer, [0])
             with torch.no_grad():
                 model(torch.zeros(1, 4, dtype=torch.int64))
         loaded = checkpoint.load(checkpoint.find_newest(folder / "plain", runtime), model, optimizer, runtime)
         assert loaded["step"] == 3 and loaded["tokens"] == 48
-        check_equal(whole(model, optimizer), reference, complete=mode != "zero1")
+        check_equal(full_tensors(model, optimizer), reference, complete=mode != "zero1")
         with torch.no_grad():
             model(torch.zeros(1, 4, dtype=torch.int64))
         run = folder / f"{mode}{n}"
@@ -155,45 +154,45 @@ def main(folder):
         path = CheckpointSaver(run, runtime).save(model, optimizer, state(3))
         index = checkpoint.read_index(path)
         check_equal({key: index.read(key) for key in index.entries}, reference)
-        if mode in ("plain", "fsdp"):  # the bytes are shared out
-            held = [p.stat().st_size for p in path.glob("model-*")]
-            assert len(held) == n and max(held) < 1.5 * sum(held) / n, held
-        learn(model, optimizer, range(3, 5))  # the optimizer steps with what it was given
+        if mode in ("plain", "fsdp"):  # the ranks write about the same number of bytes
+            sizes = [p.stat().st_size for p in path.glob("model-*")]
+            assert len(sizes) == n and max(sizes) < 1.5 * sum(sizes) / n, sizes
+        learn(model, optimizer, range(3, 5))  # the optimizer steps with the loaded state
         other_model, other = make(mode, 4, world=n)
         checkpoint.load(path, other_model, other, runtime)
         learn(other_model, other, range(3, 5))
-        check_equal(whole(other_model, other), whole(model, optimizer))
+        check_equal(full_tensors(other_model, other), full_tensors(model, optimizer))
         del model, optimizer, other_model, other
     for mode in modes:
         for source in modes:
             model, optimizer = make(mode, 5, world=n)
             checkpoint.load(checkpoint.find_newest(folder / f"{source}{n}", runtime), model, optimizer, runtime)
-            check_equal(whole(model, optimizer), reference, complete=mode != "zero1")
+            check_equal(full_tensors(model, optimizer), reference, complete=mode != "zero1")
 
-    # tied weights; a checkpoint of before the first step
+    # tied weights; a checkpoint of step 0
     for mode in ("plain", "zero1", "fsdp"):
         model, optimizer = make(mode, 1, "gpt2", n)
         run = folder / f"tied-{mode}{n}"
         if runtime.is_rank_zero:
             run.mkdir()
         dist.barrier()
-        checkpoints = CheckpointSaver(run, runtime)
+        saver = CheckpointSaver(run, runtime)
         again = make("plain", 2, "gpt2")
-        path = checkpoints.save(model, optimizer, state(0))
+        path = saver.save(model, optimizer, state(0))
         checkpoint.load(path, *again, runtime)
-        check_equal(whole(*again), whole(model, optimizer))
-        assert "lm_head.weight" not in whole(*again)
+        check_equal(full_tensors(*again), full_tensors(model, optimizer))
+        assert "lm_head.weight" not in full_tensors(*again)
         learn(model, optimizer, range(2))
-        path = checkpoints.save(model, optimizer, state(2))
+        path = saver.save(model, optimizer, state(2))
         checkpoint.load(path, *again, runtime)
-        check_equal(whole(model, optimizer), whole(*again), complete=mode != "zero1")
+        check_equal(full_tensors(model, optimizer), full_tensors(*again), complete=mode != "zero1")
         checkpoint.export(run, path, {"step": 2}, runtime)
-        check_equal(checkpoint.read_export(run)[0], {k: v for k, v in whole(*again).items() if "/" not in k})
+        check_equal(checkpoint.read_export(run)[0], {k: v for k, v in full_tensors(*again).items() if "/" not in k})
 
-    # asynchronous equals synchronous, byte for byte, and training meanwhile changes nothing of it
+    # an asynchronous save equals a synchronous one byte for byte, whatever training does meanwhile
     model, optimizer = make("fsdp", 1, world=n)
     learn(model, optimizer, range(2))
-    (one, two) = (folder / f"{kind}{n}" for kind in ("sync", "async"))
+    (one, two) = (folder / f"{name}{n}" for name in ("sync", "async"))
     if runtime.is_rank_zero:
         one.mkdir()
         two.mkdir()
@@ -207,67 +206,66 @@ def main(folder):
         if step == 2:
             assert in_background.wait() == (2, None) and not in_background.ended and in_background.poll() is None
             assert digests(path) == digests(two / "checkpoints" / path.name)
-    assert in_background.save(model, optimizer, state(6), wait=True).name == "step_00000006"  # after that of 4
+    assert in_background.save(model, optimizer, state(6), wait=True).name == "step_00000006"  # after the save of step 4
     assert in_background.poll() == (4, None) and in_background.wait() is None
     assert digests(path) != digests(two / "checkpoints/step_00000006")
     assert digests(path) == digests(two / "checkpoints/step_00000004")
 
-    # what fails on one rank fails on all, and costs nothing
+    # an error on one rank is an error on all, and the old checkpoints stay
     before = digests(path)
-    for name in ("write_pieces", "finish", "reread", "verify_share", "own_pieces"):
-        rank = 0 if name == "finish" else n - 1
-        with broken(name, runtime.rank == rank):
-            if name == "verify_share":
-                told(CheckpointError, "cut", lambda: checkpoint.verify(path, runtime))
-                continue
-            told(OSError, f"rank {rank}: cut", lambda: synchronous.save(model, optimizer, state(8)))
-            if name != "own_pieces":
+    for name in ("write_chunks", "commit", "verify_written", "own_chunks"):
+        rank = 0 if name == "commit" else n - 1
+        with broken(checkpoint_saver, name, runtime.rank == rank):
+            check_raises(OSError, f"rank {rank}: broken", lambda: synchronous.save(model, optimizer, state(8)))
+            if name != "own_chunks":
                 in_background.save(model, optimizer, state(8))
                 step, problem = in_background.wait()
-                assert step == 8 and problem.startswith(f"rank {rank}: cut"), problem
+                assert step == 8 and problem.startswith(f"rank {rank}: broken"), problem
         dist.barrier()
         for run in (one, two):
             assert sorted(p.name for p in (run / "checkpoints").iterdir())[-1] < "step_00000008", name
             assert not list((run / "checkpoints").glob(".*"))
         assert digests(path) == before
-    with broken("fill", runtime.rank == n - 1, UserError):
-        told(UserError, "cut", lambda: checkpoint.load(path, model, optimizer, runtime))
-    with broken("write_export", runtime.is_rank_zero):
-        told(OSError, "rank 0: cut", lambda: checkpoint.export(one, path, {}, runtime))
+    with broken(checkpoint, "verify_own_files", runtime.rank == n - 1, CheckpointError):
+        check_raises(CheckpointError, "broken", lambda: checkpoint.verify(path, runtime))
+    with broken(checkpoint, "load_tensors", runtime.rank == n - 1, UserError):
+        check_raises(UserError, "broken", lambda: checkpoint.load(path, model, optimizer, runtime))
+    with broken(checkpoint, "write_export", runtime.is_rank_zero):
+        check_raises(OSError, "rank 0: broken", lambda: checkpoint.export(one, path, {}, runtime))
 
-    # a damaged newest one is passed over by all alike
+    # all ranks pass over a damaged newest checkpoint
     if runtime.is_rank_zero:
         damaged = sorted((two / "checkpoints").iterdir())[-1] / "state.json"
         damaged.write_bytes(damaged.read_bytes()[:-1])
     dist.barrier()
     assert checkpoint.find_newest(two, runtime).name == "step_00000004"
-    model = optimizer = None  # what outlives the group could abort the interpreter
+    model = optimizer = None  # a model that outlives the group could abort the interpreter
     launch.shutdown()
-    print("agreed\n", end="", flush=True)  # one write: they share a pipe
+    print("passed\n", end="", flush=True)  # one write: the ranks write to one pipe
 
 
 @contextlib.contextmanager
-def broken(name, here, kind=OSError):
-    """`checkpoint.<name>` raises, on this rank if `here`."""
+def broken(module, name, on_this_rank, error=OSError):
+    """`module.name` raises `error`, if `on_this_rank`."""
     def fail(*_, **__):
-        raise (CheckpointError if name == "verify_share" else kind)("cut")
+        raise error("broken")
 
-    working = getattr(checkpoint, name)
-    if here:
-        setattr(checkpoint, name, fail)
+    working = getattr(module, name)
+    if on_this_rank:
+        setattr(module, name, fail)
     try:
         yield
     finally:
-        setattr(checkpoint, name, working)
+        setattr(module, name, working)
 
 
-def told(kind, text, work):
+def check_raises(error_type, text, work):
     try:
         work()
-    except kind as error:
+    except error_type as error:
         assert str(error).startswith(text), error
         return
-    raise AssertionError(f"no {kind.__name__}")
+    raise AssertionError(f"no {error_type.__name__}")
 
 
 if __name__ == "__main__":

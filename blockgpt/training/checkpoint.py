@@ -1,16 +1,17 @@
-"""Save, verify, load: a run continues from here, in whatever mode and on however many processes. No pickle anywhere.
+"""Find, verify, load and export checkpoints. A run resumes in any parallel mode, on any number of processes.
 
-    checkpoints/step_00000250/model-00000.safetensors      the pieces of parameters that rank 0 wrote, by name
-                              optimizer-00000.safetensors  … of AdamW's moments, as <moment>/<parameter name>
-                              index.json                   where the pieces of each tensor are (training/checkpoint_files.py)
-                              state.json                   steps done, tokens, best so far, scaler, config, versions,
-                                                           what was built, the tokenizer, the data's fingerprint
+    checkpoints/step_00000250/model-00000.safetensors      the chunks of parameters that rank 0 wrote, by name
+                              optimizer-00000.safetensors  … of the optimizer state, as <state>/<parameter name>
+                              index.json                   the chunks of each tensor (checkpoint_files.py)
+                              state.json                   step, tokens, best so far, scaler, config, versions, model,
+                                                           tokenizer, the data's fingerprint
                               manifest.json                size and sha256 of the others, written last
 
-Each rank writes what it holds, into a directory beside the checkpoint's place that is renamed into it, so a killed save
-leaves nothing under a checkpoint's name; the manifest is checked before anything else is used. Whatever fails on one
-rank is an error on all: every step of a save ends in an exchange that no rank can leave out. Random numbers need no
-saving: batches and dropout are functions of (seed, step). All processes see one file system.
+checkpoint_saver.py writes them. Nothing is unpickled, and nothing but the manifest is read before it is verified. An
+error on one rank is raised on all ranks. Random numbers need no saving: batches and dropout are functions of (seed,
+step). All processes see one file system.
+
+A new entry of the state needs no change here. A new file per checkpoint belongs into JSON_FILES or TENSOR_FILE.
 """
 
 import json
@@ -19,81 +20,68 @@ import re
 import shutil
 import stat
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from blockgpt.errors import CheckpointError, UserError, short_repr
 from blockgpt.files import fsync_path, sha256_of, write_json
 from blockgpt.training.checkpoint_files import (
-    SHARD,
+    TENSOR_FILE,
     Index,
+    TensorEntry,
     TensorFile,
     local_chunk,
     local_optimizer,
     reshard_parameters,
     safetensors_errors,
 )
-from blockgpt.training.launch import run_on_all_ranks
+from blockgpt.training.launch import Runtime, run_on_all_ranks
 
 SCHEMA_VERSION = 2
 STEP_DIR = re.compile(r"step_(\d{8,18})")
 JSON_FILES = ("index.json", "state.json")
-SINGLE_PROCESS = SimpleNamespace(rank=0, world_size=1, all_gather_object=lambda value, group=None: [value])  # the machine of one process
+SINGLE_PROCESS = Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), dtype=torch.float32,
+                         tf32=False, compile=False)
 
 
-# ---- the parts of a save
+# ---- find
+
+def list_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
+    """[(step, directory)] of a run, the newest first, verified or not."""
+    paths = (Path(run_dir) / "checkpoints").glob("step_*")
+    return sorted(((int(m[1]), p) for p in paths if (m := STEP_DIR.fullmatch(p.name))), reverse=True)
 
 
-# ---- what is there
+@overload
+def find_newest(run_dir: str | Path, runtime: Runtime = ..., or_none: Literal[False] = ...) -> Path: ...
+@overload
+def find_newest(run_dir: str | Path, runtime: Runtime = ..., or_none: bool = ...) -> Path | None: ...
+def find_newest(run_dir: str | Path, runtime: Runtime = SINGLE_PROCESS, or_none: bool = False) -> Path | None:
+    """The newest checkpoint of a run that verifies, the same on all ranks. A warning names each one passed over.
 
-def clean(run_dir):
-    """Remove what killed saves and exports left behind; for one process at a time."""
-    for stale in [*(Path(run_dir) / "checkpoints").glob(".step_*.tmp"), *Path(run_dir).glob(".export.tmp")]:
-        remove(stale)
+    Args:
+        or_none: return None if the run has no checkpoint at all, not even a damaged one.
 
-
-def discard(path):
-    """Remove a checkpoint, which is whole until it is gone; what cannot be removed now is for the next save."""
-    gone = path.with_name(f".{path.name}.old.tmp")
-    try:
-        os.rename(path, gone)
-        remove(gone)
-    except OSError:
-        pass
-
-
-def remove(path):
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def list_checkpoints(run_dir):
-    """[(step, directory)] under run_dir, the newest first."""
-    there = (Path(run_dir) / "checkpoints").glob("step_*")
-    return sorted(((int(m[1]), p) for p in there if (m := STEP_DIR.fullmatch(p.name))), reverse=True)
-
-
-def find_newest(run_dir, runtime=SINGLE_PROCESS, or_none=False):
-    """The newest checkpoint of a run that verifies, the same on all ranks; each passed over is a warning on stderr.
-
-    `CheckpointError` if there is none. or_none: None where there is not even an unusable one.
+    Raises:
+        CheckpointError: there is none.
     """
-    names = runtime.all_gather_object([path.name for _, path in list_checkpoints(run_dir)] if runtime.rank == 0 else None)[0]
+    local_names = [path.name for _, path in list_checkpoints(run_dir)] if runtime.rank == 0 else None
+    names = runtime.all_gather_object(local_names)[0]
     for name in names:
         path = Path(run_dir) / "checkpoints" / name
         if is_usable(path, runtime):
             return path
     if or_none and not names:
         return None
-    raise CheckpointError(f"{run_dir} has no usable checkpoint (train it anew under another run_name)")
+    raise CheckpointError(f"{run_dir} has no usable checkpoint (start a new run with another --run_name)")
 
 
-def find_best(run_dir, runtime=SINGLE_PROCESS):
+def find_best(run_dir: str | Path, runtime: Runtime = SINGLE_PROCESS) -> Path:
     """The checkpoint with the lowest validation loss; the newest if none was evaluated or that one is not usable."""
     newest = find_newest(run_dir, runtime)
     best = read_state(newest).get("best")
@@ -101,8 +89,8 @@ def find_best(run_dir, runtime=SINGLE_PROCESS):
     return path if path == newest or is_usable(path, runtime) else newest
 
 
-def is_usable(path, runtime=SINGLE_PROCESS):
-    """Whether a checkpoint verifies; one that does not is a warning on stderr, of the first rank."""
+def is_usable(path: Path, runtime: Runtime = SINGLE_PROCESS) -> bool:
+    """Whether a checkpoint verifies. Rank zero prints a warning if it does not."""
     try:
         verify(path, runtime)
         return True
@@ -114,16 +102,18 @@ def is_usable(path, runtime=SINGLE_PROCESS):
 
 # ---- verify
 
-def verify(path, runtime=SINGLE_PROCESS, group=None):
-    """Check a checkpoint: these files, no others, bit for bit by its manifest, and the index true of them.
+def verify(path: str | Path, runtime: Runtime = SINGLE_PROCESS, group: dist.ProcessGroup | None = None) -> None:
+    """Check that a checkpoint has exactly the files of its manifest, bit for bit, and that its index matches them.
 
-    `CheckpointError`, alike on all ranks, if it differs. The ranks share the files out. Hidden files, which a file
-    manager may leave, do not count.
+    The files are divided among the ranks. Hidden files, which a file manager may add, are ignored.
+
+    Raises:
+        CheckpointError: it does not, on all ranks.
     """
     run_on_all_ranks(runtime, lambda: verify_own_files(Path(path), runtime), group)
 
 
-def verify_own_files(path, runtime):
+def verify_own_files(path: Path, runtime: Runtime) -> None:
     manifest = read_manifest(path)
     for name in sorted(manifest)[runtime.rank::runtime.world_size]:
         file = path / name
@@ -139,41 +129,41 @@ def verify_own_files(path, runtime):
             raise CheckpointError(f"{file}: is damaged (its sha256 is not the manifest's)")
     if runtime.rank == 0:
         read_state(path)
-        read_index(path).check(name for name in manifest if SHARD.fullmatch(name))
+        read_index(path).check(name for name in manifest if TENSOR_FILE.fullmatch(name))
 
 
-def read_manifest(path):
-    """{file: {"size", "sha256"}} of a checkpoint whose directory holds just these, as files of its own."""
+def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """{file name: {"size", "sha256"}} of a checkpoint; `CheckpointError` unless exactly these regular files exist."""
     if path.is_symlink() or not path.is_dir():
-        raise CheckpointError(f"{path}: is {'a link' if path.is_symlink() else 'not there'}")
+        raise CheckpointError(f"{path}: {'is a symbolic link' if path.is_symlink() else 'does not exist'}")
     manifest = read_json(path / "manifest.json")
     if "model.safetensors" in manifest:
         raise CheckpointError(f"{path}: was written in format 1, this program reads {SCHEMA_VERSION} (resume it with "
                               "the version of the program that wrote it)")
     for name, entry in manifest.items():
-        if name not in JSON_FILES and not SHARD.fullmatch(name):
-            raise CheckpointError(f"{path}/manifest.json: {short_repr(name)} is no file of a checkpoint")
+        if name not in JSON_FILES and not TENSOR_FILE.fullmatch(name):
+            raise CheckpointError(f"{path}/manifest.json: {short_repr(name)} is not a file of a checkpoint")
         if type(entry) is not dict or type(entry.get("size")) is not int or type(entry.get("sha256")) is not str:
-            raise CheckpointError(f"{path}/manifest.json: is no manifest: {short_repr(name)} has no size and sha256")
+            raise CheckpointError(f"{path}/manifest.json: {short_repr(name)} has no valid size and sha256")
     try:
-        there = {p.name: p.lstat().st_mode for p in path.iterdir() if not p.name.startswith(".")}
+        modes = {p.name: p.lstat().st_mode for p in path.iterdir() if not p.name.startswith(".")}
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    for name in sorted({*JSON_FILES, "manifest.json"} | manifest.keys() | there.keys()):
-        if name not in there:
+    for name in sorted({*JSON_FILES, "manifest.json"} | manifest.keys() | modes.keys()):
+        if name not in modes:
             raise CheckpointError(f"{path}: has no file {name}")
         if name not in manifest and name != "manifest.json":
             raise CheckpointError(f"{path}: {short_repr(name)} is not in the manifest")
-        if not stat.S_ISREG(there[name]):  # a link could lead anywhere
-            raise CheckpointError(f"{path}/{name}: is not a file of its own")
+        if not stat.S_ISREG(modes[name]):  # a link could lead anywhere
+            raise CheckpointError(f"{path}/{name}: is not a regular file")
     return manifest
 
 
-def read_json(path):
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; `CheckpointError` if there is none."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise CheckpointError(f"{path}: is not a file of its own")
+            raise CheckpointError(f"{path}: is not a regular file")
         value = json.loads(path.read_bytes())
     except CheckpointError:
         raise
@@ -184,118 +174,127 @@ def read_json(path):
     return value
 
 
-def read_state(path):
-    """The state of a verified checkpoint, as `save` was given it, and versions, world_size."""
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of a verified checkpoint: what `CheckpointSaver.save` was given, and versions, world_size."""
     state = read_json(path / "state.json")
     version = state.pop("schema_version", None)
     if version != SCHEMA_VERSION:
-        raise CheckpointError(f"{path}: was written in format {short_repr(version)} by another version of this program, "
-                              f"which reads {SCHEMA_VERSION}")
-    best, named = state.get("best"), STEP_DIR.fullmatch(path.name)
+        raise CheckpointError(f"{path}: was written in format {short_repr(version)} by another version of this "
+                              f"program, this version reads {SCHEMA_VERSION}")
+    best, directory_name = state.get("best"), STEP_DIR.fullmatch(path.name)
     for step in (state.get("step"), 0 if best is None else best.get("step") if isinstance(best, dict) else None):
         if type(step) is not int or not 0 <= step < 10**18:
-            raise CheckpointError(f"{path}/state.json: has no step, or a best one without")
-    if named and int(named[1]) != state["step"]:
-        raise CheckpointError(f"{path}: is that of step {state['step']}")
+            raise CheckpointError(f"{path}/state.json: step or best.step is not a step")
+    if directory_name and int(directory_name[1]) != state["step"]:
+        raise CheckpointError(f"{path}: is the checkpoint of step {state['step']}")
     return state
 
 
-def read_index(path):
+def read_index(path: Path) -> Index:
     return Index(path, read_json(path / "index.json"))
 
 
 # ---- load
 
-def load(path, model, optimizer, runtime=SINGLE_PROCESS):
-    """Fill model and optimizer from a verified checkpoint, each rank with what is its own; returns its state.
+def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+         runtime: Runtime = SINGLE_PROCESS) -> dict[str, Any]:
+    """Load a verified checkpoint: each rank reads its own chunks of model and optimizer state.
 
-    `UserError`, before anything is touched, if it is of another architecture.
+    Returns:
+        the checkpoint's state
+
+    Raises:
+        UserError: it is of another architecture; model and optimizer are unchanged.
     """
-    state = {}
+    state: dict[str, Any] = {}
 
-    def work():
+    def read() -> None:
         state.update(read_state(path))
         load_tensors(read_index(path), model, local_optimizer(optimizer))
 
     reshard_parameters(model)
-    run_on_all_ranks(runtime, work)
+    run_on_all_ranks(runtime, read)
     return state
 
 
 @torch.no_grad()
-def load_tensors(index, model, optimizer):
-    """Fill this rank's parameters and AdamW state from an `Index`."""
+def load_tensors(index: Index, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Fill this rank's parameters and optimizer state from an `Index`."""
     parameters = dict(model.named_parameters())
-    check_weights(index, {name: p.shape for name, p in parameters.items()})
-    moments = {}
-    for key in index.keys("optimizer"):
-        moment, _, name = key.partition("/")
-        moments.setdefault(name, {})[moment] = index.entries[key]
-    own = [(name, p) for group in optimizer.param_groups for p in group["params"] for name in names_of(p, parameters)]
-    for name, p in own if moments else ():  # before the first step there are none
-        if name not in moments:
-            raise CheckpointError(f"{index.directory}: has no moments for {name}")
-        for moment, entry in moments[name].items():
+    check_parameters(index, {name: p.shape for name, p in parameters.items()})
+    entries: dict[str, dict[str, TensorEntry]] = {}  # {parameter name: {state key: entry}}
+    for key in index.optimizer_keys():
+        state_key, _, name = key.partition("/")
+        entries.setdefault(name, {})[state_key] = index.entries[key]
+    names = {p: name for name, p in parameters.items()}
+    own = [(names[p], p) for group in optimizer.param_groups for p in group["params"] if p in names]
+    if not entries:  # a checkpoint of step 0
+        own = []
+    for name, p in own:
+        if name not in entries:
+            raise CheckpointError(f"{index.directory}: has no optimizer state for {name}")
+        for state_key, entry in entries[name].items():
             if entry.shape not in ((), tuple(p.shape)):
-                raise CheckpointError(f"{index.directory}: {moment} of {name} is {entry.shape}, not {tuple(p.shape)}")
+                raise CheckpointError(f"{index.directory}: {state_key} of {name} has shape {entry.shape}, not "
+                                      f"{tuple(p.shape)}")
     for name, p in parameters.items():
-        offset, local = local_chunk(p)
-        index.read_into(name, local, offset)
+        chunk = local_chunk(p)
+        index.read_into(name, chunk.data, chunk.offsets)
     optimizer.state.clear()
-    for name, p in own if moments else ():
-        for moment, entry in moments[name].items():
+    for name, p in own:
+        for state_key, entry in entries[name].items():
             if entry.shape == tuple(p.shape):
-                value = torch.zeros_like(p, dtype=entry.dtype)  # spread over the ranks as p is
+                value = torch.zeros_like(p, dtype=entry.dtype)  # sharded as p is
             else:
                 value = torch.zeros(entry.shape, dtype=entry.dtype, device=p.device)
-            offset, local = local_chunk(value)
-            index.read_into(f"{moment}/{name}", local, offset)
-            optimizer.state[p][moment] = value
+            chunk = local_chunk(value)
+            index.read_into(f"{state_key}/{name}", chunk.data, chunk.offsets)
+            optimizer.state[p][state_key] = value
 
 
-def names_of(p, parameters):
-    return [name for name, q in parameters.items() if q is p]
-
-
-def check_weights(index, shapes):
-    """`UserError` unless the checkpoint has just the parameters `shapes` {name: shape}."""
-    there = set(index.keys("model"))
-    missing, extra = sorted(shapes.keys() - there), sorted(there - shapes.keys())
+def check_parameters(index: Index, shapes: Mapping[str, Sequence[int]]) -> None:
+    """`UserError` unless the checkpoint has exactly the parameters `shapes` {name: shape}."""
+    stored = set(index.parameter_names())
+    missing, extra = sorted(shapes.keys() - stored), sorted(stored - shapes.keys())
     if missing or extra:
         raise UserError(f"{index.directory}: is not of this architecture (missing {missing[:3]}, unexpected "
                         f"{extra[:3]})")
     for name, shape in shapes.items():
         if tuple(shape) != index.entries[name].shape:
-            raise UserError(f"{index.directory}: {name} is {index.entries[name].shape}, this model has {tuple(shape)}")
+            raise UserError(f"{index.directory}: {name} has shape {index.entries[name].shape}, in this model "
+                            f"{tuple(shape)}")
 
 
-def read_weights(path):
-    """{name: CPU tensor} of the parameters in a verified checkpoint, put together."""
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """{name: whole CPU tensor} of the parameters in a verified checkpoint."""
     index = read_index(path)
-    return {name: index.read(name) for name in index.keys("model")}
+    return {name: index.read(name) for name in index.parameter_names()}
 
 
-# ---- the export
+# ---- export
 
-def export(run_dir, path, description, runtime=SINGLE_PROCESS):
+def export(run_dir: str | Path, path: Path, description: Mapping[str, Any], runtime: Runtime = SINGLE_PROCESS) -> None:
     """Write the final `model.safetensors` and `config.json` (`description`, the sha256) from the checkpoint at `path`.
 
-    Rank 0 puts it together tensor by tensor; OSError, alike on all ranks, where the disk refuses.
+    Rank zero writes them, one tensor in memory at a time.
+
+    Raises:
+        OSError: the disk refuses, on all ranks.
     """
-    def work():
+    def write() -> None:
         if runtime.rank == 0:
             write_export(Path(run_dir), read_index(path), description)
-    run_on_all_ranks(runtime, work)
+    run_on_all_ranks(runtime, write)
 
 
-def write_export(run_dir, index, description):
+def write_export(run_dir: Path, index: Index, description: Mapping[str, Any]) -> None:
     temporary = run_dir / ".export.tmp"
     remove(temporary)  # of an export that was killed
     try:
         temporary.mkdir()
-        layout = {name: (index.entries[name].dtype, index.entries[name].shape) for name in index.keys("model")}
+        layout = {name: (index.entries[name].dtype, index.entries[name].shape) for name in index.parameter_names()}
         with TensorFile(temporary / "model.safetensors", layout) as file:
-            digest = file.fill(index.read)["sha256"]
+            digest = file.write_tensors(index.read)["sha256"]
         write_json(temporary / "config.json", {**description, "sha256": digest})
         fsync_path(temporary)
         for name in ("config.json", "model.safetensors"):
@@ -305,8 +304,8 @@ def write_export(run_dir, index, description):
         remove(temporary)
 
 
-def verify_export(run_dir):
-    """The description of a run's export; `CheckpointError` if it is not there or damaged."""
+def verify_export(run_dir: str | Path) -> dict[str, Any]:
+    """The description of a run's export; `CheckpointError` if it is missing or damaged."""
     file, config = Path(run_dir) / "model.safetensors", Path(run_dir) / "config.json"
     description = read_json(config)
     try:
@@ -317,8 +316,34 @@ def verify_export(run_dir):
     return description
 
 
-def read_export(run_dir):
-    """({name: CPU tensor}, description) that `export` wrote; `CheckpointError` if they are not there or damaged."""
+def read_export(run_dir: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """({name: CPU tensor}, description) of a run's export; `CheckpointError` if it is missing or damaged."""
     description = verify_export(run_dir)
-    with safetensors_errors(Path(run_dir) / "model.safetensors") as file:
-        return load_file(file.path), description
+    path = Path(run_dir) / "model.safetensors"
+    with safetensors_errors(path):
+        return load_file(path), description
+
+
+# ---- remove
+
+def clean(run_dir: str | Path) -> None:
+    """Remove what killed saves and exports left. Only one process may call this at a time."""
+    for stale in [*(Path(run_dir) / "checkpoints").glob(".step_*.tmp"), *Path(run_dir).glob(".export.tmp")]:
+        remove(stale)
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint. It is renamed first, so no half of it is visible; `clean` removes what remains."""
+    renamed = path.with_name(f".{path.name}.old.tmp")
+    try:
+        os.rename(path, renamed)
+        remove(renamed)
+    except OSError:
+        pass
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

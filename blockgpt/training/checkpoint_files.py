@@ -1,243 +1,277 @@
-"""Tensors in safetensors files, whole or in pieces: who holds which part, writing, the checked index, reading.
+"""The tensors of a checkpoint: which rank owns which chunk, writing chunks, the checked index, reading.
 
-A piece is a box of a tensor: `offset` where it begins, `shape` how far it goes, in elements of each dimension. The
-index says in which file each piece stands:
+A chunk is a block of a tensor: `offsets` and `sizes` in elements of each dimension, as in
+torch.distributed.checkpoint. index.json names the file of each chunk:
 
     {"blocks.0.attn.q_proj.weight": {"dtype": "F32", "shape": [64, 64], "pieces": [
         {"file": "model-00000.safetensors", "offset": [0, 0], "shape": [32, 64]}, …]}, …}
 
-Files are written by `TensorFile`, which reserves their room first and digests while it writes; they are read through
-the safetensors library.
+A new kind of tensor needs a key in `own_chunks`; a new dtype needs a line in SAFETENSORS_DTYPES. `TensorFile` writes
+the files, the safetensors library reads them.
 """
 
 import json
 import math
 import re
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from blockgpt.errors import CheckpointError, short_repr
 from blockgpt.files import PreallocatedFile
+from blockgpt.training.launch import Runtime
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-          torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-          torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
-TORCH = {name: dtype for dtype, name in DTYPES.items()}
-SHARD = re.compile(r"(model|optimizer)-\d{5,9}\.safetensors")
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+TENSOR_FILE = re.compile(r"(model|optimizer)-\d{5,9}\.safetensors")
 
 
-# ---- who holds what
+# ---- which rank owns what
 
-def is_dtensor(tensor):
-    """Whether it is a DTensor, of which this process holds a part; torch's class takes a second to import."""
+class LocalChunk(NamedTuple):
+    """A chunk in this process's memory; `shape` is that of the whole tensor."""
+
+    shape: tuple[int, ...]
+    offsets: list[int]
+    data: torch.Tensor
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is a DTensor; its class is not asked for, since torch needs a second to import it."""
     return hasattr(tensor, "placements")
 
 
-def local_chunk(tensor):
-    """(offset, local tensor): which box of `tensor` this process holds; of a plain tensor the whole.
+def local_chunk(tensor: Any) -> LocalChunk:
+    """The chunk of `tensor`, a DTensor or not, that this process holds; of a plain tensor the whole.
 
-    A dimension that two mesh dimensions split is FSDP's over tensor parallelism: the later mesh dimension splits
-    first (torch then says _StridedShard), each as torch.chunk does.
+    Where two mesh dimensions shard one dimension (FSDP over tensor parallelism, torch's _StridedShard), the later mesh
+    dimension shards first; each shards as torch.chunk does. torch's compute_local_shape_and_global_offset (2.11 to
+    2.13) is wrong there if tensor parallelism does not divide the dimension: of 13 rows on a 3 x 2 mesh, it gives the
+    last row to the wrong process. fully_shard and full_tensor agree with the arithmetic here.
     """
-    offset, shape = [0] * tensor.dim(), list(tensor.shape)
+    shape, offsets, sizes = tuple(tensor.shape), [0] * tensor.dim(), list(tensor.shape)
     if not is_dtensor(tensor):
-        return offset, tensor.detach()
+        return LocalChunk(shape, offsets, tensor.detach())
     mesh = tensor.device_mesh
-    split = list(zip(tensor.placements, mesh.shape, mesh.get_coordinate(), strict=True))
+    mesh_dims = list(zip(tensor.placements, mesh.shape, mesh.get_coordinate(), strict=True))
     if any(type(placement).__name__ == "_StridedShard" for placement in tensor.placements):
-        split.reverse()
-    for placement, parts, mine in split:
+        mesh_dims.reverse()
+    for placement, mesh_size, coordinate in mesh_dims:
         if hasattr(placement, "dim"):
-            chunk = -(-shape[placement.dim] // parts)
-            start = min(mine * chunk, shape[placement.dim])
-            offset[placement.dim] += start
-            shape[placement.dim] = min(chunk, shape[placement.dim] - start)
+            dim = placement.dim
+            size = -(-sizes[dim] // mesh_size)
+            start = min(coordinate * size, sizes[dim])
+            offsets[dim] += start
+            sizes[dim] = min(size, sizes[dim] - start)
         else:
             assert placement.is_replicate(), placement
     local = tensor.detach().to_local()
-    assert list(local.shape) == shape, (tensor.placements, tuple(mesh.shape), local.shape, shape)
-    return offset, local
+    assert list(local.shape) == sizes, (tensor.placements, tuple(mesh.shape), local.shape, sizes)
+    return LocalChunk(shape, offsets, local)
 
 
-def is_owner(tensor):
-    """Whether this process, of all that hold the same box of a DTensor, is the one to write it.
+def is_owner(tensor: Any) -> bool:
+    """Whether this process writes its chunk of a DTensor, of all processes that hold the same chunk.
 
-    A mesh without rank 0 stands beside an equal one with it: that of another part of the data, or of the tensors.
+    A mesh without rank 0 is a replica of a mesh with it: another data-parallel or tensor-parallel group.
     """
     mesh = tensor.device_mesh
-    first = all(mine == 0 for placement, mine in zip(tensor.placements, mesh.get_coordinate(), strict=True)
+    first = all(coordinate == 0 for placement, coordinate in zip(tensor.placements, mesh.get_coordinate(), strict=True)
                 if not hasattr(placement, "dim"))
     return first and 0 in mesh.mesh
 
 
-def assign_owners(sizes, n):
-    """{name: which of n takes it} for `sizes` {name: bytes}: the largest first, each to who has least."""
-    loads, taker = [0] * n, {}
+def assign_owners(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
+    """{name: rank that writes it} for `sizes` {name: bytes}: the largest first, each to the rank with the least."""
+    loads, owners = [0] * world_size, {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        taker[name] = loads.index(min(loads))
-        loads[taker[name]] += sizes[name]
-    return taker
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += sizes[name]
+    return owners
 
 
-def local_optimizer(optimizer):
-    """The AdamW that holds this rank's state: inside a ZeroRedundancyOptimizer its own."""
+def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that holds this rank's state: the one inside a ZeroRedundancyOptimizer."""
     return getattr(optimizer, "optim", optimizer)
 
 
-def reshard_parameters(model):
-    """Let FSDP put away what it gathered for a forward pass, so that parameters are the sharded ones."""
+def reshard_parameters(model: torch.nn.Module) -> None:
+    """Free what FSDP gathered for a forward pass, so that the model's parameters are the sharded ones."""
     for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+        reshard: Callable[[], None] | None = getattr(module, "reshard", None)
+        if reshard is not None:
+            reshard()
 
 
-def own_chunks(model, optimizer, runtime):
-    """{key: (dtype, whole shape, offset, local tensor)} of the pieces of parameters and moments that are this rank's.
+def own_chunks(model: torch.nn.Module, optimizer: torch.optim.Optimizer, runtime: Runtime) -> dict[str, LocalChunk]:
+    """{key: chunk} of the parameters, as <name>, and of the optimizer state, as <state>/<name>, that this rank writes.
 
-    Together the ranks write every box of every tensor once. What all hold alike is shared out by size.
+    Together the ranks write each chunk of each tensor once. Replicated tensors are divided among the ranks by size.
     """
     reshard_parameters(model)
-    own = local_optimizer(optimizer)
+    own_optimizer = local_optimizer(optimizer)
     parameters = dict(model.named_parameters())
-    taker = assign_owners({name: p.nbytes for name, p in parameters.items() if not is_dtensor(p)},
-                      runtime.world_size)
-    pieces = {}
+    owners = assign_owners({name: p.nbytes for name, p in parameters.items() if not is_dtensor(p)}, runtime.world_size)
+    chunks = {}
 
-    def add(key, tensor):
-        offset, local = local_chunk(tensor)
-        if local.numel():
-            pieces[key] = (local.dtype, list(tensor.shape), offset, local)
+    def add(key: str, tensor: torch.Tensor) -> None:
+        chunk = local_chunk(tensor)
+        if chunk.data.numel():
+            chunks[key] = chunk
 
     for name, p in parameters.items():
-        mine = is_owner(p) if is_dtensor(p) else taker[name] == runtime.rank
-        if mine:
+        owned = is_owner(p) if is_dtensor(p) else owners[name] == runtime.rank
+        if owned:
             add(name, p)
-        for moment, value in own.state.get(p, {}).items():
+        for state_key, value in own_optimizer.state.get(p, {}).items():
             if is_dtensor(value):
-                mine_too = is_owner(value)
-            elif is_dtensor(p):  # a step count: the same wherever a part is
-                mine_too = runtime.rank == 0
+                state_owned = is_owner(value)
+            elif is_dtensor(p):  # a step count, equal on all ranks
+                state_owned = runtime.rank == 0
             else:
-                mine_too = mine or own is not optimizer  # under ZeRO-1 only its owner has it
-            if mine_too:
-                add(f"{moment}/{name}", value)
-    return pieces
+                state_owned = owned or own_optimizer is not optimizer  # under ZeRO-1 only its owner has it
+            if state_owned:
+                add(f"{state_key}/{name}", value)
+    return chunks
 
 
 # ---- writing
 
 class TensorFile(PreallocatedFile):
-    """A new safetensors file of `layout` {key: (dtype, shape)}, its room taken. OSError where the disk refuses."""
+    """A new safetensors file of `layout` {key: (dtype, shape)}, preallocated. OSError where the disk refuses."""
 
-    def __init__(self, path, layout):
-        # The widest first, so that every tensor is aligned to its elements.
+    def __init__(self, path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
+        # The widest dtype first, so that every tensor is aligned to its elements.
         self.layout = dict(sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
         header, end = {}, 0
         for key, (dtype, shape) in self.layout.items():
             start, end = end, end + dtype.itemsize * math.prod(shape)
-            header[key] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            header[key] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         super().__init__(path, 8 + len(text) + end)
         self.header = struct.pack("<Q", len(text)) + text
 
-    def fill(self, read):
-        """Write the tensors, `read(key)` each, and force them to the disk; {"size", "sha256"}."""
+    def write_tensors(self, read: Callable[[str], torch.Tensor]) -> dict[str, Any]:
+        """Write `read(key)` for each key and force the file to the disk; its manifest entry {"size", "sha256"}."""
         self.write(self.header)
         for key, (dtype, shape) in self.layout.items():
             tensor = read(key)
             assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape), key
             flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))  # one element: any stride
-            self.write(flat.view(torch.uint8).numpy())
+            self.write(flat.view(torch.uint8).numpy().data)
         return self.finish()
 
 
-def write_chunks(directory, rank, pieces):
-    """Write this rank's files: {"files": {name: size and sha256}, "pieces": {key: [file, dtype, shape, offset, …]}}."""
-    kinds, files, said = {"model": {}, "optimizer": {}}, {}, {}
-    for key, (dtype, shape, offset, local) in pieces.items():
-        name = "optimizer" if "/" in key else "model"
-        kinds[name][key] = (dtype, tuple(local.shape))
-        said[key] = [f"{name}-{rank:05d}.safetensors", DTYPES[dtype], shape, offset, list(local.shape)]
-    opened = {}
+def write_chunks(directory: Path, rank: int, chunks: Mapping[str, LocalChunk]) -> dict[str, Any]:
+    """Write this rank's tensor files.
+
+    Returns:
+        {"files": {name: manifest entry}, "chunks": {key: [file, dtype, whole shape, offsets, sizes]}}, JSON-able
+    """
+    layouts: dict[str, dict[str, tuple[torch.dtype, Sequence[int]]]] = {}
+    metadata = {}
+    for key, chunk in chunks.items():
+        file_name = f"{'optimizer' if '/' in key else 'model'}-{rank:05d}.safetensors"
+        sizes = list(chunk.data.shape)
+        layouts.setdefault(file_name, {})[key] = (chunk.data.dtype, sizes)
+        metadata[key] = [file_name, SAFETENSORS_DTYPES[chunk.data.dtype], list(chunk.shape), chunk.offsets, sizes]
+    opened: dict[str, TensorFile] = {}
     try:
-        for kind, layout in kinds.items():  # the room for all before the first byte
-            if layout:
-                opened[kind] = TensorFile(directory / f"{kind}-{rank:05d}.safetensors", layout)
-        for kind, file in opened.items():
-            files[f"{kind}-{rank:05d}.safetensors"] = file.fill(lambda key: pieces[key][3])
+        for file_name, layout in sorted(layouts.items()):  # all are preallocated before the first byte is written
+            opened[file_name] = TensorFile(directory / file_name, layout)
+        files = {file_name: file.write_tensors(lambda key: chunks[key].data) for file_name, file in opened.items()}
     finally:
         for file in opened.values():
             file.file.close()
-    return {"files": files, "pieces": said}
+    return {"files": files, "chunks": metadata}
 
 
 # ---- the index
 
-@dataclass
-class TensorEntry:
-    """A tensor of a checkpoint; pieces: [(file, offset, shape)]."""
+class StoredChunk(NamedTuple):
+    """A chunk in a file."""
+
+    file: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+class TensorEntry(NamedTuple):
+    """A tensor of a checkpoint."""
 
     dtype: torch.dtype
-    shape: tuple
-    pieces: list
+    shape: tuple[int, ...]
+    chunks: list[StoredChunk]
 
 
 class Index:
-    """The tensors of a checkpoint's directory, by key. `CheckpointError` if `value`, its index.json, is none."""
+    """The tensors of a checkpoint's directory, by key. `CheckpointError` if `value` is not a valid index.json."""
 
-    def __init__(self, directory, value):
-        self.directory, self.entries, self.open_files = directory, {}, {}
-        for key, said in value.items():
+    def __init__(self, directory: Path, value: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self.entries: dict[str, TensorEntry] = {}
+        self.open_files: dict[str, Any] = {}
+        for key, entry in value.items():
             try:
-                self.entries[key] = parse_entry(said)
+                self.entries[key] = parse_entry(entry)
             except (KeyError, TypeError, ValueError) as error:
                 raise CheckpointError(f"{directory}/index.json: {short_repr(key)} cannot be read ({error})") from None
 
-    def keys(self, kind):
-        """The keys of parameters (kind "model") or of their moments ("optimizer")."""
-        return [key for key in self.entries if ("/" in key) == (kind == "optimizer")]
+    def parameter_names(self) -> list[str]:
+        return [key for key in self.entries if "/" not in key]
 
-    def check(self, names):
-        """`CheckpointError` unless the safetensors files `names` hold just what the index says."""
-        expected = {name: {} for name in names}
+    def optimizer_keys(self) -> list[str]:
+        """The keys of the optimizer state, <state>/<name>."""
+        return [key for key in self.entries if "/" in key]
+
+    def check(self, file_names: Iterable[str]) -> None:
+        """`CheckpointError` unless the safetensors files `file_names` hold exactly the chunks of the index."""
+        expected: dict[str, dict[str, tuple[str, list[int]]]] = {name: {} for name in file_names}
         for key, entry in self.entries.items():
-            for file, _, shape in entry.pieces:
-                if file not in expected:
-                    raise CheckpointError(f"{self.directory}/index.json: names {file}, which is not in the manifest")
-                expected[file][key] = (DTYPES[entry.dtype], list(shape))
-        for name, keys in expected.items():
+            for chunk in entry.chunks:
+                if chunk.file not in expected:
+                    raise CheckpointError(f"{self.directory}/index.json: {chunk.file} is not in the manifest")
+                expected[chunk.file][key] = (SAFETENSORS_DTYPES[entry.dtype], list(chunk.sizes))
+        for name, indexed in expected.items():
             with safetensors_errors(self.directory / name):
-                f = self.file(name)
-                found = {key: (f.get_slice(key).get_dtype(), f.get_slice(key).get_shape()) for key in f.keys()}  # noqa: SIM118
-            for key in found.keys() | keys.keys():
-                if found.get(key) != keys.get(key):
-                    raise CheckpointError(f"{self.directory}/{name}: {short_repr(key)} is {found.get(key)}, the index says "
-                                          f"{keys.get(key)}")
+                slices = {key: self.open_file(name).get_slice(key) for key in self.open_file(name).keys()}  # noqa: SIM118
+                found = {key: (s.get_dtype(), s.get_shape()) for key, s in slices.items()}
+            for key in found.keys() | indexed.keys():
+                if found.get(key) != indexed.get(key):
+                    raise CheckpointError(f"{self.directory}/{name}: {short_repr(key)} is {found.get(key)}, the index "
+                                          f"says {indexed.get(key)}")
 
-    def file(self, name):
-        """The opened file."""
+    def open_file(self, name: str) -> Any:
         if name not in self.open_files:
             self.open_files[name] = safe_open(self.directory / name, "pt")
         return self.open_files[name]
 
     @torch.no_grad()
-    def read_into(self, key, local, offset):
-        """Fill `local`, the box of the tensor from `offset` on, with what of the pieces falls into it."""
-        for file, at, shape in self.entries[key].pieces:
-            low = [max(a, b) for a, b in zip(at, offset, strict=True)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(at, shape, offset, local.shape, strict=True)]
+    def read_into(self, key: str, local: torch.Tensor, offsets: Sequence[int]) -> None:
+        """Fill `local`, the chunk of the tensor at `offsets`, from all stored chunks that overlap it."""
+        for chunk in self.entries[key].chunks:
+            low = [max(a, b) for a, b in zip(chunk.offsets, offsets, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in
+                    zip(chunk.offsets, chunk.sizes, offsets, local.shape, strict=True)]
             if not all(a < b for a, b in zip(low, high, strict=True)):
                 continue
-            with safetensors_errors(self.directory / file):
-                here = tuple(slice(a - b, c - b) for a, b, c in zip(low, at, high, strict=True))
-                part = self.file(file).get_slice(key)[here] if here else self.file(file).get_tensor(key)
-            local[tuple(slice(a - b, c - b) for a, b, c in zip(low, offset, high, strict=True))].copy_(part)
+            source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True))
+            target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets, strict=True))
+            with safetensors_errors(self.directory / chunk.file):
+                file = self.open_file(chunk.file)
+                overlap = file.get_slice(key)[source] if source else file.get_tensor(key)
+            local[target].copy_(overlap)
 
-    def read(self, key):
+    def read(self, key: str) -> torch.Tensor:
         """The whole tensor, on the CPU."""
         entry = self.entries[key]
         whole = torch.empty(entry.shape, dtype=entry.dtype)
@@ -245,58 +279,66 @@ class Index:
         return whole
 
 
-def parse_entry(said):
-    """The `TensorEntry` that an object of index.json says; ValueError, KeyError or TypeError if it cannot be one."""
-    shape = sizes(said["shape"])
-    if type(said["dtype"]) is not str or said["dtype"] not in TORCH:
-        raise ValueError(f"dtype {short_repr(said['dtype'])}")
-    if type(said["pieces"]) is not list:
-        raise ValueError("pieces is no list")
-    pieces = []
-    for piece in said["pieces"]:
-        if type(piece["file"]) is not str or not SHARD.fullmatch(piece["file"]):
-            raise ValueError(f"file {short_repr(piece['file'])}")
-        pieces.append((piece["file"], sizes(piece["offset"], len(shape)), sizes(piece["shape"], len(shape))))
-    if len({file for file, _, _ in pieces}) != len(pieces):
-        raise ValueError("two pieces in one file")
-    boxes = [(offset, box) for _, offset, box in pieces]
-    if not (tiles(boxes, shape) if math.prod(shape) else not boxes):
-        raise ValueError(f"its pieces do not make up the shape {shape}")
-    return TensorEntry(TORCH[said["dtype"]], shape, pieces)
+def parse_entry(value: Any) -> TensorEntry:
+    """The `TensorEntry` of an object of index.json.
+
+    Raises:
+        ValueError, KeyError, TypeError: `value` is not a valid entry.
+    """
+    shape = parse_sizes(value["shape"])
+    if type(value["dtype"]) is not str or value["dtype"] not in TORCH_DTYPES:
+        raise ValueError(f"unknown dtype {short_repr(value['dtype'])}")
+    if type(value["pieces"]) is not list:
+        raise ValueError("pieces is not a list")
+    chunks = []
+    for entry in value["pieces"]:
+        if type(entry["file"]) is not str or not TENSOR_FILE.fullmatch(entry["file"]):
+            raise ValueError(f"invalid file {short_repr(entry['file'])}")
+        chunks.append(StoredChunk(entry["file"], parse_sizes(entry["offset"], len(shape)),
+                                  parse_sizes(entry["shape"], len(shape))))
+    if len({chunk.file for chunk in chunks}) != len(chunks):
+        raise ValueError("two pieces are in one file")
+    blocks = [(chunk.offsets, chunk.sizes) for chunk in chunks]
+    if not (tiles(blocks, shape) if math.prod(shape) else not blocks):
+        raise ValueError(f"its pieces do not tile the shape {shape}")
+    return TensorEntry(TORCH_DTYPES[value["dtype"]], shape, chunks)
 
 
-def sizes(value, n=None):
-    """A tuple of `value`, a list of n whole numbers; ValueError if it is none."""
-    if type(value) is not list or len(value) > 16 or (n is not None and len(value) != n):
-        raise ValueError(f"{short_repr(value)} is no shape here")
-    if not all(type(number) is int and 0 <= number < 2**62 for number in value):
-        raise ValueError(f"{short_repr(value)} is no shape")
+def parse_sizes(value: Any, ndim: int | None = None) -> tuple[int, ...]:
+    """`value`, a JSON list of `ndim` integers, as a tuple; ValueError if it is anything else."""
+    if type(value) is not list or len(value) > 16 or (ndim is not None and len(value) != ndim):
+        raise ValueError(f"{short_repr(value)} is not a list of {'at most 16' if ndim is None else ndim} sizes")
+    if not all(type(size) is int and 0 <= size < 2**62 for size in value):
+        raise ValueError(f"{short_repr(value)} is not a list of sizes")
     return tuple(value)
 
 
-def tiles(boxes, shape):
-    """Whether boxes [(offset, shape)] fill `shape` without a gap or an overlap, in rows along the first dimension."""
+def tiles(blocks: Iterable[tuple[Sequence[int], Sequence[int]]], shape: Sequence[int]) -> bool:
+    """Whether `blocks` [(offsets, sizes)] tile `shape` without gap or overlap, in rows along the first dimension."""
+    blocks = list(blocks)
     if not shape:
-        return len(boxes) == 1
-    rows, end = {}, 0
-    for offset, box in boxes:
-        rows.setdefault((offset[0], box[0]), []).append((offset[1:], box[1:]))
-    for (start, length), row in sorted(rows.items()):
-        if start != end or length == 0 or not tiles(row, shape[1:]):
+        return len(blocks) == 1
+    rows: dict[tuple[int, int], list[tuple[Sequence[int], Sequence[int]]]] = {}
+    for offsets, sizes in blocks:
+        rows.setdefault((offsets[0], sizes[0]), []).append((offsets[1:], sizes[1:]))
+    end = 0
+    for (start, size), row in sorted(rows.items()):
+        if start != end or size == 0 or not tiles(row, shape[1:]):
             return False
-        end = start + length
+        end = start + size
     return end == shape[0]
 
 
 class safetensors_errors:
-    """A context in which what safetensors says of a file it cannot read becomes a `CheckpointError`."""
+    """A context in which an error of the safetensors library about `path` becomes a `CheckpointError`."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __enter__(self):
+    def __enter__(self) -> "safetensors_errors":
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
         if isinstance(error, (OSError, SafetensorError, ValueError)) and not isinstance(error, CheckpointError):
             raise CheckpointError(f"{self.path}: cannot be read: {short_repr(str(error))}") from None

@@ -1,4 +1,9 @@
-"""Writing checkpoints: all ranks at once, in the foreground or a background thread; pruning."""
+"""Write checkpoints: all ranks at once, verified after the write, pruned, in the foreground or a background thread.
+
+Each rank writes its own chunks into a hidden directory, which rank zero renames to the checkpoint's name: a killed save
+leaves no checkpoint. Every step of a save ends with an all_gather on all ranks, so an error on one rank is an error on
+all. A new file per checkpoint is written and entered into the manifest in `commit`.
+"""
 
 import copy
 import os
@@ -6,10 +11,13 @@ import platform
 import shutil
 import sys
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
+import torch.distributed as dist
 
 from blockgpt.console import human_bytes
 from blockgpt.errors import CheckpointError, UserError
@@ -23,185 +31,216 @@ from blockgpt.training.checkpoint import (
     list_checkpoints,
     verify,
 )
-from blockgpt.training.checkpoint_files import (
-    Index,
-    own_chunks,
-    write_chunks,
-)
-from blockgpt.training.launch import run_on_all_ranks
+from blockgpt.training.checkpoint_files import Index, LocalChunk, own_chunks, write_chunks
+from blockgpt.training.launch import Runtime, run_on_all_ranks
 
-RANDOM = "random numbers are functions of (seed, step, rank, number of the sequence): none has a state to save"
+RANDOM = "random numbers are functions of (seed, step, rank, sequence id): there is no generator state to save"
 
 
 class CheckpointSaver:
-    """The checkpoints of one run: written by all ranks of `runtime` together, pruned to the newest `keep` and the best.
+    """The checkpoints of one run: written by all ranks of `runtime`, pruned to the newest `keep` and the best.
 
-    asynchronous: `save` copies the tensors to memory of the CPU and returns; a thread does the rest, and `poll` tells
-    how it ended. group: the gloo group over which the ranks then agree, used by nobody else; without one, it is made.
+    Args:
+        asynchronous: `save` copies the tensors to CPU memory and returns; a thread writes them, and `poll` returns its
+            outcome.
+        group: a gloo group for the thread's all_gathers alone; made if it is needed and missing.
     """
 
-    def __init__(self, run_dir, runtime=SINGLE_PROCESS, keep=2, asynchronous=False, group=None):
-        self.folder, self.runtime, self.keep = Path(run_dir) / "checkpoints", runtime, keep
+    def __init__(self, run_dir: str | Path, runtime: Runtime = SINGLE_PROCESS, keep: int = 2,
+                 asynchronous: bool = False, group: dist.ProcessGroup | None = None) -> None:
+        self.directory, self.runtime, self.keep = Path(run_dir) / "checkpoints", runtime, keep
         self.asynchronous, self.group = asynchronous, group
-        self.thread, self.outcomes = None, []
+        self.thread: threading.Thread | None = None
+        self.outcomes: list[tuple[int, Exception | None]] = []
         if asynchronous and group is None and runtime.world_size > 1:
-            self.group = torch.distributed.new_group(backend="gloo")
+            self.group = dist.new_group(backend="gloo")
 
     @property
-    def ended(self):
-        """Whether `poll` has something to tell."""
+    def ended(self) -> bool:
+        """Whether `poll` has an outcome."""
         return bool(self.outcomes)
 
-    def save(self, model, optimizer, state, wait=False):
-        """Write the checkpoint of `state["step"]`; its directory. OSError, alike on all ranks, where a disk refuses.
+    def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any],
+             wait: bool = False) -> Path | None:
+        """Write the checkpoint of `state["step"]`, after a save that still runs in the background has ended.
 
-        state: JSON-able, the same on all ranks; `step` counts the optimizer steps done, `best` is {"step", "val_loss"}
-        or None. If asynchronous and not to `wait`, only copying can fail here; the rest is for `poll`. A save that is
-        under way is waited for first.
+        Args:
+            state: JSON-able, the same on all ranks. `step` counts the optimizer steps done, `best` is
+                {"step", "val_loss"} or None.
+            wait: write in the foreground although asynchronous.
+
+        Returns:
+            the checkpoint's directory; None if it is written in the background, where `poll` returns the outcome
+
+        Raises:
+            OSError: the disk refuses, on all ranks.
         """
         self._join()
-        pieces, in_background = {}, self.asynchronous and not wait
+        chunks: dict[str, LocalChunk] = {}
+        in_background = self.asynchronous and not wait
 
-        def collect():
-            pieces.update(own_chunks(model, optimizer, self.runtime))
-            if in_background:  # training changes them from here on
-                pieces.update({key: (*piece[:3], piece[3].to("cpu", copy=True)) for key, piece in pieces.items()})
+        def collect() -> None:
+            chunks.update(own_chunks(model, optimizer, self.runtime))
+            if in_background:  # training changes the tensors meanwhile
+                chunks.update({key: chunk._replace(data=chunk.data.to("cpu", copy=True))
+                               for key, chunk in chunks.items()})
 
         run_on_all_ranks(self.runtime, collect, self.group)
-        state = {**copy.deepcopy(state), "versions": versions(), "world_size": self.runtime.world_size,
+        state = {**copy.deepcopy(dict(state)), "versions": versions(), "world_size": self.runtime.world_size,
                  "random": RANDOM, "schema_version": SCHEMA_VERSION}
         if not in_background:
-            return self._write(pieces, state)
-        self.thread = threading.Thread(target=self._in_background, args=(pieces, state), daemon=True)
+            return self._write(chunks, state)
+        self.thread = threading.Thread(target=self._write_in_background, args=(chunks, state), daemon=True)
         self.thread.start()
         return None
 
-    def poll(self):
-        """What is new of saves in the background: None; (step, None) of one that stands, or (step, why it failed)."""
+    def poll(self) -> tuple[int, str | None] | None:
+        """The next outcome of a save in the background: (step, why it failed or None); None if there is none."""
         if not self.outcomes:
             return None
-        step, problem = self.outcomes.pop(0)
-        if isinstance(problem, Exception) and not isinstance(problem, OSError):
-            raise problem
-        return step, problem and str(problem)
+        step, error = self.outcomes.pop(0)
+        if error is not None and not isinstance(error, OSError):
+            raise error
+        return step, None if error is None else str(error)
 
-    def wait(self):
-        """`poll`, after a save that is under way has ended."""
+    def wait(self) -> tuple[int, str | None] | None:
+        """`poll`, after a save that still runs has ended."""
         self._join()
         return self.poll()
 
-    def _join(self):
+    def _join(self) -> None:
         if self.thread is not None:
             self.thread.join()
             self.thread = None
 
-    def _in_background(self, pieces, state):
+    def _write_in_background(self, chunks: Mapping[str, LocalChunk], state: Mapping[str, Any]) -> None:
         try:
-            self._write(pieces, state)
+            self._write(chunks, state)
             self.outcomes.append((state["step"], None))
         except Exception as error:
             self.outcomes.append((state["step"], error))
 
-    def _write(self, pieces, state):
-        """Write, verify, prune, on all ranks at once; the directory."""
-        final = self.folder / f"step_{state['step']:08d}"
-        temporary = self.folder / f".{final.name}.tmp"
-        main = self.runtime.rank == 0
+    # ------------------------------------------------------------ a save, on all ranks at once
 
-        def agree(work, everywhere=True):
-            return run_on_all_ranks(self.runtime, work if everywhere or main else lambda: None, self.group)
-
-        if agree(lambda: self._prepare(final), everywhere=False)[0]:
-            try:  # a resumed run stopped where it began
+    def _write(self, chunks: Mapping[str, LocalChunk], state: Mapping[str, Any]) -> Path:
+        """Write, verify, prune; returns the checkpoint's directory."""
+        final = self.directory / f"step_{state['step']:08d}"
+        temporary = self.directory / f".{final.name}.tmp"
+        if self._on_rank_zero(lambda: self._prepare(final)):
+            try:  # a resumed run ended at the step where it began
                 verify(final, self.runtime, self.group)
                 return final
             except CheckpointError:
-                pass  # written again
-        written = {}
+                pass  # it is written again
         try:
-            agree(temporary.mkdir, everywhere=False)
-            answers = agree(lambda: write_chunks(temporary, self.runtime.rank, pieces))
+            self._on_rank_zero(temporary.mkdir)
+            rank_files = self._on_all_ranks(lambda: write_chunks(temporary, self.runtime.rank, chunks))
             try:
-                agree(lambda: written.update(commit(temporary, final, answers, state)), everywhere=False)
-                written.update(answers[self.runtime.rank]["files"])
-                agree(lambda: verify_written(final, written))
+                own_files = rank_files[self.runtime.rank]["files"]
+                json_files = self._on_rank_zero(lambda: commit(temporary, final, rank_files, state))
+                if self.runtime.is_rank_zero:
+                    own_files |= json_files
+                self._on_all_ranks(lambda: verify_written(final, own_files))
             except OSError:
-                if main:
+                if self.runtime.is_rank_zero:
                     discard(final)
                 raise
         finally:
-            if main:
+            if self.runtime.is_rank_zero:
                 shutil.rmtree(temporary, ignore_errors=True)
-        if main:
+        if self.runtime.is_rank_zero:
             self._prune(state)
         return final
 
-    def _prepare(self, final):
-        """Make room for the work of rank 0; whether something stands in the checkpoint's place."""
-        self.folder.mkdir(exist_ok=True)
-        clean(self.folder.parent)
+    def _on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
+        return run_on_all_ranks(self.runtime, work, self.group)
+
+    def _on_rank_zero(self, work: Callable[[], Any]) -> Any:
+        """What `work()` returns on rank zero, on all ranks; its error, too."""
+        return self._on_all_ranks(lambda: work() if self.runtime.is_rank_zero else None)[0]
+
+    def _prepare(self, final: Path) -> bool:
+        """Make the directory of checkpoints and clean it; whether something has the new checkpoint's name."""
+        self.directory.mkdir(exist_ok=True)
+        clean(self.directory.parent)
         return os.path.lexists(final)
 
-    def _prune(self, state):
-        """Remove what is neither among the newest up to this step nor the best; later ones this run will replace."""
-        steps = [(step, path) for step, path in list_checkpoints(self.folder.parent) if step <= state["step"]]
+    def _prune(self, state: Mapping[str, Any]) -> None:
+        """Remove all but the newest `keep` up to this step, and the best. The run will overwrite later ones."""
+        steps = [(step, path) for step, path in list_checkpoints(self.directory.parent) if step <= state["step"]]
         for step, path in steps[self.keep:]:
             if not state.get("best") or step != state["best"]["step"]:
                 discard(path)
 
 
-def check_disk_space(run_dir, parameters, config):
-    """`UserError` if the disk has no room for a checkpoint and the export; a warning if not for all that stay.
+def commit(temporary: Path, final: Path, rank_files: list[dict[str, Any]],
+           state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Write index, state and manifest, and rename `temporary` to `final`.
 
-    parameters: how many, each 4 bytes in the weights and 8 in AdamW's moments. What stands there already counts.
+    Args:
+        rank_files: what `write_chunks` returned, by rank
+
+    Returns:
+        {file name: manifest entry} of index and state
     """
-    if config.eval_only:
-        return
-    one = 12 * parameters
-    there = len(list_checkpoints(run_dir))
-    most = (config.keep_last + 2 - there) * one + 4 * parameters  # with the best, and the next before pruning
-    disk = next(path for path in (Path(run_dir).absolute(), *Path(run_dir).absolute().parents) if path.exists())
-    free = shutil.disk_usage(disk).free
-    if free < one + 4 * parameters:
-        raise UserError(f"{disk}: a checkpoint needs {human_bytes(one)} and the weights at the end "
-                        f"{human_bytes(4 * parameters)}, {human_bytes(free)} are free (--out_dir=…)")
-    if free < most:
-        print(f"warning: {disk}: checkpoints will need {human_bytes(most)} more, {human_bytes(free)} are free "
-              "(--out_dir=…, --keep_last=…)", file=sys.stderr)
-
-
-def commit(temporary, final, answers, state):
-    """Index, state, manifest, and the new name; {file: size and sha256} of the two JSON files."""
-    index, manifest = {}, {}
-    for answer in answers:
+    index: dict[str, dict[str, Any]] = {}
+    manifest: dict[str, dict[str, Any]] = {}
+    for answer in rank_files:
         manifest |= answer["files"]
-        for key, (file, dtype, shape, offset, box) in answer["pieces"].items():
+        for key, (file, dtype, shape, offsets, sizes) in answer["chunks"].items():
             entry = index.setdefault(key, {"dtype": dtype, "shape": shape, "pieces": []})
-            entry["pieces"].append({"file": file, "offset": offset, "shape": box})
-    Index(final, index)  # what the ranks wrote makes up every tensor
+            entry["pieces"].append({"file": file, "offset": offsets, "shape": sizes})
+    Index(final, index)  # raises unless the chunks of all ranks tile every tensor
     write_json(temporary / "index.json", index, indent=None)
     write_json(temporary / "state.json", state)
-    own = {name: manifest_entry(temporary / name) for name in JSON_FILES}
-    write_json(temporary / "manifest.json", dict(sorted({**manifest, **own}.items())))
+    json_files = {name: manifest_entry(temporary / name) for name in JSON_FILES}
+    write_json(temporary / "manifest.json", dict(sorted({**manifest, **json_files}.items())))
     fsync_path(temporary)
     if os.path.lexists(final):  # it is damaged
         discard(final)
     os.rename(temporary, final)
     fsync_path(final.parent)
-    return own
+    return json_files
 
 
-def manifest_entry(path):
+def manifest_entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def verify_written(directory, written):
-    """OSError unless the files have on the disk the size and sha256 with which they were `written`."""
-    for name, entry in written.items():
+def verify_written(directory: Path, expected: Mapping[str, Mapping[str, Any]]) -> None:
+    """OSError unless the files have the `expected` manifest entries {name: entry} on the disk."""
+    for name, entry in expected.items():
         drop_page_cache(directory / name)
         if manifest_entry(directory / name) != entry:
-            raise OSError(f"{directory / name}: reads back otherwise than it was written")
+            raise OSError(f"{directory / name}: its content on the disk differs from what was written")
 
 
-def versions():
+def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+
+
+# ---- before the first save
+
+def check_disk_space(run_dir: str | Path, parameters: int, config: Any) -> None:
+    """`UserError` if a checkpoint and the export do not fit on the disk; a warning if not all kept checkpoints do.
+
+    Existing checkpoints of the run count as kept ones.
+
+    Args:
+        parameters: their count: 4 bytes each for the weights and 8 for AdamW's state.
+        config: its `eval_only` and `keep_last` are read.
+    """
+    if config.eval_only:
+        return
+    checkpoint_bytes, export_bytes = 12 * parameters, 4 * parameters
+    # The newest `keep_last`, the best, and the next one before pruning.
+    missing = config.keep_last + 2 - len(list_checkpoints(run_dir))
+    needed = missing * checkpoint_bytes + export_bytes
+    disk = next(path for path in (Path(run_dir).absolute(), *Path(run_dir).absolute().parents) if path.exists())
+    free = shutil.disk_usage(disk).free
+    if free < checkpoint_bytes + export_bytes:
+        raise UserError(f"{disk}: a checkpoint needs {human_bytes(checkpoint_bytes)} and the weights at the end "
+                        f"{human_bytes(export_bytes)}, {human_bytes(free)} are free (--out_dir=…)")
+    if free < needed:
+        print(f"warning: {disk}: checkpoints will need {human_bytes(needed)} more, {human_bytes(free)} are free "
+              "(--out_dir=…, --keep_last=…)", file=sys.stderr)

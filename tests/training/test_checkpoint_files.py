@@ -1,9 +1,8 @@
-"""Safetensors files as the library reads them, boxes that make up a tensor, room taken before writing."""
+"""Tensor files as the safetensors library reads them, chunks that tile a tensor, and who writes which chunk."""
 
-import errno
 import hashlib
 import itertools
-import os
+import multiprocessing
 
 import pytest
 import torch
@@ -12,32 +11,41 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from blockgpt import files
-from blockgpt.files import PreallocatedFile, preallocate
-from blockgpt.training.checkpoint_files import DTYPES, TORCH, Index, TensorFile, assign_owners, tiles
+from blockgpt.training.checkpoint_files import (
+    SAFETENSORS_DTYPES,
+    TORCH_DTYPES,
+    Index,
+    TensorFile,
+    assign_owners,
+    local_chunk,
+    tiles,
+)
 
-names = st.text(max_size=20) | st.text("abc./_\\\"'\0é🐎", max_size=9)
-names = names.filter(lambda name: name != "__metadata__" and name.isprintable())
+keys = st.text(max_size=20) | st.text("abc./_\\\"'\0é🐎", max_size=9)
+keys = keys.filter(lambda name: name != "__metadata__" and name.isprintable())
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
 
-def filled(dtype, shape, seed):
-    """A tensor whose bytes are random, but where only 0 and 1 are allowed."""
+def random_bytes(dtype, shape, seed):
+    """A tensor of random bytes; of zeros and ones where it is bool."""
     n = torch.Size(shape).numel() * dtype.itemsize
     raw = torch.randint(2 if dtype == torch.bool else 256, (n,), dtype=torch.uint8,
                         generator=torch.Generator().manual_seed(seed))
     return raw.view(dtype).reshape(shape)
 
 
+# ---- writing
+
 @settings(max_examples=150)
-@given(layout=st.dictionaries(names, st.tuples(st.sampled_from(list(DTYPES)), shapes), max_size=6))
-def test_what_is_written_the_library_reads_bit_for_bit(tmp_path_factory, layout):
+@given(layout=st.dictionaries(keys, st.tuples(st.sampled_from(list(SAFETENSORS_DTYPES)), shapes), max_size=6))
+def test_the_library_reads_what_is_written_bit_for_bit(tmp_path_factory, layout):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.unlink(missing_ok=True)
-    tensors = {key: filled(dtype, shape, i) for i, (key, (dtype, shape)) in enumerate(layout.items())}
+    tensors = {key: random_bytes(dtype, shape, i) for i, (key, (dtype, shape)) in enumerate(layout.items())}
     with TensorFile(path, layout) as file:
-        said = file.fill(tensors.__getitem__)
+        entry = file.write_tensors(tensors.__getitem__)
     data = path.read_bytes()
-    assert said == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert entry == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     read = load_file(path)
     assert read.keys() == tensors.keys()
     for key, tensor in tensors.items():
@@ -45,112 +53,121 @@ def test_what_is_written_the_library_reads_bit_for_bit(tmp_path_factory, layout)
         assert torch.equal(read[key].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
 
-def test_what_is_not_contiguous_and_larger_than_a_piece_is_written_in_order(tmp_path, monkeypatch):
+def test_a_large_tensor_that_is_not_contiguous_is_written_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "CHUNK_BYTES", 1000)
     tensor = torch.randn(300, 70).t()
     with TensorFile(tmp_path / "f", {"a": (torch.float32, (70, 300))}) as file:
-        file.fill(lambda key: tensor)
+        file.write_tensors(lambda key: tensor)
     assert torch.equal(load_file(tmp_path / "f")["a"], tensor)
 
 
+# ---- the index
+
 @st.composite
-def cut(draw, shape, depth=3):
-    """Boxes [(offset, shape)] that fill the shape, cut as meshes cut: along one dimension, and again within."""
+def split(draw, shape, depth=3):
+    """Chunks [(offsets, sizes)] that tile the shape, as meshes shard: along one dimension, and again within."""
     dims = [d for d, n in enumerate(shape) if n > 1]
     if not depth or not dims:
         return [((0,) * len(shape), tuple(shape))]
     dim = min(dims) if depth == 3 else draw(st.sampled_from(dims))
     at = draw(st.integers(1, shape[dim] - 1))
-    boxes = []
+    chunks = []
     for start, length in ((0, at), (at, shape[dim] - at)):
-        part = [*shape[:dim], length, *shape[dim + 1:]]
-        boxes += [(tuple(o + start * (d == dim) for d, o in enumerate(offset)), box)
-                  for offset, box in draw(cut(part, 0 if depth == 3 else depth - 1))]
-    return boxes
+        half = [*shape[:dim], length, *shape[dim + 1:]]
+        chunks += [(tuple(o + start * (d == dim) for d, o in enumerate(offsets)), sizes)
+                   for offsets, sizes in draw(split(half, 0 if depth == 3 else depth - 1))]
+    return chunks
 
 
 @given(data=st.data(), shape=st.lists(st.integers(1, 6), min_size=1, max_size=3))
-def test_boxes_that_fill_a_shape_do_and_those_that_leave_a_gap_or_overlap_do_not(data, shape):
-    boxes = data.draw(cut(shape))
-    assert tiles(boxes, tuple(shape))
-    i = data.draw(st.integers(0, len(boxes) - 1))
-    assert not tiles(boxes[:i] + boxes[i + 1:], tuple(shape))
-    assert not tiles([*boxes, boxes[i]], tuple(shape))
-    assert not tiles(boxes, (shape[0] + 1, *shape[1:]))
+def test_chunks_tile_their_shape_and_no_longer_with_a_gap_or_an_overlap(data, shape):
+    chunks = data.draw(split(shape))
+    assert tiles(chunks, tuple(shape))
+    i = data.draw(st.integers(0, len(chunks) - 1))
+    assert not tiles(chunks[:i] + chunks[i + 1:], tuple(shape))
+    assert not tiles([*chunks, chunks[i]], tuple(shape))
+    assert not tiles(chunks, (shape[0] + 1, *shape[1:]))
 
 
 @given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=2).map(tuple), data=st.data())
-def test_tiles_is_right_of_any_boxes_when_it_says_yes(shape, data):
+def test_whatever_tiles_accepts_covers_each_element_once(shape, data):
     dims = [st.tuples(st.integers(0, n), st.integers(0, n)) for n in shape]
-    boxes = [tuple(zip(*box, strict=True)) for box in data.draw(st.lists(st.tuples(*dims), max_size=4))]
+    chunks = [tuple(zip(*chunk, strict=True)) for chunk in data.draw(st.lists(st.tuples(*dims), max_size=4))]
     counts = dict.fromkeys(itertools.product(*map(range, shape)), 0)
-    for offset, box in boxes:
-        for cell in itertools.product(*(range(o, o + n) for o, n in zip(offset, box, strict=True))):
-            counts[cell] = counts.get(cell, 0) + 1
-    assert not tiles(boxes, shape) or (set(counts.values()) == {1} and len(counts) == torch.Size(shape).numel())
+    for offsets, sizes in chunks:
+        for element in itertools.product(*(range(o, o + n) for o, n in zip(offsets, sizes, strict=True))):
+            counts[element] = counts.get(element, 0) + 1
+    assert not tiles(chunks, shape) or (set(counts.values()) == {1} and len(counts) == torch.Size(shape).numel())
 
 
 @settings(max_examples=100)
-@given(data=st.data(), dtype=st.sampled_from(list(TORCH)))
-def test_any_box_is_read_from_whatever_pieces(tmp_path_factory, data, dtype):
+@given(data=st.data(), dtype=st.sampled_from(list(TORCH_DTYPES)))
+def test_any_chunk_is_read_from_any_stored_chunks(tmp_path_factory, data, dtype):
     shape = data.draw(st.lists(st.integers(1, 6), max_size=3))
-    tensor = filled(TORCH[dtype], shape, 0)
-    boxes = data.draw(cut(shape)) if shape else [((), ())]
-    folder = tmp_path_factory.mktemp("pieces")
-    pieces = []
-    for i, (offset, box) in enumerate(boxes):
+    tensor = random_bytes(TORCH_DTYPES[dtype], shape, 0)
+    chunks = data.draw(split(shape)) if shape else [((), ())]
+    folder = tmp_path_factory.mktemp("chunks")
+    entries = []
+    for i, (offsets, sizes) in enumerate(chunks):
         name = f"model-{i:05d}.safetensors"
-        part = tensor[tuple(slice(o, o + n) for o, n in zip(offset, box, strict=True))]
-        with TensorFile(folder / name, {"a": (tensor.dtype, box)}) as file:
-            file.fill(lambda key, part=part: part)
-        pieces.append({"file": name, "offset": list(offset), "shape": list(box)})
-    index = Index(folder, {"a": {"dtype": dtype, "shape": shape, "pieces": pieces}})
-    index.check({piece["file"] for piece in pieces})
-    offset = [data.draw(st.integers(0, n)) for n in shape]
-    size = [data.draw(st.integers(0, n - o)) for n, o in zip(shape, offset, strict=True)]
-    local = torch.zeros(size, dtype=tensor.dtype)
-    index.read_into("a", local, offset)
-    expected = tensor[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
+        chunk = tensor[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
+        with TensorFile(folder / name, {"a": (tensor.dtype, sizes)}) as file:
+            file.write_tensors(lambda key, chunk=chunk: chunk)
+        entries.append({"file": name, "offset": list(offsets), "shape": list(sizes)})
+    index = Index(folder, {"a": {"dtype": dtype, "shape": shape, "pieces": entries}})
+    index.check({entry["file"] for entry in entries})
+    offsets = [data.draw(st.integers(0, n)) for n in shape]
+    sizes = [data.draw(st.integers(0, n - o)) for n, o in zip(shape, offsets, strict=True)]
+    local = torch.zeros(sizes, dtype=tensor.dtype)
+    index.read_into("a", local, offsets)
+    expected = tensor[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
     for found, wanted in ((local, expected), (index.read("a"), tensor)):
         found, wanted = (t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8) for t in (found, wanted))
         assert torch.equal(found, wanted)
 
 
+# ---- who writes what
+
 @given(sizes=st.dictionaries(st.text(max_size=3), st.integers(0, 100), max_size=20), n=st.integers(1, 5))
-def test_shares_are_fair_and_the_same_for_everyone(sizes, n):
-    taker = assign_owners(sizes, n)
-    assert taker == assign_owners(dict(reversed(sizes.items())), n) and taker.keys() == sizes.keys()
-    loads = [sum(sizes[name] for name in sizes if taker[name] == i) for i in range(n)]
+def test_owners_have_equal_loads_and_are_the_same_on_all_ranks(sizes, n):
+    owners = assign_owners(sizes, n)
+    assert owners == assign_owners(dict(reversed(sizes.items())), n) and owners.keys() == sizes.keys()
+    loads = [sum(sizes[name] for name in sizes if owners[name] == i) for i in range(n)]
     assert max(loads) - min(loads) <= max(sizes.values(), default=0)
 
 
-# ---- room
+def fsdp_over_tensor_parallelism(rank, lengths):
+    """[(offsets, values, whole shape)] of the local chunk on one rank of 3 x 2, of a column 0, 1, 2, … for each length."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-def test_room_is_taken_before_the_first_byte(tmp_path):
-    with PreallocatedFile(tmp_path / "f", 100_000) as file:
-        assert os.path.getsize(tmp_path / "f") == 100_000 and os.stat(tmp_path / "f").st_blocks * 512 >= 100_000
-        with pytest.raises(AssertionError):
-            file.finish()
+    def shard(name, module, mesh):
+        whole = torch.arange(module.out_features).float()[:, None]
+        module.weight = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None))
 
-
-@pytest.mark.parametrize("code, raised", [(errno.ENOSPC, True), (errno.EFBIG, True), (errno.EIO, True),
-                                          (errno.EOPNOTSUPP, False), (errno.EINVAL, False), (errno.ENOSYS, False)])
-def test_a_file_system_that_reserves_nothing_is_written_all_the_same(tmp_path, monkeypatch, code, raised):
-    def refuse(*_):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
-    if raised:
-        with pytest.raises(OSError, match=r".* for 1,234 bytes: .*f"):
-            PreallocatedFile(tmp_path / "f", 1234)
-        return
-    with PreallocatedFile(tmp_path / "f", 3) as file:
-        file.write(b"abc")
-        assert file.finish()["sha256"] == hashlib.sha256(b"abc").hexdigest()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=6)
+    mesh, chunks = init_device_mesh("cpu", (3, 2), mesh_dim_names=("shard", "tensor")), []
+    for n in lengths:
+        model = torch.nn.Linear(1, n, bias=False)
+        distribute_module(model, mesh["tensor"], shard)
+        fully_shard(model, mesh=mesh["shard"])
+        shape, offsets, data = local_chunk(model.weight)
+        chunks.append((list(offsets), data[:, 0].int().tolist(), tuple(shape)))
+    return chunks
 
 
-def test_where_the_system_knows_no_reserving_nothing_is_reserved(tmp_path, monkeypatch):
-    monkeypatch.delattr(os, "posix_fallocate")
-    with open(tmp_path / "f", "wb") as f:
-        preallocate(f.fileno(), 10**18)
-    assert os.path.getsize(tmp_path / "f") == 0
+@pytest.mark.slow
+def test_the_chunks_of_fsdp_over_tensor_parallelism_are_where_fully_shard_puts_them():
+    import torch.distributed.fsdp
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401 (before the forks)
+
+    rows = (13, 14, 5, 49)  # torch's compute_local_shape_and_global_offset is wrong for 13 and 49
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:  # torch remembers the rank
+        ranks = pool.starmap(fsdp_over_tensor_parallelism, [(rank, rows) for rank in range(6)], chunksize=1)
+    for n, answers in zip(rows, zip(*ranks, strict=True), strict=True):
+        for offsets, values, shape in answers:
+            assert shape == (n, 1) and values == list(range(offsets[0], offsets[0] + len(values)))
+        assert tiles([(offsets, [len(values), 1]) for offsets, values, _ in answers if values], (n, 1))
