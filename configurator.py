@@ -162,14 +162,14 @@ class Config:
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ConfigError("min_lr", f"{self.min_lr:g} is above learning_rate={self.learning_rate:g} (lower it)")
         if self.resume != "never" and not self.run_name:
-            raise ConfigError("resume", f"{self.resume} needs --run_name=NAME, the run to continue")
+            raise ConfigError("resume", f"{self.resume!r} needs --run_name=NAME, the run to continue")
         check_folder_name("run_name", self.run_name or "x")
         self.check_sources()
         self.profiled_steps()
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
             raise ConfigError("device", f"{short_repr(self.device)} is unknown (one of auto, cpu, cuda, cuda:1, mps)")
         if self.mfu_peak not in ("dense", "sparse") and (isinstance(self.mfu_peak, str) or self.mfu_peak <= 0):
-            raise ConfigError("mfu_peak", f"{short_repr(self.mfu_peak)} is unknown (dense, sparse, or TFLOP/s above 0)")
+            raise ConfigError("mfu_peak", f"{short_repr(self.mfu_peak)} is not dense, sparse, or TFLOP/s above 0")
 
     @property
     def processes(self) -> int:
@@ -209,7 +209,7 @@ class Config:
             if getattr(model, name) % size:
                 raise ConfigError("tensor_parallel", f"{size} does not divide {name}={getattr(model, name)}")
         if self.use_zero1:
-            raise ConfigError("tensor_parallel", f"{size} is incompatible with use_zero1=True (use_fsdp is not)")
+            raise ConfigError("tensor_parallel", f"{size} is incompatible with use_zero1=True (--use_fsdp instead)")
         if self.processes > size and not self.use_fsdp:
             raise ConfigError("tensor_parallel", f"{size} of {self.processes} processes makes {self.processes // size} "
                                                  "groups, which only use_fsdp=True can train together")
@@ -217,8 +217,7 @@ class Config:
             raise ConfigError("compile", "True is incompatible with tensor_parallel: a compiled backward pass does not "
                                          "return sharded gradients (--compile=False)")
         if self.model.attention_backend == "flex":
-            raise ConfigError("attention_backend", "'flex' is incompatible with tensor_parallel (sdpa and manual are "
-                                                   "compatible)")
+            raise ConfigError("attention_backend", "'flex' is incompatible with tensor_parallel (use sdpa or manual)")
 
     def profiled_steps(self) -> range:
         """The steps to profile, counted from 1 like the log's; an empty range if there are none."""
@@ -323,7 +322,7 @@ def check_mixture(key: str, weights: Mapping[Any, Any]) -> None:
         if type(weight) not in (int, float) or not 0 <= weight < float("inf"):
             raise ConfigError(key, f"the weight of {source} is {short_repr(weight)}, not a number of at least 0")
     if not any(weights.values()):
-        raise ConfigError(key, f"{short_repr(weights)} has nothing to read (give a weight above 0)")
+        raise ConfigError(key, f"{short_repr(weights)} has no weight above 0")
 
 
 def key_fields() -> dict[str, Field]:
