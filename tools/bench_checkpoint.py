@@ -1,27 +1,35 @@
-"""What a checkpoint costs: seconds per GB, by the clock, to save, to hold training up in the background, verify, load.
+"""Measure checkpoints: wall-clock seconds per GB to save, to verify, to load, and that an asynchronous save blocks.
 
     python -m tools.bench_checkpoint [config/*.py ...] [--key=value ...] [--folder DIR] [--repeat 3]
 
-One process, the model of the config (by default GPT-2's 124M parameters: 1.5 GB) with AdamW's moments drawn at random,
-on the disk of --folder. Beside it `torch.save` of the same tensors, forced to the disk.
+One process and the model of the config (by default GPT-2's 124M parameters: 1.5 GB) with random AdamW state, on the
+disk of --folder. For comparison, `torch.save` of the same tensors with an fsync.
 """
 
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from blockgpt.console import ArgumentParser
 from blockgpt.errors import exit_on_user_error
 from blockgpt.files import fsync_path
-from configurator import load_config
+from configurator import Config, load_config
+
+if TYPE_CHECKING:
+    import torch
+
+Result = TypeVar("Result")
 
 GPT2 = ["config/arch_gpt2.py", "--n_layer=12", "--n_head=12", "--n_embd=768", "--block_size=1024"]
 
 
-def trained(config):
-    """A model and its optimizer, as after a step."""
+def model_and_optimizer(config: Config) -> "tuple[torch.nn.Module, torch.optim.Optimizer]":
+    """The model of the config, and its optimizer with random state."""
     import torch
 
     from blockgpt.training.optimizers import build_optimizer
@@ -35,9 +43,9 @@ def trained(config):
     return model, optimizer
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", help="on the disk in question; by default that of temporary files")
+    parser.add_argument("--folder", help="a folder on the disk to measure; default: that of temporary files")
     parser.add_argument("--repeat", type=int, default=3)
     args, keys = parser.parse_known_args(argv)
     config = load_config([*(keys or GPT2), "--device=cpu"])
@@ -46,13 +54,13 @@ def main(argv):
     import blockgpt.training.checkpoint as checkpoint
     from blockgpt.training.checkpoint_saver import CheckpointSaver
 
-    model, optimizer = trained(config)
+    model, optimizer = model_and_optimizer(config)
     tensors = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
     gigabytes = sum(t.nbytes for t in tensors) / 1e9
-    seconds = {}
+    seconds: dict[str, list[float]] = {}
 
-    def timed(name, action):
-        os.sync()  # what was written before is not this one's
+    def timed(name: str, action: Callable[[], Result]) -> Result:
+        os.sync()  # earlier writes do not count
         started = time.perf_counter()
         result = action()
         seconds.setdefault(name, []).append(time.perf_counter() - started)
@@ -60,17 +68,23 @@ def main(argv):
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         plain = Path(folder, "plain.pt")
-        waiting = CheckpointSaver(tempfile.mkdtemp(dir=folder))
+
+        def save_plain() -> None:
+            torch.save(tensors, plain)
+            fsync_path(plain)
+
+        saver = CheckpointSaver(tempfile.mkdtemp(dir=folder))
         background = CheckpointSaver(tempfile.mkdtemp(dir=folder), asynchronous=True)
         for step in range(1, args.repeat + 1):
             state = {"step": step, "tokens": 0, "best": None}
-            path = timed("save", lambda state=state: waiting.save(model, optimizer, state))
-            timed("verify", lambda path=path: checkpoint.verify(path))
-            timed("load, once verified", lambda path=path: checkpoint.load(path, model, optimizer))
-            timed("checkpoint_async holds training up", lambda state=state: background.save(model, optimizer, state))
+            path = timed("save", partial(saver.save, model, optimizer, state))
+            assert path is not None
+            timed("verify", partial(checkpoint.verify, path))
+            timed("load, verified before", partial(checkpoint.load, path, model, optimizer))
+            timed("checkpoint_async blocks training", partial(background.save, model, optimizer, state))
             background.wait()
-            timed("torch.save and fsync", lambda: (torch.save(tensors, plain), fsync_path(plain)))
-    print(f"{gigabytes:.2f} GB; seconds per GB, least and most of {args.repeat}:")
+            timed("torch.save and fsync", save_plain)
+    print(f"{gigabytes:.2f} GB; seconds per GB, minimum and maximum of {args.repeat}:")
     for name, values in seconds.items():
         print(f"  {name}: {min(values) / gigabytes:.2f} to {max(values) / gigabytes:.2f}")
 

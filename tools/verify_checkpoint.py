@@ -1,4 +1,4 @@
-"""Check checkpoints bit for bit: one line each. Exit code 0 if all are good, 3 if one is not.
+"""Check checkpoints bit for bit, one line each. Exit code 0 if all are good, 3 if one is not.
 
     python -m tools.verify_checkpoint runs/NAME               every checkpoint of a run, and its export
     python -m tools.verify_checkpoint runs/NAME/checkpoints/step_00000250
@@ -6,14 +6,17 @@
 
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 
 from blockgpt.console import ArgumentParser
 from blockgpt.errors import CheckpointError, UserError, exit_on_user_error
 
 
-def tell(path, check):
-    """Print how the check of `path`, a directory or a file, went; whether it is good."""
+def report(path: Path, check: Callable[[], object]) -> bool:
+    """Check `path`, a directory or a file, and print the outcome; whether it is good."""
     started = time.perf_counter()
     try:
         check()
@@ -21,31 +24,33 @@ def tell(path, check):
         print(f"not ok  {' '.join(str(error).split())}", flush=True)
         return False
     seconds = time.perf_counter() - started
-    there = [p for p in path.iterdir() if not p.name.startswith(".")] if path.is_dir() else [path]
-    size = sum(p.stat().st_size for p in there)
-    print(f"ok      {path}: {len(there)} file{'s' * (len(there) > 1)}, {size / 1e9:.3f} GB, "
+    files = [p for p in path.iterdir() if not p.name.startswith(".")] if path.is_dir() else [path]
+    size = sum(p.stat().st_size for p in files)
+    print(f"ok      {path}: {len(files)} file{'s' * (len(files) > 1)}, {size / 1e9:.3f} GB, "
           f"{size / 1e9 / seconds:.2f} GB/s", flush=True)
     return True
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path, help="a checkpoint, or the directory of a run")
     path = parser.parse_args(argv).path
     import blockgpt.training.checkpoint as checkpoint
 
-    sys.stdout.reconfigure(errors="replace")  # a damaged file says what it likes, not every terminal shows it
+    if isinstance(sys.stdout, TextIOWrapper):  # the messages quote damaged files, which not every terminal can print
+        sys.stdout.reconfigure(errors="replace")
+    checks: list[tuple[Path, Callable[[], object]]]
     if checkpoint.STEP_DIR.fullmatch(path.name) or (path / "manifest.json").exists():
-        checks = [(path, lambda: checkpoint.verify(path))]
+        checks = [(path, partial(checkpoint.verify, path))]
     elif not path.is_dir():
         raise UserError(f"{path}: is not a directory")
     else:
-        checks = [(p, lambda p=p: checkpoint.verify(p)) for _, p in reversed(checkpoint.list_checkpoints(path))]
+        checks = [(p, partial(checkpoint.verify, p)) for _, p in reversed(checkpoint.list_checkpoints(path))]
         if (path / "model.safetensors").exists():
-            checks.append((path / "model.safetensors", lambda: checkpoint.verify_export(path)))
+            checks.append((path / "model.safetensors", partial(checkpoint.verify_export, path)))
     if not checks:
         raise CheckpointError(f"{path}: has no checkpoint")
-    if not all([tell(where, check) for where, check in checks]):  # a list: all are told
+    if not all([report(target, check) for target, check in checks]):  # a list, so that all are checked
         sys.exit(CheckpointError.exit_code)
 
 

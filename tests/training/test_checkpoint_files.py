@@ -137,7 +137,7 @@ def test_owners_have_equal_loads_and_are_the_same_on_all_ranks(sizes, n):
 
 
 def fsdp_over_tensor_parallelism(rank, lengths):
-    """[(offsets, values, whole shape)] of the local chunk on one rank of 3 x 2, of a column 0, 1, 2, … for each length."""
+    """[(offsets, values, whole shape)] of the chunk on one rank of 3 x 2, of a column 0, 1, 2, … of each length."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
