@@ -78,8 +78,9 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
     """Tensor parallelism (Shoeybi et al. 2019): shard each module over `mesh` as its `tp_plan` says."""
     styles = tp_styles()
     for module in list(model.modules()):
-        plan = {name: styles[style] for name, style in getattr(module, "tp_plan", {}).items()
-                if getattr(module, name.removesuffix(".*"), None) is not None}
+        children = {name for name, _ in module.named_children()} | {
+            f"{name}.*" for name, child in module.named_children() if any(child.children())}
+        plan = {name: styles[style] for name, style in getattr(module, "tp_plan", {}).items() if name in children}
         if plan:
             parallelize_module(module, mesh, plan)
     if model.config.weight_tying:
