@@ -145,8 +145,8 @@ COMMANDS = [
     ("train.py --activation=silu --arch_preset=llama", 2, "--activation: .*drop it, set it to None, or use"),
     ("train.py --activation=silu --ffn_type=geglu", 2, "--activation: 'silu' is incompat.* gelu or gelu_tanh"),
     ("train.py --attention_backend=flash", 2, r"--attention_backend: .*'flash' is unknown \(one of auto, sdpa, "),
-    ("train.py --attention_backend=sdpa --attn_softcap=50", 2, "--attention_backend: sdpa does not support attn_softcap=50 "
-     r"\(use manual or flex"),
+    ("train.py --attention_backend=sdpa --attn_softcap=50", 2,
+     r"--attention_backend: sdpa does not support attn_softcap=50 \(use manual or flex"),
     ("train.py --attn_softcap=50 --attention_backend=flex --dropout=0.1", 2, r"--attention_backend: .*\(use manual"),
     ("train.py --window_pattern=SSG", 2, "--window_pattern: .*'SSG' has other letters than S .* and L"),
     ("train.py --position_encoding=rope --rope_fraction=0.01", 2, "--position_encoding: .*rope_fraction=0.01 .*change"),

@@ -1,0 +1,247 @@
+"""The order of the imports and the names of the definitions, read from the source of every file.
+
+Lower layers know nothing of higher ones. To add a package under blockgpt/, give it a place in LAYERS.
+"""
+
+import ast
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+Sources = dict[str, str]  # path from the root -> text
+Import = tuple[str, int, bool]  # module, line, whether it runs when the file is imported
+
+# From the lowest to the highest. A module imports from its own layer and lower ones only.
+LAYERS = (
+    ("blockgpt.errors", "blockgpt.files", "blockgpt.console", "blockgpt.config_fields"),
+    ("blockgpt.data", "blockgpt.kernels"),
+    ("blockgpt.training",),
+    ("blockgpt.accounting", "blockgpt.huggingface", "blockgpt.experiments", "blockgpt.posttraining"),
+    ("root",),
+    ("tools", "data"),  # tools/ and data/<name>/prepare.py
+)
+WRITING_DATA = {f"blockgpt.data.{name}" for name in ("sources", "filters", "writer", "prepare", "commands")}
+READING_DATA = {f"blockgpt.data.{name}" for name in ("loader", "packing", "mixture")}
+
+RETIRED_NAMES = {
+    "Sight", "Watch", "Machine", "told_in_one_line", "on_main", "is_main", "exchange", "slopes", "reach", "settle",
+    "placed", "boxes", "scramble", "spare", "tallied", "publish", "trust", "facts", "gathered", "middle", "folded",
+    "moments", "piece", "pieces", "part", "parts", "kind", "kinds", "room", "rooms", "told", "stands", "mend", "share",
+    "shares", "begun", "home", "all_know", "agree", "beat",
+}
+
+
+def read_sources(root: Path) -> Sources:
+    """Every Python file of the tree that is no test."""
+    patterns = ("*.py", "config/*.py", "blockgpt/**/*.py", "tools/**/*.py", "data/*/*.py")
+    return {path.relative_to(root).as_posix(): path.read_text() for pattern in patterns
+            for path in sorted(root.glob(pattern))}
+
+
+@functools.cache
+def parse(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+def module_name(path: str) -> str:
+    """blockgpt/data/loader.py -> blockgpt.data.loader; a package is named by its folder."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def layer(module: str) -> int:
+    """The index in LAYERS of a module of the tree."""
+    for index, prefixes in enumerate(LAYERS):
+        if any(module == prefix or module.startswith(f"{prefix}.") for prefix in prefixes):
+            return index
+    assert not module.startswith("blockgpt."), f"{module} has no place in LAYERS"
+    return 0 if module == "blockgpt" else LAYERS.index(("root",))
+
+
+def imported_names(node: ast.AST, package: str) -> Iterator[str]:
+    """The dotted names that a statement or call imports, the longest possible; `package` is that of its file."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        parents = package.split(".")[:len(package.split(".")) + 1 - node.level] if node.level else []
+        origin = ".".join([*parents, *filter(None, [node.module])])
+        yield from (f"{origin}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+        if function in ("import_module", "__import__", "resolve_name") and isinstance(node.args[0].value, str):
+            yield node.args[0].value.replace(":", ".")
+
+
+@functools.cache
+def find_imports(path: str, text: str, modules: frozenset[str]) -> list[Import]:
+    """Every import of one of the modules in a file: statements and importlib, at module level and in functions."""
+    package = module_name(path) if path.endswith("__init__.py") else module_name(path).rpartition(".")[0]
+    found = []
+
+    def visit(node: ast.AST, runs: bool) -> None:
+        for name in imported_names(node, package):
+            while name and name not in modules:
+                name = name.rpartition(".")[0]
+            if name:
+                found.append((name, getattr(node, "lineno", 0), runs))
+        runs = runs and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            runs = False
+        for child in ast.iter_child_nodes(node):
+            visit(child, runs)
+
+    visit(parse(text), True)
+    return found
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one import cycle, or an empty list."""
+    done: set[str] = set()
+
+    def search(module: str, trail: list[str]) -> list[str]:
+        if module in trail:
+            return [*trail[trail.index(module):], module]
+        if module in done:
+            return []
+        for target in sorted(graph.get(module, ())):
+            if cycle := search(target, [*trail, module]):
+                return cycle
+        done.add(module)
+        return []
+
+    return next(filter(None, (search(module, []) for module in sorted(graph))), [])
+
+
+def reachable(module: str, graph: dict[str, set[str]]) -> set[str]:
+    """The modules that a module imports, directly or through others."""
+    seen: set[str] = set()
+    queue = [module]
+    while queue:
+        targets = graph.get(queue.pop(), set()) - seen
+        seen |= targets
+        queue += targets
+    return seen
+
+
+def import_problems(sources: Sources) -> list[str]:
+    """One line for every import that runs against the order."""
+    problems = []
+    graph: dict[str, set[str]] = {}
+    at_import: dict[str, set[str]] = {}
+    modules = frozenset(map(module_name, sources))
+    for path, text in sources.items():
+        module = module_name(path)
+        for target, line, runs in find_imports(path, text, modules):
+            graph.setdefault(module, set()).add(target)
+            if runs and target != module:
+                at_import.setdefault(module, set()).add(target)
+            if layer(target) > layer(module):
+                problems.append(f"{path}:{line}: imports {target} of a higher layer")
+            if target == "train":
+                problems.append(f"{path}:{line}: imports train")
+    for side, other in ((WRITING_DATA, READING_DATA), (READING_DATA, WRITING_DATA)):
+        for module in sorted(side):
+            problems += [f"{module} imports {target} of the other side" for target in
+                         sorted(reachable(module, graph) & other)]
+    if cycle := find_cycle(at_import):
+        problems.append(f"import cycle: {' -> '.join(cycle)}")
+    for path, text in sources.items():
+        if path.endswith("__init__.py") and path.startswith(("blockgpt/", "tools/")) and text:
+            problems.append(f"{path}: is not empty")
+    return problems
+
+
+@pytest.fixture(scope="module")
+def tree() -> Sources:
+    return read_sources(ROOT)
+
+
+def test_imports_run_one_way(tree):
+    assert import_problems(tree) == []
+
+
+def test_no_test_imports_train():
+    tests = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+    for path, text in tests.items():
+        names = {name for node in ast.walk(ast.parse(text)) for name in imported_names(node, "")}
+        assert not {name for name in names if name.split(".")[0] == "train"}, path
+
+
+def test_the_tables_name_modules_of_the_tree(tree):
+    modules = {module_name(path) for path in tree}
+    assert modules >= WRITING_DATA | READING_DATA | {"train", "blockgpt.data.dataset", "tools", "data.pycode.prepare"}
+    assert modules >= set(LAYERS[0])
+
+
+@pytest.mark.parametrize("path, statement, problem", [
+    ("blockgpt/files.py", "import configurator", "imports configurator of a higher layer"),
+    ("blockgpt/errors.py", "from blockgpt.data import loader", "imports blockgpt.data.loader of a higher layer"),
+    ("blockgpt/data/loader.py", "def f():\n    from blockgpt.training import launch",
+     "imports blockgpt.training.launch of a higher layer"),
+    ("blockgpt/data/loader.py", "from ..training.launch import init",
+     "imports blockgpt.training.launch of a higher layer"),
+    ("blockgpt/training/faults.py", "import importlib\nimportlib.import_module('blockgpt.accounting.flops')",
+     "imports blockgpt.accounting.flops of a higher layer"),
+    ("blockgpt/training/faults.py", "class A:\n    def f(self):\n        return __import__('model_builder')",
+     "imports model_builder of a higher layer"),
+    ("blockgpt/accounting/flops.py", "import pkgutil\npkgutil.resolve_name('model_config:ModelConfig')",
+     "imports model_config of a higher layer"),
+    ("blockgpt/console.py", "import typing\nif typing.TYPE_CHECKING:\n    from configurator import Config",
+     "imports configurator of a higher layer"),
+    ("model_config.py", "from tools import demo", "imports tools.demo of a higher layer"),
+    ("sample.py", "import data.pycode.prepare", "imports data.pycode.prepare of a higher layer"),
+    ("tools/demo.py", "def f():\n    from train import train", "imports train"),
+    ("blockgpt/data/dataset.py", "def f():\n    import blockgpt.data.writer",
+     "blockgpt.data.loader imports blockgpt.data.writer of the other side"),  # through dataset
+    ("blockgpt/data/sources.py", "from blockgpt.data.packing import PackedBatches",
+     "blockgpt.data.sources imports blockgpt.data.packing of the other side"),
+    ("blockgpt/errors.py", "import blockgpt.console", "import cycle: blockgpt.console -> blockgpt.errors"),
+    ("blockgpt/data/__init__.py", "import numpy", "blockgpt/data/__init__.py: is not empty"),
+])
+def test_a_wrong_import_is_found(tree, path, statement, problem):
+    planted = {**tree, path: f"{tree[path]}\n{statement}\n"}
+    assert any(problem in line for line in set(import_problems(planted)) - set(import_problems(tree)))
+
+
+def test_an_import_in_a_function_makes_no_cycle(tree):
+    path = "blockgpt/errors.py"
+    planted = {**tree, path: f"{tree[path]}\ndef f():\n    import blockgpt.console\n"}
+    assert not any("cycle" in line for line in import_problems(planted))
+
+
+# Names
+
+
+def definitions(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """(name, line) of every function, class, parameter, variable and assigned attribute."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr, node.lineno
+        elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
+            yield node.name, node.lineno
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from ((alias.asname, node.lineno) for alias in node.names if alias.asname)
+
+
+def test_no_definition_has_a_retired_name(tree):
+    found = [f"{path}:{line}: {name}" for path, text in tree.items() if not path.startswith(("data/", "config/"))
+             for name, line in definitions(parse(text)) if name in RETIRED_NAMES]
+    assert found == []
+
+
+@pytest.mark.parametrize("statement", [
+    "def settle(): pass", "class Watch: pass", "def f(kind=3): pass", "def f(*, share): pass", "lambda part: 3",
+    "pieces = 3", "for part in (): pass", "[kind for kind in ()]", "self.home = 3", "with f() as told: pass",
+    "class A:\n    parts: int = 3", "import math as middle", "if (reach := 3): pass", "a, (b, *rooms) = 3",
+    "try: pass\nexcept ValueError as facts: pass", "async def beat(): pass",
+])
+def test_a_retired_name_is_found_wherever_it_is_defined(statement):
+    assert {name for name, _ in definitions(ast.parse(statement))} & RETIRED_NAMES
