@@ -11,8 +11,9 @@ import urllib.request
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT, environment, run_python
 from dataset_helpers import refusal
+from forked import run_train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepare_helpers import MemoryPartition, documents
@@ -112,7 +113,7 @@ def test_a_name_that_is_no_new_dataset_is_refused(files_script, name, words):
 
 
 @pytest.mark.slow
-def test_files_are_prepared_trained_on_and_sampled(tmp_path, pieces):
+def test_files_are_prepared_trained_on_and_sampled(tmp_path, pieces, monkeypatch, capsys):
     """This project's own sources, by a tokenizer that was trained on them."""
     done = run_python(ROOT / "data/files/prepare.py", "--name=own", "--input", ROOT / "docs", f"{ROOT}/*.py",
                       f"{ROOT}/blockgpt", "--out_dir", tmp_path / "own", "--tokenizer", pieces, "--workers=2",
@@ -122,13 +123,14 @@ def test_files_are_prepared_trained_on_and_sampled(tmp_path, pieces):
     assert d.meta["splits"]["train"]["documents"] > 10 and 1.5 < d.bytes_per_token("train") < 4
     assert "--name=own" in d.meta["command"]
     TrainBatches(d, 0, 64, 4).micro_batch(0)
-    trained = run_python(ROOT / "train.py", "--dataset=own", f"--data_dir={tmp_path}", "--n_layer=1", "--n_head=2",
-                         "--n_embd=16", "--block_size=32", "--max_iters=3", "--device=cpu", "--run_name=r",
-                         "--eval_tokens=64", "--mfu_peak=1", cwd=tmp_path)
+    flags = ["--dataset=own", f"--data_dir={tmp_path}", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32",
+             "--max_iters=3", "--device=cpu", "--run_name=r", "--eval_tokens=64", "--mfu_peak=1"]
+    trained = run_train(flags, tmp_path, environment(), tmp_path / "output")
     assert trained.returncode == 0, trained.stderr
-    sample = run_python(ROOT / "sample.py", f"--run={tmp_path}/runs/r", "--prompt=def main(", "--max_new_tokens=5",
-                        "--device=cpu")
-    assert sample.returncode == 0 and sample.stdout.startswith("def main("), sample.stderr
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--run={tmp_path}/runs/r", "--prompt=def main(",
+                                      "--max_new_tokens=5", "--device=cpu"])
+    runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("def main(")
 
 
 # data/fineweb, openwebtext, openwebmath, tinystories
