@@ -71,9 +71,10 @@ def imported_names(node: ast.AST, package: str) -> Iterator[str]:
         parents = package.split(".")[:len(package.split(".")) + 1 - node.level] if node.level else []
         origin = ".".join([*parents, *filter(None, [node.module])])
         yield from (f"{origin}.{alias.name}" for alias in node.names)
-    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-        if called_name(node) in (*IMPORTERS, *LAZY_IMPORTERS) and isinstance(node.args[0].value, str):
-            yield node.args[0].value.replace(":", ".")
+    elif called_name(node) in (*IMPORTERS, *LAZY_IMPORTERS):
+        argument = next(iter(node.args), None)
+        if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+            yield argument.value.replace(":", ".")
 
 
 def called_name(node: ast.AST) -> str | None:
