@@ -1,8 +1,8 @@
 """Text sources: local files and datasets on the Hugging Face hub, as partitions.
 
-A source is a list of `Partition`s; a partition is what one process reads at a time. Partitions are streamed: none is
-loaded into memory at once. To add a file format: a generator of texts and a line in `READERS` (and in `file_format`, its
-suffix). To add a source: a function that returns partitions.
+A source is a list of `Partition`s; a partition is what one process reads at a time. Partitions are streamed, never
+loaded into memory as one. To add a file format: a generator of texts, a line in `READERS` and its suffix in
+`file_format`. To add a source: a function that returns partitions.
 """
 
 import csv
