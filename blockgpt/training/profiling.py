@@ -1,7 +1,7 @@
-"""Where a step's time and memory go: traces on request, the share of communication, the allocator's history.
+"""Where the time and the memory of a step go: traces, the cost of communication, the allocator's history.
 
-`Profile` watches the loop's steps, and costs nothing in those that it lets pass. The profilers are torch's; what is
-ours is which steps they see, and what is said of them. A profiler or a disk that fails is a warning: the run goes on.
+The profilers are torch's. This module decides which steps they record, and reports what they recorded; other steps cost
+nothing. If a profiler or the disk fails, there is one warning, and the run continues.
 """
 
 import contextlib
@@ -10,115 +10,143 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from blockgpt.console import echo
+from blockgpt.training.launch import Runtime
 
-# Which steps of a run of several processes have their communication measured: a function of the step alone, so that
-# all ranks do. One costs 8 µs an event (16 ms for the smallest models' 2000) and some 5 ms of a slower step.
-SAMPLE_FIRST, SAMPLE_EVERY = 10, 500
-WARM = 3  # steps of this process before a sample: the first ones compile, and build DDP's buckets
+# The steps whose communication is measured in a run of several processes: a function of the step alone, so that all
+# ranks measure the same ones. Measuring costs 8 µs an event (16 ms for the 2000 events of the smallest models) and
+# about 5 ms of a slower step.
+FIRST_MEASURED_STEP, MEASURED_STEP_INTERVAL = 10, 500
+WARMUP_STEPS = 3  # of this process, not measured: they compile, and build DDP's buckets
 TABLE_ROWS = 10
-# On a CPU. Python's own time between two operators is no computation here, and so hides nothing.
-COMPUTES = ("aten::", "Torch-Compiled Region", "CompiledFunction")
-COMMUNICATES = ("gloo:",)  # from the call to its end: in the queue, waiting for the others, sending
-WAITS = ("c10d::", "_c10d_functional::")  # may stand within a compiled region, and compute nothing
+# Names of events on a CPU. The time that Python takes between two operators hides no communication.
+COMPUTE_PREFIXES = ("aten::", "Torch-Compiled Region", "CompiledFunction")
+COMMUNICATION_PREFIXES = ("gloo:",)  # from the call to the end: queued, waiting for other ranks, sending
+WAIT_PREFIXES = ("c10d::", "_c10d_functional::")  # no computation, even within a compiled region
+
+Interval = tuple[int, int]  # (start, end) in ns
+Event = tuple[str, str, int, int]  # (name, kineto's activity type, start, end)
+
+
+class Log(Protocol):
+    """The part of the run's log that this module uses."""
+
+    @property
+    def dir(self) -> Path: ...
+
+    def info(self, text: str) -> Any: ...
+
+    def warning(self, text: str) -> Any: ...
 
 
 class Profile:
-    """The steps of one run as the profiler sees them; a context manager, whose end ends a trace that is under way.
+    """Records some steps of a run; a context manager that ends a running trace at its exit.
 
-    The loop calls `begin` and `end` around what belongs to a step: neither evaluation nor checkpoints. A trace runs
-    through, and shows these too where they fall between its steps.
+    Call `begin` and `end` around each step, without evaluation and checkpoints. A trace of several steps also records
+    what happens between them.
     """
 
-    def __init__(self, config, runtime, log):
-        """config: `profile` says which steps are traced. log: the `RunLog`, whose directory gets the trace."""
-        self.runtime, self.log, self.asked = runtime, log, config.profiled_steps()
-        self.trace = self.sample = self.measured = None
-        self.begun, self.due, self.working = 0, False, True
+    def __init__(self, config: Any, runtime: Runtime, log: Log) -> None:
+        """config: its key `profile` selects the steps of the trace. log: its directory gets the trace."""
+        self.runtime, self.log = runtime, log
+        self.traced_steps: Sequence[int] = config.profiled_steps()
+        self.trace: Any = None  # torch.profiler.profile while a trace runs
+        self.profiler: Any = None  # torch.autograd.profiler.profile while a step's communication is measured
+        self.measured: dict[str, float] | None = None
+        self.is_measured = False  # whether `communication` has a step to report, on all ranks
+        self.steps = 0  # of this process
+        self.failed = False
 
-    def __enter__(self):
+    def __enter__(self) -> "Profile":
         return self
 
-    def __exit__(self, *_):
-        self.sample = None  # of a step that did not end
+    def __exit__(self, *_: object) -> None:
+        self.profiler = None  # its step did not end
         if self.trace:
-            self._finish()
+            self._write_trace()
 
-    def begin(self, step):
-        """Before step number `step`, counted from 1, begins."""
-        self.begun += 1
-        if step in self.asked:
-            if self.trace is None and self.working:
-                with self._failure_told():
-                    self.trace = self._start(full=True)
-        elif self.runtime.world_size > 1 and step % SAMPLE_EVERY == SAMPLE_FIRST and self.begun > WARM:
-            self.due = True  # on every rank, though the profiler of one may fail
-            if self.working:
-                with self._failure_told():
-                    self.sample = self._start(full=False)
+    def begin(self, step: int) -> None:
+        """Call before step `step`, counted from 1."""
+        self.steps += 1
+        if step in self.traced_steps:
+            if self.trace is None and not self.failed:
+                with self._warn_on_failure():
+                    self.trace = self._start_trace()
+        elif (self.runtime.world_size > 1 and step % MEASURED_STEP_INTERVAL == FIRST_MEASURED_STEP
+              and self.steps > WARMUP_STEPS):
+            self.is_measured = True  # also where the profiler has failed: the other ranks gather
+            if not self.failed:
+                with self._warn_on_failure():
+                    self.profiler = self._start_profiler()
 
-    def end(self, step):
-        """After it: whether it was watched, which slows it down, so that its time is not the run's speed."""
-        watched = self.sample or self.trace
-        if self.sample:
-            with self._failure_told():
-                self.measured = self._communication()
-            self.sample = None
-        elif self.trace and step == self.asked[-1]:
-            self._finish()
-        return watched is not None
+    def end(self, step: int) -> bool:
+        """Call after the step; returns whether it was recorded, which makes it slower than others."""
+        recorded = self.profiler is not None or self.trace is not None
+        if self.profiler:
+            with self._warn_on_failure():
+                self.measured = self._stop_profiler()
+            self.profiler = None
+        elif self.trace and step == self.traced_steps[-1]:
+            self._write_trace()
+        return recorded
 
-    def communication(self):
-        """[{share, exposed} of rank 0, of rank 1, …] of a step measured since the last call; None if there was none.
+    def communication(self) -> list[dict[str, float] | None] | None:
+        """The cost of communication, {share, exposed} of each rank, in the last measured step.
 
-        share: of the step's time, how much had a collective under way. exposed: how much of it while that process
-        computed nothing: communication that is not hidden behind computation. A rank that failed to measure: None.
-        Where there was such a step, the ranks ask each other: all call this after the same steps.
+        share: the fraction of the step's time with a collective under way. exposed: the fraction with a collective
+        under way and no computation, that is, not hidden by computation. None for a rank that failed to measure.
+
+        Collective if a step was measured since the last call, so all ranks call it after the same steps; None if not.
         """
-        if not self.due:
+        if not self.is_measured:
             return None
-        measured, self.due, self.measured = self.measured, False, None
+        measured, self.is_measured, self.measured = self.measured, False, None
         return self.runtime.all_gather_object(measured)
 
-    def _start(self, full):
-        """A profiler that runs."""
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would write to the console of its own
-        cuda = self._wait_for_device()
-        if full:
-            from torch.profiler import ProfilerActivity, profile  # a second of imports
+    def _start_trace(self) -> Any:
+        from torch.profiler import ProfilerActivity, profile  # its import takes a second
 
-            profiler = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda)
-            profiler.start()
-            return profiler
-        # The plain one, which imports nothing more. On a GPU the kernels tell everything.
-        profiler = torch.autograd.profiler.profile(use_cpu=not cuda, use_device="cuda" if cuda else None)
+        on_cuda = self._synchronize()
+        trace = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda)
+        trace.start()
+        return trace
+
+    def _start_profiler(self) -> Any:
+        """The profiler without torch.profiler's imports. On a GPU it records kernels only."""
+        on_cuda = self._synchronize()
+        profiler = torch.autograd.profiler.profile(use_cpu=not on_cuda, use_device="cuda" if on_cuda else None)
         profiler.__enter__()
         self.started = time.perf_counter_ns()
         return profiler
 
-    def _wait_for_device(self):
-        cuda = self.runtime.device.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize(self.runtime.device)
-        return cuda
-
-    def _communication(self):
-        self._wait_for_device()
-        took = time.perf_counter_ns() - self.started
-        self.sample.__exit__(None, None, None)
-        events = [(e.name(), e.activity_type(), e.start_ns(), e.end_ns()) for e in self.sample.kineto_results.events()]
-        share, exposed = shares(events, took)
+    def _stop_profiler(self) -> dict[str, float]:
+        self._synchronize()
+        step_time = time.perf_counter_ns() - self.started
+        self.profiler.__exit__(None, None, None)
+        events = [(e.name(), e.activity_type(), e.start_ns(), e.end_ns())
+                  for e in self.profiler.kineto_results.events()]
+        share, exposed = communication_fractions(events, step_time)
         return {"share": share, "exposed": exposed}
 
-    def _finish(self):
-        """Stop the trace and write it: each rank its own, the table by the main process."""
+    def _synchronize(self) -> bool:
+        """Wait for the GPU; returns whether there is one."""
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise kineto prints to the console
+        on_cuda = self.runtime.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.synchronize(self.runtime.device)
+        return on_cuda
+
+    def _write_trace(self) -> None:
+        """Stop the trace and write it, one file for each rank; rank zero also writes the table."""
         trace, self.trace = self.trace, None
-        with self._failure_told():
-            self._wait_for_device()
+        with self._warn_on_failure():
+            self._synchronize()
             trace.stop()
             folder = Path(self.log.dir) / "profile"
             folder.mkdir(parents=True, exist_ok=True)
@@ -130,137 +158,162 @@ class Profile:
                 self.log.info(f"{table}\ntrace: {path} (chrome://tracing or ui.perfetto.dev)")
 
     @contextlib.contextmanager
-    def _failure_told(self):
-        """One warning for whatever goes wrong within; nothing is watched from there on."""
+    def _warn_on_failure(self) -> Iterator[None]:
+        """Turn any error inside into one warning; nothing is recorded afterwards."""
         try:
             yield
         except Exception as error:  # of the profiler, the driver, the disk
-            self.trace, self.sample, self.working = None, None, False
-            warn(self.runtime, self.log, f"profile: {reason(error)}: the run goes on without")
+            self.trace, self.profiler, self.failed = None, None, True
+            warn(self.runtime, self.log, f"profile: {error_text(error)}: the run continues without it")
 
 
-def shares(events, took):
-    """(share, exposed): see `Profile.communication`. events: [(name, kineto's type, start, end)] of a step, in ns;
-    took: the step's own time in ns."""
+# ---------------------------------------------------------------- the cost of communication
+
+
+def communication_fractions(events: Sequence[Event], step_time: int) -> tuple[float, float]:
+    """(share, exposed) of a step, see `Profile.communication`.
+
+    Args:
+        step_time: in ns.
+    """
     kernels = [event for event in events if event[1] == "kernel"]
     if kernels:
-        communicating = [event[2:] for event in kernels if event[0].startswith("nccl")]
-        computing = merged(event[2:] for event in kernels if not event[0].startswith("nccl"))
+        communication = union(event[2:] for event in kernels if event[0].startswith("nccl"))
+        computation = union(event[2:] for event in kernels if not event[0].startswith("nccl"))
     else:
-        communicating, computing, waiting = (merged(event[2:] for event in events if event[0].startswith(names))
-                                             for names in (COMMUNICATES, COMPUTES, WAITS))
-        computing = without(computing, waiting)
-    communicating = merged(communicating)
-    exposed = without(communicating, computing)
-    return tuple(min(1.0, sum(end - start for start, end in spans) / took) for spans in (communicating, exposed))
+        communication, computation, waiting = (
+            union(event[2:] for event in events if event[0].startswith(prefixes))
+            for prefixes in (COMMUNICATION_PREFIXES, COMPUTE_PREFIXES, WAIT_PREFIXES))
+        computation = difference(computation, waiting)
+    exposed = difference(communication, computation)
+    share, exposed_share = (min(1.0, sum(end - start for start, end in intervals) / step_time)
+                            for intervals in (communication, exposed))
+    return share, exposed_share
 
 
-def merged(spans):
-    """The union of [(start, end)] as spans in order that do not touch: what overlaps counts once."""
-    union = []
-    for start, end in sorted(spans):
-        if union and start <= union[-1][1]:
-            union[-1][1] = max(end, union[-1][1])
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """The union of intervals, as sorted intervals that do not touch."""
+    merged: list[Interval] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         else:
-            union.append([start, end])
-    return union
+            merged.append((start, end))
+    return merged
 
 
-def without(spans, others):
-    """What of `spans` is in none of `others`, both as `merged` leaves them."""
-    left, i = [], 0
-    for start, end in spans:
-        while i < len(others) and others[i][1] <= start:
+def difference(intervals: Sequence[Interval], removed: Sequence[Interval]) -> list[Interval]:
+    """What of `intervals` is in none of `removed`; both as `union` returns them."""
+    remaining, i = [], 0
+    for start, end in intervals:
+        while i < len(removed) and removed[i][1] <= start:
             i += 1
         j = i
-        while j < len(others) and others[j][0] < end:
-            if others[j][0] > start:
-                left.append([start, others[j][0]])
-            start = max(start, others[j][1])
+        while j < len(removed) and removed[j][0] < end:
+            if removed[j][0] > start:
+                remaining.append((start, removed[j][0]))
+            start = max(start, removed[j][1])
             j += 1
         if start < end:
-            left.append([start, end])
-    return left
+            remaining.append((start, end))
+    return remaining
 
 
-def operator_table(averages, cuda):
-    """The operators that took longest, as text: time on the device, without that of the operators that they call.
+# ---------------------------------------------------------------- traces
 
-    averages: torch's `key_averages()`.
+
+def operator_table(averages: Iterable[Any], cuda: bool) -> str:
+    """The operators with the longest time on the device, without the operators that they call.
+
+    Args:
+        averages: torch's `key_averages()`.
     """
-    def own(row):
+    def self_time(row: Any) -> float:
         return row.self_device_time_total if cuda else row.self_cpu_time_total
 
-    # A kernel's time is its operator's; as a row of its own it would count twice.
-    rows = [row for row in averages if row.device_type == torch.autograd.DeviceType.CPU and own(row) > 0]
-    total = sum(map(own, rows)) or 1
+    # A kernel's time belongs to its operator; a row for the kernel would count it twice.
+    rows = [row for row in averages if row.device_type == torch.autograd.DeviceType.CPU and self_time(row) > 0]
+    total = sum(map(self_time, rows)) or 1
     lines = [f"{'operator':<60} {'ms':>12} {'share':>7} {'calls':>9}"]
-    for row in sorted(rows, key=own, reverse=True)[:TABLE_ROWS]:
+    for row in sorted(rows, key=self_time, reverse=True)[:TABLE_ROWS]:
         name = row.key if len(row.key) <= 60 else row.key[:59] + "…"
-        lines.append(f"{name:<60} {own(row) / 1e3:>12,.3f} {own(row) / total:>7.1%} {row.count:>9,}")
+        lines.append(f"{name:<60} {self_time(row) / 1e3:>12,.3f} {self_time(row) / total:>7.1%} {row.count:>9,}")
     return "\n".join(lines)
 
 
-def write_trace(profiler, path):
-    """The profiler's Chrome trace as gzip, whole or not at all; `OSError` from a disk that refuses."""
-    text, packed = (path.with_name(f".{path.name}.{kind}.tmp") for kind in ("text", "gz"))
+def write_trace(profiler: Any, path: Path) -> None:
+    """Write the profiler's Chrome trace as gzip, atomically. Raises `OSError` if the disk refuses it."""
+    text, compressed = (path.with_name(f".{path.name}.{suffix}.tmp") for suffix in ("text", "gz"))
     try:
         profiler.export_chrome_trace(str(text))
         with open(text, "rb") as f:
             f.seek(max(0, text.stat().st_size - 16))
-            if not f.read().rstrip().endswith(b"}"):  # kineto does not tell
-                raise OSError(0, "the disk took only a part of it")
+            if not f.read().rstrip().endswith(b"}"):  # kineto reports no error
+                raise OSError(0, "the trace was written incompletely")
             f.seek(0)
-            with gzip.open(packed, "wb", compresslevel=6) as out:
+            with gzip.open(compressed, "wb", compresslevel=6) as out:
                 shutil.copyfileobj(f, out, 1 << 20)
-        os.replace(packed, path)
+        os.replace(compressed, path)
     finally:
         text.unlink(missing_ok=True)
-        packed.unlink(missing_ok=True)
+        compressed.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- memory
 
 
 @contextlib.contextmanager
-def memory_history(config, runtime, log):
-    """Within it, `memory_snapshot` records CUDA's allocator; however the block ends, out of memory above all, the
-    history stands in the run directory: memory_snapshot.pickle, of other ranks memory_snapshot-00001.pickle.
+def memory_history(config: Any, runtime: Runtime, log: Log) -> Iterator[None]:
+    """Record the history of CUDA's allocator, if the key `memory_snapshot` asks for it.
 
-    A pickle, since the viewer (pytorch.org/memory_viz) reads nothing else. It is written for that and never read here.
+    However the block ends, also out of memory, the history is written to the run directory: memory_snapshot.pickle, by
+    other ranks memory_snapshot-00001.pickle. It is a pickle because the viewer (pytorch.org/memory_viz) reads nothing
+    else; nothing here reads it.
     """
     if not config.memory_snapshot:
         yield
         return
     if runtime.device.type != "cuda":
-        if runtime.is_rank_zero and "memory_snapshot" not in config.keys_without_effect():  # else the header says it
-            log.warning(f"memory_snapshot has no effect here: the device is {runtime.device.type}, and only CUDA's "
-                     "allocator keeps a history")
+        # If the config already knows, the header has this warning.
+        if runtime.is_rank_zero and "memory_snapshot" not in config.keys_without_effect():
+            log.warning(f"memory_snapshot has no effect on device {runtime.device.type}: only CUDA's allocator records a "
+                        "history")
         yield
         return
     path = Path(log.dir) / f"memory_snapshot{'' if runtime.is_rank_zero else f'-{runtime.rank:05d}'}.pickle"
-    temporary = path.with_name(f".{path.name}.tmp")
     torch.cuda.memory._record_memory_history(max_entries=100_000)
     try:
         yield
     finally:
-        try:
-            torch.cuda.memory._dump_snapshot(str(temporary))
-            torch.cuda.memory._record_memory_history(enabled=None)
-            os.replace(temporary, path)
-            log.info(f"memory snapshot: {path} (pytorch.org/memory_viz)")
-        except Exception as error:  # it must not hide what ended the run
-            warn(runtime, log, f"{path}: {reason(error)}: no memory snapshot")
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        write_memory_snapshot(path, runtime, log)
 
 
-def warn(runtime, log, text):
-    """A warning of any rank: the log speaks for the main one alone."""
+def write_memory_snapshot(path: Path, runtime: Runtime, log: Log) -> None:
+    """Write the recorded history, and stop recording. An error is a warning, so as not to hide what ended the run."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        torch.cuda.memory._dump_snapshot(str(temporary))
+        torch.cuda.memory._record_memory_history(enabled=None)
+        os.replace(temporary, path)
+        log.info(f"memory snapshot: {path} (pytorch.org/memory_viz)")
+    except Exception as error:
+        warn(runtime, log, f"{path}: {error_text(error)}: no memory snapshot")
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- warnings
+
+
+def warn(runtime: Runtime, log: Log, text: str) -> None:
+    """A warning of any rank; the log prints those of rank zero only."""
     if runtime.is_rank_zero:
         log.warning(text)
     else:
         echo(f"warning: rank {runtime.rank}: {text}", sys.stderr)
 
 
-def reason(error):
+def error_text(error: Exception) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())[:200]
