@@ -5,6 +5,7 @@ import csv
 import gzip
 import http.server
 import json
+import os
 import re
 import threading
 
@@ -177,6 +178,22 @@ def test_small_files_share_a_partition_which_changes_with_any_of_them(tmp_path, 
     (tmp_path / "5.txt").write_text("y" * 41)
     changed = [a != b for a, b in zip(before, (p.identity() for p in file_partitions([str(tmp_path)])), strict=True)]
     assert changed == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("change", ["size", "time", "path", "text_key"])
+def test_a_partition_is_identified_by_path_size_and_time(tmp_path, change):
+    path = tmp_path / "x.jsonl"
+    path.write_text("abc")
+    (before,) = file_partitions([str(tmp_path)])
+    if change == "size":
+        path.write_text("abcd")
+        os.utime(path, ns=(before.spans[0].mtime_ns,) * 2)
+    elif change == "time":
+        os.utime(path, ns=(before.spans[0].mtime_ns + 1000,) * 2)
+    elif change == "path":
+        path.rename(tmp_path / "y.jsonl")
+    (after,) = file_partitions([str(tmp_path)], "body" if change == "text_key" else "text")
+    assert after.identity() != before.identity()
 
 
 def test_large_and_small_files_are_read_in_the_order_of_their_paths(tmp_path, monkeypatch):
