@@ -57,7 +57,7 @@ def table(config: Config, mixture: Mixture, stats: dict[str, SourceStats]) -> li
                      f"{row['epochs']:>8.3g}  {row['repeated']:>17,}")
     lines.append(f"{'all':<{width}}  {total:>17,}")
     first_steps = [step for step, _ in config.phases()]
-    for first, last, fractions in zip(first_steps, [*first_steps[1:], config.max_iters], mixture.shares, strict=True):
+    for first, last, fractions in zip(first_steps, [*first_steps[1:], config.max_iters], mixture.fractions, strict=True):
         if first < config.max_iters:
             lines += ["", f"steps {first:,} to {min(last, config.max_iters):,}"]
         else:

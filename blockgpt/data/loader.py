@@ -235,7 +235,7 @@ class Prefetch:
         self.pending.append((key, self.executor.submit(self.read, key)))
 
 
-def pinned(batch: Batch) -> Batch:
+def pin_memory(batch: Batch) -> Batch:
     """The batch in page-locked memory, from which a GPU copies asynchronously."""
     x, y = batch
     return x.pin_memory(), y.pin_memory()
@@ -244,7 +244,7 @@ def pinned(batch: Batch) -> Batch:
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """The batch on `device`; to a GPU through pinned memory, without waiting for the copy."""
     if torch.device(device).type == "cuda":
-        x, y = pinned(batch)
+        x, y = pin_memory(batch)
         return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
     x, y = batch
     return x.to(device), y.to(device)

@@ -82,7 +82,7 @@ class Mixture:
 
     Attributes:
         names: of the sources, sorted; a source's index is its index in this list.
-        shares: for each phase, {source: its fraction}.
+        fractions: for each phase, {source: its fraction}.
 
     Raises:
         ConfigError: the weights of a phase need a table of more than MAX_PERIOD sequences.
@@ -90,7 +90,7 @@ class Mixture:
 
     def __init__(self, phases: Phases, sequences_per_step: int) -> None:
         self.names = sorted({name for _, weights in phases for name, weight in weights.items() if weight})
-        self.shares: list[dict[str, Fraction]] = []
+        self.fractions: list[dict[str, Fraction]] = []
         self.phases: list[Phase] = []
         consumed_before = np.zeros(len(self.names), np.int64)
         for step, weights in phases:
@@ -108,7 +108,7 @@ class Mixture:
             if self.phases:
                 consumed_before = self.phases[-1].consumed(step * sequences_per_step)
             self.phases.append(Phase(step * sequences_per_step, table, occurrences, np.array(counts), consumed_before))
-            self.shares.append({name: fractions.get(name, Fraction(0)) for name in self.names})
+            self.fractions.append({name: fractions.get(name, Fraction(0)) for name in self.names})
         self.first_ids = np.array([phase.first for phase in self.phases])
 
     def assign(self, sequence_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

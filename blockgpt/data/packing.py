@@ -14,7 +14,7 @@ from blockgpt.data.dataset import Dataset, check_token_ids, madvise
 from blockgpt.data.loader import Batch, GlobalBatches, feistel_permute, splitmix64
 from blockgpt.errors import DataError
 
-IGNORED = -1  # the target index that the loss ignores
+IGNORE_INDEX = -1  # the target index that the loss ignores
 SCAN_TOKENS = 2**24  # scanned at a time
 
 
@@ -61,7 +61,7 @@ class PackedBatches(GlobalBatches):
         return feistel_permute(position, self.n_sequences, splitmix64(self.seed_key + epoch.astype(np.uint64)))
 
     def read(self, sequence_ids: np.ndarray) -> Batch:
-        """As `GlobalBatches.read`. The padding is eot in the inputs and IGNORED in the targets."""
+        """As `GlobalBatches.read`. The padding is eot in the inputs and IGNORE_INDEX in the targets."""
         indices = self._indices(sequence_ids)
         ids = np.full((len(sequence_ids), self.block_size + 1), self.eot, np.int64)
         for row, index in zip(ids, indices, strict=True):
@@ -74,7 +74,7 @@ class PackedBatches(GlobalBatches):
                 end += n
         check_token_ids(ids, self.dataset.vocab_size, f"{self.dataset.directory}: train", self.dataset.hint)
         targets = ids[:, 1:].copy()
-        targets[np.arange(self.block_size) >= self.used[indices, None] - 1] = IGNORED
+        targets[np.arange(self.block_size) >= self.used[indices, None] - 1] = IGNORE_INDEX
         return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets)
 
     def offsets(self, sequence_ids: np.ndarray) -> list[tuple[str, int]]:

@@ -12,9 +12,17 @@ from typing import Any
 import torch
 
 from blockgpt.data.dataset import Dataset, ensure_prepared, open_dataset
-from blockgpt.data.loader import GlobalBatches, Prefetch, TrainBatches, pinned, to_device, val_batches, val_sequences
+from blockgpt.data.loader import (
+    GlobalBatches,
+    Prefetch,
+    TrainBatches,
+    pin_memory,
+    to_device,
+    val_batches,
+    val_sequences,
+)
 from blockgpt.data.mixture import MixedBatches, Mixture, check_epochs, describe_phases, source_seed
-from blockgpt.data.packing import IGNORED, PackedBatches
+from blockgpt.data.packing import IGNORE_INDEX, PackedBatches
 from blockgpt.data.tokenizer import describe_tokenizer
 from blockgpt.errors import ConfigError, DataError
 from blockgpt.training.launch import Runtime
@@ -106,14 +114,14 @@ class LanguageModeling:
         if len(fingerprints) == 1 and self.config.packing == "stream":
             return fingerprints[0][1]
         weights = [[phase.first, sorted((name, str(weight)) for name, weight in phase_weights.items())]
-                   for phase, phase_weights in zip(self.mixture.phases, self.mixture.shares, strict=True)]
+                   for phase, phase_weights in zip(self.mixture.phases, self.mixture.fractions, strict=True)]
         return hashlib.sha256(json.dumps([fingerprints, weights, self.config.packing]).encode()).hexdigest()
 
     def description(self) -> dict[str, Any]:
         """The data, as run.json records it."""
         planned = self.mixture.consumed(self.config.max_iters * self.sequences_per_step)
         sources = {name: {"fingerprint": dataset.fingerprint, "train_tokens": dataset.tokens("train"),
-                          "val_tokens": dataset.tokens("val"), "share": float(self.mixture.shares[-1][name]),
+                          "val_tokens": dataset.tokens("val"), "share": float(self.mixture.fractions[-1][name]),
                           "planned_tokens": planned[name] * self.config.model.block_size,
                           "planned_epochs": planned[name] / self.sources[name].n_sequences}
                    for name, dataset in self.datasets.items()}
@@ -139,7 +147,7 @@ class LanguageModeling:
 
     def _read(self, key: tuple[int, int]) -> Batch:
         batch = self.batches.micro_batch(*key, self.runtime.dp_rank, self.runtime.dp_size)
-        return pinned(batch) if self.runtime.device.type == "cuda" else batch
+        return pin_memory(batch) if self.runtime.device.type == "cuda" else batch
 
     def _successor(self, key: tuple[int, int]) -> tuple[int, int]:
         step, micro_step = key
@@ -151,7 +159,7 @@ class LanguageModeling:
         The terms of all micro-batches and processes add up to the mean over the step's targets.
         """
         x, y = batch
-        targets = y.numel() if self.config.packing == "stream" else (y != IGNORED).sum()
+        targets = y.numel() if self.config.packing == "stream" else (y != IGNORE_INDEX).sum()
         return model(x, y, documents=self.document_ids(x))[1] * (targets / self.step_targets)
 
     def document_ids(self, x: torch.Tensor) -> torch.Tensor | None:
@@ -185,7 +193,7 @@ class LanguageModeling:
             losses = {name: self._loss_on(model, dataset) for name, dataset in self.datasets.items()}
         finally:
             model.train(was_training)
-        weights = {name: float(weight) for name, weight in self.mixture.shares[-1].items()}
+        weights = {name: float(weight) for name, weight in self.mixture.fractions[-1].items()}
         bytes_per_token = {name: dataset.bytes_per_token("val") for name, dataset in self.datasets.items()}
         mean_bytes = (None if None in bytes_per_token.values()
                       else sum(weights[name] * (bytes_per_token[name] or 0.0) for name in losses))
@@ -201,7 +209,7 @@ class LanguageModeling:
         for batch in val_batches(dataset, self.config.model.block_size, self.config.eval_tokens,
                                  self.config.batch_size, self.runtime.dp_rank, self.runtime.dp_size):
             self.runtime.heartbeat()
-            targets = int((batch[1] != IGNORED).sum())
+            targets = int((batch[1] != IGNORE_INDEX).sum())
             x, y = to_device(batch, self.runtime.device)
             with self.runtime.autocast():
                 loss = model(x, y, documents=self.document_ids(x))[1].item()

@@ -225,7 +225,7 @@ def test_to_device_does_not_change_the_batch():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_are_copied_to_a_gpu_from_pinned_memory():
-    batch = loader.pinned(TrainBatches(counting_dataset([99]), 0, 8, 2).micro_batch(0))
+    batch = loader.pin_memory(TrainBatches(counting_dataset([99]), 0, 8, 2).micro_batch(0))
     assert all(t.is_pinned() for t in batch)
     assert equal([t.cpu() for t in to_device(batch, "cuda")], batch)
 

@@ -69,7 +69,7 @@ def test_every_interval_of_a_run_is_less_than_two_off_and_every_whole_table_exac
     m = mixture((0, weights))
     period = len(m.phases[0].table)
     before, after, whole = m.consumed(start), m.consumed(start + length), m.consumed(start + 3 * period)
-    for name, fraction in m.shares[0].items():
+    for name, fraction in m.fractions[0].items():
         assert abs(before[name] - fraction * start) < 1
         assert abs(after[name] - before[name] - fraction * length) < 2
         assert whole[name] - before[name] == 3 * period * fraction
@@ -84,7 +84,7 @@ def test_each_source_is_read_in_order_without_gap_through_all_phases(weights, ga
     source, source_ids = m.assign(np.arange(n))
     for i, name in enumerate(m.names):
         assert source_ids[source == i].tolist() == list(range(m.consumed(n)[name]))
-    for step, fractions, end in zip(steps, m.shares, [*steps[1:], steps[-1] + 50], strict=True):
+    for step, fractions, end in zip(steps, m.fractions, [*steps[1:], steps[-1] + 50], strict=True):
         counts = np.bincount(source[step * sequences_per_step:end * sequences_per_step], minlength=len(m.names))
         for i, name in enumerate(m.names):  # the table of a phase begins with the phase
             assert abs(counts[i] - fractions[name] * (end - step) * sequences_per_step) < 1

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from blockgpt.data import packing as packing_module
-from blockgpt.data.packing import IGNORED, PackedBatches, best_fit, document_chunks
+from blockgpt.data.packing import IGNORE_INDEX, PackedBatches, best_fit, document_chunks
 
 EOT = 0
 DOCUMENT_LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)  # eot included
@@ -37,10 +37,10 @@ def unpadded_sequences(batches, epoch=0):
     ids = epoch * n + np.arange(n)
     x, y = batches.read(ids)
     assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (n, batches.block_size)
-    used = (y != IGNORED).sum(1)
+    used = (y != IGNORE_INDEX).sum(1)
     assert int(used.sum()) == batches.n_targets(ids) and used.min() >= 1
     for a, b, m in zip(x, y, used.tolist(), strict=True):
-        assert torch.equal(a[1:m], b[:m - 1]) and (b[m:] == IGNORED).all() and (a[m + 1:] == EOT).all()
+        assert torch.equal(a[1:m], b[:m - 1]) and (b[m:] == IGNORE_INDEX).all() and (a[m + 1:] == EOT).all()
     return [(*a[:m].tolist(), int(b[m - 1])) for a, b, m in zip(x, y, used.tolist(), strict=True)]
 
 
@@ -101,7 +101,7 @@ def test_any_number_of_processes_reads_the_same_global_batch(world_size):
     sharded = PackedBatches(d, 3, 16, 24 // world_size, world_size)
     micro_batches = [sharded.micro_batch(10**9, 0, rank, world_size) for rank in range(world_size)]
     assert equal(map(torch.cat, zip(*micro_batches, strict=True)), whole)
-    assert sharded.step_targets(10**9) == int((whole[1] != IGNORED).sum())
+    assert sharded.step_targets(10**9) == int((whole[1] != IGNORE_INDEX).sum())
 
 
 def test_the_offset_of_a_sequence_is_where_its_first_document_begins():
@@ -144,8 +144,8 @@ def test_the_loss_is_the_mean_over_the_targets(data_dir):
     whole = objective(6, 1)
     model = build_model(whole.config.model)
     step, x, y = next((step, x, y) for step in range(99) for x, y in whole.micro_batches(step)
-                      if (y == IGNORED).any())
-    mean = exact_losses(model, x, y.clamp(min=0))[y != IGNORED].mean().item()
+                      if (y == IGNORE_INDEX).any())
+    mean = exact_losses(model, x, y.clamp(min=0))[y != IGNORE_INDEX].mean().item()
     list(whole.micro_batches(step))
     assert whole.loss(model, (x, y)).item() == pytest.approx(mean, rel=1e-5)
     split = objective(2, 3)

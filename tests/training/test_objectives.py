@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from dataset_helpers import exact_losses
 
 from blockgpt.errors import DataError
 from blockgpt.training.launch import Runtime
@@ -40,14 +41,6 @@ def config(data_dir):
                 "device": "cpu", **keys}
         return load_config([f"--data_dir={data_dir}", f"--dataset={dataset}", *(f"--{k}={v}" for k, v in keys.items())])
     return make
-
-
-def exact_losses(model, x, y):
-    """Cross-entropy of every token in float64, by the definition."""
-    double = build_model(model.config).double()
-    double.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        return -double.eval()(x)[0].log_softmax(-1).gather(-1, y[..., None])[..., 0]
 
 
 def test_the_micro_losses_of_a_step_sum_to_the_mean_over_its_tokens(config):
