@@ -372,20 +372,20 @@ def put_token_beyond_the_vocabulary(directory):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workspace(tmp_path_factory):
     """A folder with everything that the commands name. No command changes it, so they all use it."""
-    place = tmp_path_factory.mktemp("place")
-    write(place / "tiny.py", TINY)
-    write(place / "blank", "")
-    (place / "folder.py").mkdir()
+    workspace = tmp_path_factory.mktemp("workspace")
+    write(workspace / "tiny.py", TINY)
+    write(workspace / "blank", "")
+    (workspace / "folder.py").mkdir()
     for name, (content, _) in CONFIG_FILES.items():
-        write(place / f"{name}.py", content)
+        write(workspace / f"{name}.py", content)
 
-    data, chars = place / "data", place / "data" / "chars"
+    data, chars = workspace / "data", workspace / "data" / "chars"
     characters = CharTokenizer("abcdefgh \n.")
     write_dataset(chars, characters, [("train", "abc def gh\n" * 200), ("val", "a.b.\n" * 40)], source="a test")
     write_dataset(data / "bytes", ByteTokenizer(), [("train", "abc" * 100), ("val", "abc" * 100)], source="a test")
-    write_dataset(place / "other/chars", characters, [("train", "hg " * 200), ("val", "abc" * 100)], source="a test")
+    write_dataset(workspace / "other/chars", characters, [("train", "hg " * 200), ("val", "abc" * 100)], source="a test")
     train = (chars / "train.bin").read_bytes()
     for name in ("truncated", "padded", "flipped", "beyond", "lost", "meta_text", "meta_folder", *META):
         shutil.copytree(chars, data / name)
@@ -403,9 +403,9 @@ def place(tmp_path_factory):
     for name, (change, _) in META.items():
         rewrite_meta(data / name, change)
 
-    done = run_python(ROOT / "train.py", "tiny.py", "--run_name=good", cwd=place)
+    done = run_python(ROOT / "train.py", "tiny.py", "--run_name=good", cwd=workspace)
     assert done.returncode == 0, done.stderr
-    runs = place / "runs"
+    runs = workspace / "runs"
     for name in ("hollow", "damaged"):
         shutil.copytree(runs / "good", runs / name)
     shutil.rmtree(runs / "hollow/checkpoints")
@@ -417,7 +417,7 @@ def place(tmp_path_factory):
     write(runs / "file", "")
     for name, (content, _) in RUN_JSON.items():
         write(runs / name / "run.json", content)
-    return place
+    return workspace
 
 
 def tree(directory):
@@ -426,8 +426,8 @@ def tree(directory):
 
 
 @pytest.fixture
-def run(place, monkeypatch, capsys):
-    """run(command) -> (exit code, stdout, stderr) of the command in `place`."""
+def run(workspace, monkeypatch, capsys):
+    """run(command) -> (exit code, stdout, stderr) of the command in the workspace."""
     def run(command):
         separate, command = command.startswith("$ "), command.removeprefix("$ ")
         words = shlex.split(command)
@@ -435,9 +435,9 @@ def run(place, monkeypatch, capsys):
         environment = dict(word.split("=") for word in words[:script])
         arguments = [str(ROOT / words[script]), *words[script + 1:]]
         if separate:
-            done = run_python(*arguments, cwd=place, env={"OMP_NUM_THREADS": "1", **environment})
+            done = run_python(*arguments, cwd=workspace, env={"OMP_NUM_THREADS": "1", **environment})
             return done.returncode, done.stdout, done.stderr
-        monkeypatch.chdir(place)
+        monkeypatch.chdir(workspace)
         monkeypatch.setattr(sys, "argv", arguments)
         monkeypatch.setattr(sys, "path", sys.path[:])
         for name, value in environment.items():
@@ -455,12 +455,12 @@ def row_marks(command):
 
 @pytest.mark.parametrize("command, code, line", [pytest.param(*row, id=row[0][:60].replace(os.sep, ":"),
                                                               marks=row_marks(row[0])) for row in COMMANDS])
-def test_a_bad_input_ends_in_one_line_and_changes_nothing(place, run, command, code, line):
-    before = tree(place)
+def test_a_bad_input_ends_in_one_line_and_changes_nothing(workspace, run, command, code, line):
+    before = tree(workspace)
     exit_code, out, err = run(command)
     *warnings, error = err.splitlines()
     assert re.match(f"error: {line}", error), error
     assert exit_code == code
     assert all(warning.startswith("warning: ") for warning in warnings), err
     assert "Traceback" not in out + err
-    assert tree(place) == before
+    assert tree(workspace) == before

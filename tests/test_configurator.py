@@ -424,12 +424,12 @@ def valid_values(key):
     return values | st.none() if type(None) in types else values
 
 
-def outcome(argv, place, key):
+def outcome(argv, location, key):
     """The configuration that argv asks for, or what is wrong with it, without the place where the key was set."""
     try:
         return load_config(argv).flat()
     except UserError as error:
-        return str(error).removeprefix(f"{place}: ").removeprefix(f"{key}: ")
+        return str(error).removeprefix(f"{location}: ").removeprefix(f"{key}: ")
 
 
 @settings(max_examples=400, deadline=None)
