@@ -35,7 +35,7 @@ def sources():
 
 
 @pytest.fixture(scope="session")
-def pieces(tmp_path_factory, sources):
+def sentencepiece_model(tmp_path_factory, sources):
     """The path of a small SentencePiece BPE model trained on the project's sources; beside it its .tiktoken form."""
     folder = tmp_path_factory.mktemp("tokenizer")
     for i, text in enumerate(sources):

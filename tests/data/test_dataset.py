@@ -8,7 +8,7 @@ import pytest
 from dataset_helpers import equal, refusal, set_meta, write_shards
 
 from blockgpt.data import dataset as dataset_module
-from blockgpt.data.dataset import dtype_for, memory_map, open_dataset
+from blockgpt.data.dataset import dtype_for, ensure_prepared, memory_map, open_dataset
 from blockgpt.data.loader import TrainBatches
 from blockgpt.data.tokenizer import from_meta
 from blockgpt.errors import DataError
@@ -229,3 +229,51 @@ def test_the_files_of_a_killed_preparation_are_not_taken_for_bare_token_files(tm
     write_bare(tmp_path / "x", [1, 2], [1, 2])
     (tmp_path / "x/.parts.1a2b.tmp").mkdir()
     assert "does not exist" in refusal(open_dataset, "x", tmp_path, vocab_size=9)
+
+
+# ---- the embedded corpus
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project folder whose data/pycode/prepare.py writes its arguments to meta.json, or fails if FAIL is set."""
+    root = tmp_path / "project"
+    for name in ("pycode", "shakespeare_char"):
+        (root / "data" / name).mkdir(parents=True)
+        (root / "data" / name / "prepare.py").write_text(
+            "import os, sys\nfrom pathlib import Path\n"
+            "if os.environ.get('FAIL'): print('noise\\nerror: /x: disk full', file=sys.stderr); sys.exit(2)\n"
+            "out = Path(sys.argv[2]); out.mkdir(exist_ok=True); (out / 'meta.json').write_text(str(sys.argv[1:]))\n"
+            "print('summary')\n")
+    monkeypatch.setattr(dataset_module, "ROOT", root)
+    return root
+
+
+def test_the_embedded_corpus_is_prepared_once(project, capfd):
+    ensure_prepared("pycode")
+    meta = project / "data/pycode/meta.json"
+    assert "--out_dir" in meta.read_text()
+    assert capfd.readouterr().out.count("\n") == 1
+    meta.write_text("unchanged")
+    ensure_prepared("pycode")
+    assert meta.read_text() == "unchanged" and capfd.readouterr().out == ""
+
+
+def test_the_embedded_corpus_is_prepared_into_another_data_dir(project, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    ensure_prepared("pycode", str(tmp_path / "elsewhere"))
+    assert (tmp_path / "elsewhere/pycode/meta.json").exists() and not (project / "data/pycode/meta.json").exists()
+
+
+def test_a_failed_preparation_is_reported_with_its_error(project, monkeypatch):
+    monkeypatch.setenv("FAIL", "1")
+    message = refusal(ensure_prepared, "pycode")
+    assert message.endswith("/x: disk full") and "error:" not in message
+
+
+def test_the_command_or_the_existing_datasets_are_named(project, tmp_path):
+    assert "run python data/shakespeare_char/prepare.py" in refusal(ensure_prepared, "shakespeare_char")
+    assert f"--out_dir {tmp_path}/shakespeare_char" in refusal(ensure_prepared, "shakespeare_char", tmp_path)
+    assert "did you mean shakespeare_char?" in refusal(ensure_prepared, "shakespear")
+    write_shards(tmp_path / "own", SHARDS)
+    ensure_prepared("own", tmp_path)
+    assert "one of own, pycode, shakespeare_char" in refusal(ensure_prepared, "qqq", tmp_path)

@@ -18,11 +18,10 @@ from conftest import ROOT, environment, run_python
 from dataset_helpers import refusal
 from prepare_helpers import contents, partitions_of, run_prepare
 
-from blockgpt.data import dataset as dataset_module
 from blockgpt.data import prepare as prepare_module
 from blockgpt.data import sources as sources_module
 from blockgpt.data import writer
-from blockgpt.data.dataset import ensure_prepared, open_dataset
+from blockgpt.data.dataset import open_dataset
 from blockgpt.data.prepare import Progress, write_dataset
 from blockgpt.data.sources import file_partitions
 from blockgpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, from_meta, load_tokenizer
@@ -78,8 +77,8 @@ def test_the_reading_side_opens_what_was_written(tmp_path):
     assert d.tokens("val") == 8 and d.vocab_size == 257 and d.bytes_per_token("val") == 7 / 8
 
 
-def test_a_trained_tokenizer_is_saved_with_the_dataset(tmp_path, pieces, sources):
-    model = load_tokenizer(str(pieces))
+def test_a_trained_tokenizer_is_saved_with_the_dataset(tmp_path, sentencepiece_model, sources):
+    model = load_tokenizer(str(sentencepiece_model))
     write(tmp_path / "x", [("train", sources[0]), ("val", sources[1].replace("▁", ""))], model)
     d = open_dataset("x", tmp_path)
     restored = from_meta(d.meta["tokenizer"])
@@ -445,52 +444,3 @@ def test_progress_on_a_terminal_is_a_bar_that_is_removed_at_the_end(capsys, monk
     assert " 3/10 " in terminal.getvalue() and "500 tokens, " in terminal.getvalue()
     assert "MB/s" in terminal.getvalue() and terminal.getvalue().rsplit("\r", 2)[1].isspace()
     assert capsys.readouterr().out == ""
-
-
-# ensure_prepared
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A project folder whose data/pycode/prepare.py writes its arguments to meta.json, or fails if FAIL is set."""
-    root = tmp_path / "project"
-    for name in ("pycode", "shakespeare_char"):
-        (root / "data" / name).mkdir(parents=True)
-        (root / "data" / name / "prepare.py").write_text(
-            "import os, sys\nfrom pathlib import Path\n"
-            "if os.environ.get('FAIL'): print('noise\\nerror: /x: disk full', file=sys.stderr); sys.exit(2)\n"
-            "out = Path(sys.argv[2]); out.mkdir(exist_ok=True); (out / 'meta.json').write_text(str(sys.argv[1:]))\n"
-            "print('summary')\n")
-    monkeypatch.setattr(dataset_module, "ROOT", root)
-    return root
-
-
-def test_the_embedded_corpus_is_prepared_once(project, capfd):
-    ensure_prepared("pycode")
-    meta = project / "data/pycode/meta.json"
-    assert "--out_dir" in meta.read_text()
-    assert capfd.readouterr().out.count("\n") == 1
-    meta.write_text("unchanged")
-    ensure_prepared("pycode")
-    assert meta.read_text() == "unchanged" and capfd.readouterr().out == ""
-
-
-def test_the_embedded_corpus_is_prepared_into_another_data_dir(project, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    ensure_prepared("pycode", str(tmp_path / "elsewhere"))
-    assert (tmp_path / "elsewhere/pycode/meta.json").exists() and not (project / "data/pycode/meta.json").exists()
-
-
-def test_a_failed_preparation_is_reported_with_its_error(project, monkeypatch):
-    monkeypatch.setenv("FAIL", "1")
-    message = refusal(ensure_prepared, "pycode")
-    assert message.endswith("/x: disk full") and "error:" not in message
-
-
-def test_the_command_or_the_existing_datasets_are_named(project, tmp_path):
-    assert "run python data/shakespeare_char/prepare.py" in refusal(ensure_prepared, "shakespeare_char")
-    assert f"--out_dir {tmp_path}/shakespeare_char" in refusal(ensure_prepared, "shakespeare_char", tmp_path)
-    assert "did you mean shakespeare_char?" in refusal(ensure_prepared, "shakespear")
-    write(tmp_path / "own")
-    ensure_prepared("own", tmp_path)
-    assert "one of own, pycode, shakespeare_char" in refusal(ensure_prepared, "qqq", tmp_path)

@@ -53,7 +53,7 @@ def tokenizer(request):
         return HFTokenizer(pack_bytes(hf_json().encode()))
     if request.param == "gpt2":
         return request.getfixturevalue("gpt2")
-    path = request.getfixturevalue("pieces")
+    path = request.getfixturevalue("sentencepiece_model")
     return load_tokenizer(str(path if request.param == "sentencepiece" else path.with_suffix(".tiktoken")))
 
 
@@ -143,8 +143,8 @@ def test_gpt2_has_the_published_ids(gpt2):
 
 
 @pytest.fixture(scope="module")
-def model_and_ranks(pieces):
-    return load_tokenizer(str(pieces)), load_tokenizer(str(pieces.with_suffix(".tiktoken")))
+def model_and_ranks(sentencepiece_model):
+    return load_tokenizer(str(sentencepiece_model)), load_tokenizer(str(sentencepiece_model.with_suffix(".tiktoken")))
 
 
 def check_same_tokens(model, ranks, text):
@@ -166,9 +166,9 @@ def test_an_exported_bpe_splits_any_text_as_the_model_does(model_and_ranks, text
     check_same_tokens(*model_and_ranks, text)
 
 
-def test_only_bpe_can_be_exported(tmp_path, pieces):
+def test_only_bpe_can_be_exported(tmp_path, sentencepiece_model):
     from tools.train_tokenizer import main
-    main(["--input", f"{pieces.parent}/*.txt", "--vocab_size=400", "--model=unigram", f"--output={tmp_path}/u"])
+    main(["--input", f"{sentencepiece_model.parent}/*.txt", "--vocab_size=400", "--model=unigram", f"--output={tmp_path}/u"])
     with pytest.raises(UserError, match="only a BPE model"):
         to_ranks(load_tokenizer(f"{tmp_path}/u.model"))
 
