@@ -185,17 +185,17 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+    def __exit__(self, exc_type: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         if self.quiet:
             return
         if self.record["status"] == "running":
-            if kind is None:
+            if exc_type is None:
                 self.record |= self.final_status
             else:
-                interrupted = issubclass(kind, KeyboardInterrupt)
+                interrupted = issubclass(exc_type, KeyboardInterrupt)
                 self.record["status"] = "interrupted" if interrupted else "failed"
-                self.record["status_reason"] = " ".join(f"{kind.__name__}: {error}".split())[:500]
+                self.record["status_reason"] = " ".join(f"{exc_type.__name__}: {error}".split())[:500]
         if self.line_open:
             echo("")
         self._update_record()

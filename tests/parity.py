@@ -1,4 +1,4 @@
-"""What the parity tests share: tiny sizes, weights that hide nothing, comparison up to the rounding of float64."""
+"""Helpers of the parity tests: tiny sizes, random weights, comparison up to the rounding of float64."""
 
 import torch
 
@@ -20,7 +20,7 @@ def draw(*shape, seed=0):
 
 
 def randomised(module, std=0.1):
-    """The module in float64, all its parameters random: norms and biases left at one or zero hide bugs."""
+    """The module in float64 with all its parameters random: norms and biases at one or zero would hide bugs."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in module.parameters():
@@ -29,13 +29,13 @@ def randomised(module, std=0.1):
 
 
 def model(**overrides):
-    """A tiny model in float64, its own initial weights with random ones added."""
-    own = build_model(config(**overrides)).double().eval()
+    """A tiny model in float64: its initial weights plus random ones."""
+    m = build_model(config(**overrides)).double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in own.parameters():
+        for p in m.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-    return own
+    return m
 
 
 def equal(a, b, rtol=1e-10, atol=1e-10):  # float64: rounding of a few hundred operations
@@ -43,9 +43,9 @@ def equal(a, b, rtol=1e-10, atol=1e-10):  # float64: rounding of a few hundred o
 
 
 def equal_with_gradients(a, b, *leaves, rtol=1e-10, atol=1e-10):
-    """Two outputs, and their gradients with respect to the same leaves for the same random cotangent."""
+    """Assert that two outputs, and their gradients with respect to `leaves` for one random cotangent, are equal."""
     equal(a, b, rtol, atol)
     cotangent = draw(*a.shape, seed=9).detach()
     gradients = (torch.autograd.grad(y, leaves, cotangent, retain_graph=True) for y in (a, b))
-    for ours, theirs in zip(*gradients, strict=True):
-        equal(ours, theirs, rtol, atol)
+    for grad_a, grad_b in zip(*gradients, strict=True):
+        equal(grad_a, grad_b, rtol, atol)

@@ -62,7 +62,7 @@ class Runtime:
 
     @property
     def dp_rank(self) -> int:
-        """Which of the `dp_size` parts of a step's micro-batches this process computes."""
+        """Which of a step's `dp_size` groups of micro-batches this process computes."""
         return self.rank // self.tp_size
 
     @property

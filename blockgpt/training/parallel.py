@@ -38,7 +38,7 @@ def parallelize(model: Any, config: Any, runtime: Runtime) -> None:
 def wrap(model: nn.Module, config: Any, runtime: Runtime) -> nn.Module:
     """The module to call: compiled, and with several processes DDP, unless `parallelize` has sharded the model.
 
-    Parameters are read from `model` itself, under their names there.
+    Read parameters and their names from `model`: the wrappers change the names.
     """
     if config.use_fsdp or runtime.tp_size > 1:
         return model

@@ -131,8 +131,8 @@ class Profile:
         self.profiler.__exit__(None, None, None)
         events = [(e.name(), e.activity_type(), e.start_ns(), e.end_ns())
                   for e in self.profiler.kineto_results.events()]
-        share, exposed = communication_fractions(events, step_time)
-        return {"share": share, "exposed": exposed}
+        total, exposed = communication_fractions(events, step_time)
+        return {"share": total, "exposed": exposed}
 
     def _synchronize(self) -> bool:
         """Wait for the GPU; returns whether there is one."""
@@ -186,9 +186,9 @@ def communication_fractions(events: Sequence[Event], step_time: int) -> tuple[fl
             for prefixes in (COMMUNICATION_PREFIXES, COMPUTE_PREFIXES, WAIT_PREFIXES))
         computation = difference(computation, waiting)
     exposed = difference(communication, computation)
-    share, exposed_share = (min(1.0, sum(end - start for start, end in intervals) / step_time)
-                            for intervals in (communication, exposed))
-    return share, exposed_share
+    total_fraction, exposed_fraction = (min(1.0, sum(end - start for start, end in intervals) / step_time)
+                                        for intervals in (communication, exposed))
+    return total_fraction, exposed_fraction
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:

@@ -116,8 +116,8 @@ def test_a_name_that_is_no_new_dataset_is_refused(files_script, name, words):
 def test_files_are_prepared_trained_on_and_sampled(tmp_path, sentencepiece_model, monkeypatch, capsys):
     """This project's own sources, by a tokenizer that was trained on them."""
     done = run_python(ROOT / "data/files/prepare.py", "--name=own", "--input", ROOT / "docs", f"{ROOT}/*.py",
-                      f"{ROOT}/blockgpt", "--out_dir", tmp_path / "own", "--tokenizer", sentencepiece_model, "--workers=2",
-                      "--val_fraction=0.3")
+                      f"{ROOT}/blockgpt", "--out_dir", tmp_path / "own", "--tokenizer", sentencepiece_model,
+                      "--workers=2", "--val_fraction=0.3")
     assert done.returncode == 0, done.stderr
     d = open_dataset("own", tmp_path)
     assert d.meta["splits"]["train"]["documents"] > 10 and 1.5 < d.bytes_per_token("train") < 4

@@ -168,7 +168,8 @@ def test_an_exported_bpe_splits_any_text_as_the_model_does(model_and_ranks, text
 
 def test_only_bpe_can_be_exported(tmp_path, sentencepiece_model):
     from tools.train_tokenizer import main
-    main(["--input", f"{sentencepiece_model.parent}/*.txt", "--vocab_size=400", "--model=unigram", f"--output={tmp_path}/u"])
+    main(["--input", f"{sentencepiece_model.parent}/*.txt", "--vocab_size=400", "--model=unigram",
+          f"--output={tmp_path}/u"])
     with pytest.raises(UserError, match="only a BPE model"):
         to_ranks(load_tokenizer(f"{tmp_path}/u.model"))
 

@@ -1,4 +1,4 @@
-"""model_attention: every backend and mask against the definition written as loops; generation with a cache."""
+"""model_attention: every backend and mask against the definition as loops over queries and keys; KV caches."""
 
 import itertools
 
@@ -16,7 +16,7 @@ from model_builder import build_model
 from model_components import component
 from model_config import ATTENTION_BACKEND
 
-TRAINS_HERE = ("sdpa", "manual")  # flex has no backward pass on the CPU
+CPU_TRAINABLE = ("sdpa", "manual")  # flex has no backward pass on the CPU
 
 
 def attention(backend, **keys):
@@ -63,12 +63,12 @@ MASKS = list(itertools.product((True, False), (None, 1, 7, 24), (False, True), (
 CASES = [(*mask, size) for n, mask in enumerate(MASKS) for size in ("grouped", list(SIZES)[1 + n % 3])]
 
 
-def slopes_of(n):
+def alibi_slopes_of(n):
     return torch.exp2(-torch.arange(1, n + 1, dtype=torch.float32))
 
 
 def documents_of(B, T):
-    """Documents of several lengths, another number of them in each row."""
+    """Documents of several lengths; each row has a different count of them."""
     return torch.stack([torch.arange(T) // (3 + 2 * b) for b in range(B)])
 
 
@@ -76,16 +76,16 @@ def documents_of(B, T):
 def test_every_backend_is_attention_by_definition_for_every_mask(causal, window, documents, alibi, size, untraced):
     B, H, G, T = SIZES[size]
     q, k, v = draw(B, H, T, 6), draw(B, G, T, 6, seed=1), draw(B, G, T, 6, seed=2)
-    s = mask_spec(T, None, window, causal, documents_of(B, T) if documents else None, slopes_of(H) if alibi else None)
+    s = mask_spec(T, None, window, causal, documents_of(B, T) if documents else None, alibi_slopes_of(H) if alibi else None)
     for cap in (None, 0.7):
         expected, cotangent = by_definition(q, k, v, s, 0.4, cap), draw(*q.shape, seed=3).detach()
         gradients = torch.autograd.grad(expected, (q, k, v), cotangent)
         for backend in config(attn_softcap=cap).supported_backends():
             layer = attention(backend, n_head=H, n_kv_head=G, head_dim=6, attn_scale=0.4, attn_softcap=cap)
-            if backend in TRAINS_HERE:
+            if backend in CPU_TRAINABLE:
                 y = layer.attend(q, k, v, layer.mask(s))
-                for ours, theirs in zip(torch.autograd.grad(y, (q, k, v), cotangent), gradients, strict=True):
-                    equal(ours, theirs)
+                for grad, expected_grad in zip(torch.autograd.grad(y, (q, k, v), cotangent), gradients, strict=True):
+                    equal(grad, expected_grad)
             else:
                 y = layer.attend(q.detach(), k.detach(), v.detach(), layer.mask(s))
             equal(y, expected)
@@ -94,21 +94,21 @@ def test_every_backend_is_attention_by_definition_for_every_mask(causal, window,
 @pytest.mark.parametrize("T, S", [(1, 9), (4, 9), (9, 10), (1, 1)])
 @pytest.mark.parametrize("window", [None, 1, 7])
 @pytest.mark.parametrize("backend", ATTENTION_BACKEND)
-def test_queries_behind_a_cache_see_what_their_positions_say(backend, window, T, S, untraced):
+def test_queries_after_a_cache_see_the_keys_that_their_positions_allow(backend, window, T, S, untraced):
     layer = attention(backend, n_head=4, n_kv_head=2, head_dim=6)
     q, k, v = (draw(2, n, length, 6, seed=n).detach() for n, length in ((4, T), (2, S), (2, S)))
-    for alibi_slopes in (None, slopes_of(4)):
-        kept = S if window is None else min(S, window - 1 + T)
+    for alibi_slopes in (None, alibi_slopes_of(4)):
+        cached = S if window is None else min(S, window - 1 + T)
         s = mask_spec(T, S, window, alibi_slopes=alibi_slopes)
-        near = s._replace(keys=s.keys[S - kept:])  # what a bounded cache still has
-        ours = layer.attend(q, k[:, :, S - kept:], v[:, :, S - kept:], layer.mask(near))
-        equal(ours, by_definition(q, k, v, s, 6**-0.5))
+        recent = s._replace(keys=s.keys[S - cached:])  # what a bounded cache has stored
+        y = layer.attend(q, k[:, :, S - cached:], v[:, :, S - cached:], layer.mask(recent))
+        equal(y, by_definition(q, k, v, s, 6**-0.5))
 
 
 @pytest.mark.parametrize("causal, window, documents, alibi", MASKS)
-def test_no_mask_drives_torch_from_its_fused_kernels(causal, window, documents, alibi):
+def test_torch_chooses_a_fused_kernel_for_every_mask(causal, window, documents, alibi):
     layer = attention("sdpa", n_kv_head=2)
-    s = mask_spec(9, None, window, causal, documents_of(1, 9) if documents else None, slopes_of(4) if alibi else None)
+    s = mask_spec(9, None, window, causal, documents_of(1, 9) if documents else None, alibi_slopes_of(4) if alibi else None)
     assert layer.kernel(s, torch.float32) == "flash_attention"  # the CPU's fused one
 
 
@@ -117,7 +117,8 @@ def test_flex_has_the_gradients_of_manual_for_every_mask_on_cuda():
     B, H, G, T = 2, 4, 2, 200
     q, k, v = (draw(B, n, T, 32, seed=i).detach().float().cuda().requires_grad_() for i, n in enumerate((H, G, G)))
     for (causal, window, documents, alibi), cap in itertools.product(MASKS, (None, 0.7)):
-        s = mask_spec(T, None, window, causal, documents_of(B, T) if documents else None, slopes_of(H) if alibi else None)
+        s = mask_spec(T, None, window, causal, documents_of(B, T) if documents else None,
+                      alibi_slopes_of(H) if alibi else None)
         s = AttentionMaskSpec(*(x.cuda() if torch.is_tensor(x) else x for x in s))
         flex, manual = (attention(b, n_head=H, n_kv_head=G, head_dim=32, attn_softcap=cap, block_size=T).float().cuda()
                         for b in ("flex", "manual"))
@@ -125,7 +126,7 @@ def test_flex_has_the_gradients_of_manual_for_every_mask_on_cuda():
         equal_with_gradients(a.double(), b.double(), q, k, v, rtol=1e-2, atol=1e-2)  # products may be tf32
 
 
-# ---------------------------------------------------------------- whole models, a backend each
+# ---------------------------------------------------------------- whole models with each backend
 
 
 @pytest.mark.parametrize("keys", [
@@ -135,7 +136,7 @@ def test_flex_has_the_gradients_of_manual_for_every_mask_on_cuda():
     dict(position_encoding="alibi", n_kv_head=2), dict(attn_scale=0.9, qk_norm="head", attn_gate="elementwise"),
     dict(n_head=1), dict(n_head=1, sliding_window=5)], ids=str)
 @pytest.mark.parametrize("B, T", [(2, 24), (1, 1)])
-def test_models_are_the_same_whatever_the_backend(keys, B, T, untraced):
+def test_all_backends_give_the_same_model(keys, B, T, untraced):
     idx = torch.randint(0, 61, (B, T), generator=torch.Generator().manual_seed(1))
     documents = documents_of(B, T) if keys.get("mask_documents") else None
     keys = {"position_encoding": "rope", **keys}
@@ -151,7 +152,7 @@ def test_models_are_the_same_whatever_the_backend(keys, B, T, untraced):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9, msg=name)  # float64, sums over thousands
 
 
-def test_the_backends_that_can_cap_scores_agree():
+def test_the_backends_that_support_a_softcap_agree():
     keys = dict(attn_softcap=0.3, logit_softcap=1.0, sliding_window=5, window_pattern="SL", n_kv_head=2)
     assert config(**keys).supported_backends() == ["manual", "flex"]
     idx = torch.randint(0, 61, (2, 17), generator=torch.Generator().manual_seed(1))
@@ -162,7 +163,7 @@ def test_the_backends_that_can_cap_scores_agree():
 @pytest.mark.parametrize("backend", ATTENTION_BACKEND)
 @pytest.mark.parametrize("keys", [dict(), dict(position_encoding="alibi"), dict(sliding_window=5),
                                   dict(mask_documents=True)], ids=str)
-def test_the_future_is_not_seen(backend, keys):
+def test_no_token_sees_a_later_one(backend, keys):
     m = model(**{"position_encoding": "none", **keys}, attention_backend=backend)
     idx = torch.randint(0, 61, (1, 24), generator=torch.Generator().manual_seed(1))
     changed = idx.clone()
@@ -174,8 +175,8 @@ def test_the_future_is_not_seen(backend, keys):
 
 
 @pytest.mark.parametrize("backend", ATTENTION_BACKEND)
-def test_a_document_is_read_as_if_it_stood_alone(backend):
-    """Where positions are relative: a document in the middle has the logits that it has by itself."""
+def test_a_masked_document_has_the_logits_that_it_has_alone(backend, untraced):
+    """With relative positions, also in the middle of a sequence."""
     for position in ("rope", "alibi", "none"):
         m = model(mask_documents=True, position_encoding=position, attention_backend=backend)
         idx = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -187,11 +188,11 @@ def test_a_document_is_read_as_if_it_stood_alone(backend):
             equal(logits[1, 5:], m(idx[1:, 5:])[0][0], rtol=1e-5, atol=1e-5)
             equal(m(idx, documents=torch.zeros_like(idx))[0], m(idx)[0])
             plain = model(position_encoding=position, attention_backend=backend)
-            equal(plain(idx, documents=documents)[0], m(idx)[0])  # without the key they are one
+            equal(plain(idx, documents=documents)[0], m(idx)[0])  # without mask_documents the ids are ignored
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_window_is_its_own_token_and_those_just_before(causal):
+def test_a_window_is_the_token_itself_and_those_just_before(causal):
     for window, T in itertools.product((1, 2, 7, 24, 100), (1, 9, 24)):
         bool_mask = mask_spec(T, window=window, causal=causal).bool_mask()
         for i, j in itertools.product(range(T), range(T)):
@@ -205,13 +206,13 @@ def test_only_the_windowed_layers_have_a_window():
     idx = torch.randint(0, 61, (1, 24), generator=torch.Generator().manual_seed(1))
     changed = idx.clone()
     changed[0, 0] += 1
-    for layers, is_visible in ((1, 5), (2, 9), (3, 13)):  # a window of 5 reaches 4 tokens further back with every layer
+    for layers, visible in ((1, 5), (2, 9), (3, 13)):  # a window of 5 extends 4 tokens further back with every layer
         m = model(n_layer=layers, sliding_window=5, position_encoding="none")
         differs = ~torch.isclose(m(idx)[0], m(changed)[0], rtol=1e-12, atol=1e-14).all(-1)[0]
-        assert differs.tolist() == [True] * is_visible + [False] * (24 - is_visible)
+        assert differs.tolist() == [True] * visible + [False] * (24 - visible)
 
 
-# ---------------------------------------------------------------- one layer against torch's own and formulas
+# ---------------------------------------------------------------- one layer against torch and formulas
 
 
 def projected(layer, x):
@@ -220,18 +221,18 @@ def projected(layer, x):
     return [(x @ p[f"{n}_proj.weight"].T + p.get(f"{n}_proj.bias", 0.0)).view(B, T, -1, layer.head_dim) for n in "qkv"]
 
 
-def as_is(q, k):
+def no_rotation(q, k):
     return q, k
 
 
 def causal_attention(q, k, v, scale):
-    """torch's own, of (B, T, H, D) and (B, T, G, D)."""
+    """torch's scaled_dot_product_attention of (B, T, H, D) and (B, T, G, D)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return y.transpose(1, 2)  # (B, T, H, D)
 
 
-@pytest.mark.parametrize("backend", TRAINS_HERE)
+@pytest.mark.parametrize("backend", CPU_TRAINABLE)
 @pytest.mark.parametrize("bias, qkv_bias", [(False, None), (True, None), (False, True), (True, False)])
 @pytest.mark.parametrize("n_head, n_kv_head, head_dim", [(4, 4, None), (4, 2, 20), (4, 1, 6), (1, 1, None)])
 def test_a_layer_projects_attends_and_projects_back(n_head, n_kv_head, head_dim, bias, qkv_bias, backend):
@@ -240,10 +241,10 @@ def test_a_layer_projects_attends_and_projects_back(n_head, n_kv_head, head_dim,
     assert (layer.q_proj.bias is not None) == (bias if qkv_bias is None else qkv_bias)
     y = causal_attention(*projected(layer, x), (head_dim or 48 // n_head) ** -0.5).flatten(2)
     expected = y @ layer.o_proj.weight.T + (layer.o_proj.bias if bias else 0.0)
-    equal_with_gradients(layer(x, as_is, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
+    equal_with_gradients(layer(x, no_rotation, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
 
 
-def test_torch_s_own_multi_head_attention_agrees():
+def test_torch_s_multi_head_attention_agrees():
     layer, x = attention("manual", bias=True), draw(2, 7, 48)
     reference, p = torch.nn.MultiheadAttention(48, 4, batch_first=True).double(), dict(layer.named_parameters())
     weights = {"in_proj_weight": torch.cat([p[f"{n}_proj.weight"] for n in "qkv"]),
@@ -251,18 +252,18 @@ def test_torch_s_own_multi_head_attention_agrees():
                "out_proj.weight": p["o_proj.weight"], "out_proj.bias": p["o_proj.bias"]}
     future = torch.ones(7, 7, dtype=torch.bool).triu(1)
     expected = functional_call(reference, weights, (x, x, x), dict(attn_mask=future, need_weights=False))[0]
-    equal_with_gradients(layer(x, as_is, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
+    equal_with_gradients(layer(x, no_rotation, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
 
 
-@pytest.mark.parametrize("kind", ["head", "projection"])
+@pytest.mark.parametrize("qk_norm", ["head", "projection"])
 @pytest.mark.parametrize("normalization", ["rmsnorm", "rmsnorm_gemma", "layernorm"])
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-def test_qk_norm_is_per_head_or_over_the_whole_projection(kind, normalization, n_kv_head):
-    layer = attention("manual", qk_norm=kind, normalization=normalization, n_kv_head=n_kv_head, head_dim=20)
+def test_qk_norm_is_per_head_or_over_the_whole_projection(qk_norm, normalization, n_kv_head):
+    layer = attention("manual", qk_norm=qk_norm, normalization=normalization, n_kv_head=n_kv_head, head_dim=20)
     x = draw(2, 7, 48)
 
     def normed(t, norm):
-        flat = t if kind == "head" else t.flatten(2)  # (B, T, G, D) or (B, T, G D)
+        flat = t if qk_norm == "head" else t.flatten(2)  # (B, T, G, D) or (B, T, G D)
         shift = flat.mean(-1, keepdim=True) if normalization == "layernorm" else 0.0
         unit = (flat - shift) / ((flat - shift).square().mean(-1, keepdim=True) + norm.eps).sqrt()
         gain = 1 + norm.weight if normalization == "rmsnorm_gemma" else norm.weight
@@ -270,29 +271,29 @@ def test_qk_norm_is_per_head_or_over_the_whole_projection(kind, normalization, n
 
     q, k, v = projected(layer, x)
     norms = layer.qk_norm
-    assert norms.q_norm.weight.numel() == (20 if kind == "head" else 80)
-    assert norms.k_norm.weight.numel() == (20 if kind == "head" else 20 * n_kv_head)
+    assert norms.q_norm.weight.numel() == (20 if qk_norm == "head" else 80)
+    assert norms.k_norm.weight.numel() == (20 if qk_norm == "head" else 20 * n_kv_head)
     y = causal_attention(normed(q, norms.q_norm), normed(k, norms.k_norm), v, 20**-0.5)
     expected = y.flatten(2) @ layer.o_proj.weight.T
-    equal_with_gradients(layer(x, as_is, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
+    equal_with_gradients(layer(x, no_rotation, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
     if normalization == "rmsnorm":  # as the models that have it, in float32 inside
-        reference = Qwen3RMSNorm if kind == "head" else Olmo2RMSNorm
-        theirs = functional_call(reference(norms.q_norm.weight.numel(), eps=1e-5), {"weight": norms.q_norm.weight},
-                                 q if kind == "head" else q.flatten(2))
-        equal(norms(q, k)[0], theirs.view(q.shape).double(), rtol=1e-5, atol=1e-5)
+        reference = Qwen3RMSNorm if qk_norm == "head" else Olmo2RMSNorm
+        expected = functional_call(reference(norms.q_norm.weight.numel(), eps=1e-5), {"weight": norms.q_norm.weight},
+                                   q if qk_norm == "head" else q.flatten(2))
+        equal(norms(q, k)[0], expected.view(q.shape).double(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", ["elementwise", "headwise"])
-def test_a_gate_multiplies_what_attention_gathered(kind, bias):
-    """Qiu et al. 2025: Y ⊙ sigmoid(X W), by what attention read, before the output projection."""
-    layer, x = attention("manual", attn_gate=kind, n_kv_head=2, bias=bias, head_dim=20), draw(2, 7, 48)
+@pytest.mark.parametrize("attn_gate", ["elementwise", "headwise"])
+def test_a_gate_multiplies_the_output_of_attention(attn_gate, bias):
+    """Qiu et al. 2025: Y ⊙ sigmoid(X W), X the input of attention, before the output projection."""
+    layer, x = attention("manual", attn_gate=attn_gate, n_kv_head=2, bias=bias, head_dim=20), draw(2, 7, 48)
     gate = (x @ layer.gate.gate_proj.weight.T + (layer.gate.gate_proj.bias if bias else 0.0)).sigmoid()
-    assert gate.shape == (2, 7, 80 if kind == "elementwise" else 4)
-    gate = gate.view(2, 7, 4, 20) if kind == "elementwise" else gate[..., None]
+    assert gate.shape == (2, 7, 80 if attn_gate == "elementwise" else 4)
+    gate = gate.view(2, 7, 4, 20) if attn_gate == "elementwise" else gate[..., None]
     y = causal_attention(*projected(layer, x), 20**-0.5) * gate
     expected = y.flatten(2) @ layer.o_proj.weight.T + (layer.o_proj.bias if bias else 0.0)
-    equal_with_gradients(layer(x, as_is, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
+    equal_with_gradients(layer(x, no_rotation, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
 
 
 def test_value_embeddings_join_the_values_of_the_first_and_last_layers():
@@ -311,7 +312,7 @@ def test_value_embeddings_join_the_values_of_the_first_and_last_layers():
     equal_with_gradients(m(idx)[0], m.final_norm(x) @ m.lm_head.weight.T, *m.parameters())
 
 
-def test_value_mix_starts_with_half_of_each():
+def test_value_mix_is_initialised_to_half_of_each():
     m = build_model(config(value_embeddings=1))
     mix = m.blocks[0].attn.value_mix
     assert mix.own.item() == mix.other.item() == 0.5 and m.value_embeddings[0].weight.shape == (61, 48)
@@ -323,23 +324,24 @@ def test_value_mix_starts_with_half_of_each():
 @pytest.mark.parametrize("keys, scale", [
     (dict(), 12**-0.5), (dict(head_dim=20), 20**-0.5), (dict(attn_scale=0.3), 0.3), (dict(init="mup"), 1 / 12),
     (dict(init="mup", attn_scale=0.3), 0.3)], ids=str)
-@pytest.mark.parametrize("backend", TRAINS_HERE)
-def test_the_attention_scale_is_the_asked_one_or_follows_from_the_head(backend, keys, scale):
+@pytest.mark.parametrize("backend", CPU_TRAINABLE)
+def test_the_attention_scale_is_the_configured_one_or_follows_from_head_dim(backend, keys, scale):
     layer, x = attention(backend, **keys), draw(2, 7, 48)
     expected = causal_attention(*projected(layer, x), scale).flatten(2) @ layer.o_proj.weight.T
-    equal_with_gradients(layer(x, as_is, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
+    equal_with_gradients(layer(x, no_rotation, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
 
 
-@pytest.mark.parametrize("backend", TRAINS_HERE)
-def test_dropout_leaves_the_mean_of_attention(backend):
+@pytest.mark.parametrize("backend", CPU_TRAINABLE)
+def test_dropout_keeps_the_mean_of_attention(backend):
     layer, x = attention(backend, dropout=0.5), draw(1, 5, 48)
     mask = layer.mask(mask_spec(5))
-    calm = layer(x, as_is, mask)
+    without_dropout = layer(x, no_rotation, mask)
     layer.train()
     torch.manual_seed(0)
-    mean = torch.stack([layer(x, as_is, mask) for _ in range(2000)]).mean(0)
-    assert not torch.equal(layer(x, as_is, mask), layer(x, as_is, mask))
-    torch.testing.assert_close(mean, calm, rtol=0, atol=0.1 * calm.abs().max().item())  # 1 / sqrt(2000) is 0.02
+    mean = torch.stack([layer(x, no_rotation, mask) for _ in range(2000)]).mean(0)
+    assert not torch.equal(layer(x, no_rotation, mask), layer(x, no_rotation, mask))
+    atol = 0.1 * without_dropout.abs().max().item()  # 1 / sqrt(2000) is 0.02
+    torch.testing.assert_close(mean, without_dropout, rtol=0, atol=atol)
 
 
 # ---------------------------------------------------------------- generation
@@ -352,7 +354,7 @@ GENERATING = {
     **{f"rope, {s}": dict(position_encoding="rope", rope_scaling=s, rope_scaling_factor=4.0) for s in
        ("none", "linear", "llama3", "yarn")},
     "partial rope": dict(position_encoding="rope", rope_fraction=0.5, rope_theta=100.0),
-    "rope bases by kind": dict(position_encoding="rope", rope_theta=1e6, rope_theta_local=100.0, window_pattern="SL"),
+    "rope base per window": dict(position_encoding="rope", rope_theta=1e6, rope_theta_local=100.0, window_pattern="SL"),
     "multi-query": dict(position_encoding="rope", n_kv_head=1),
     "wide heads": dict(position_encoding="rope", n_kv_head=2, head_dim=20),
     "qk_norm head": dict(position_encoding="rope", qk_norm="head", n_kv_head=2, normalization="rmsnorm"),
@@ -371,11 +373,11 @@ GENERATING = {
                         window_pattern="SSL", n_layer=3, qk_norm="head", attn_gate="headwise", value_embeddings=1,
                         x0_mix=True, norm_position="sandwich", ffn_type="swiglu"),
 }
-UNTIED = dict(weight_tying=False, init_std=0.4)  # so that the likeliest token is seldom the one before
+UNTIED = dict(weight_tying=False, init_std=0.4)  # so that the likeliest token is rarely the previous one
 
 
 def generated(m, prompt, n):
-    """n tokens after the prompt, the likeliest each, alike with and without a cache."""
+    """The prompt and n greedy tokens after it, asserted to be equal with and without a cache."""
     cached = m.generate(prompt, n, temperature=0)
     assert torch.equal(cached, m.generate(prompt, n, temperature=0, use_cache=False))
     assert torch.equal(cached[:, :prompt.shape[1]], prompt) and cached.shape[1] == prompt.shape[1] + n
@@ -396,40 +398,40 @@ def test_a_cache_changes_no_token(name, window):
 @pytest.mark.parametrize("backend, name, window", [
     ("manual", "alibi", 5), ("manual", "all at once", 5), ("flex", "softcaps", None), ("flex", "alibi", 5),
     ("flex", "all at once", 5)])
-def test_a_cache_changes_no_token_on_any_backend(backend, name, window):
+def test_a_cache_changes_no_token_on_any_backend(backend, name, window, untraced):
     m = model(**UNTIED, **GENERATING[name], sliding_window=window, attention_backend=backend)
     prompt = torch.randint(0, 61, (1, 7), generator=torch.Generator().manual_seed(1))
     assert len(set(generated(m, prompt, 6)[0, 7:].tolist())) > 1
 
 
-@pytest.mark.parametrize("pieces", [(24,), (1,) * 24, (7, 1, 9, 1, 1, 5), (3, 21), (20, 4)])
+@pytest.mark.parametrize("lengths", [(24,), (1,) * 24, (7, 1, 9, 1, 1, 5), (3, 21), (20, 4)])
 @pytest.mark.parametrize("name", GENERATING)
-def test_a_sequence_in_pieces_has_the_logits_of_the_whole(name, pieces):
+def test_a_sequence_in_chunks_has_the_logits_of_the_whole(name, lengths):
     m = model(**{**GENERATING[name], "sliding_window": 6})
     idx = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(1))
     caches = [KVCache(block.attn.window) for block in m.blocks]
     with torch.no_grad():
-        parts = [m(piece, caches=caches)[0] for piece in idx.split(pieces, dim=1)]
-        equal(torch.cat(parts, dim=1), m(idx)[0])
+        logits = [m(chunk, caches=caches)[0] for chunk in idx.split(lengths, dim=1)]
+        equal(torch.cat(logits, dim=1), m(idx)[0])
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 24, 100])
-def test_a_windowed_cache_holds_no_more_than_the_next_token_sees(window):
+def test_a_windowed_cache_stores_only_what_the_next_token_sees(window):
     m = model(sliding_window=window, window_pattern="SL", n_layer=3, n_kv_head=2, position_encoding="rope")
     caches = [KVCache(block.attn.window) for block in m.blocks]
-    idx, seen = torch.arange(24)[None], 0
+    idx, length = torch.arange(24)[None], 0
     with torch.no_grad():
-        for piece in idx.split((9, *(1,) * 15), dim=1):
-            m(piece, caches=caches)
-            seen += piece.shape[1]
+        for chunk in idx.split((9, *(1,) * 15), dim=1):
+            m(chunk, caches=caches)
+            length += chunk.shape[1]
             for cache, windowed in zip(caches, (True, False, True), strict=True):
-                assert cache.length == seen
+                assert cache.length == length
                 if windowed:
-                    assert cache.k.shape == cache.v.shape == (1, 2, min(seen, window - 1), 12)
-                    held = cache.k.untyped_storage().nbytes() / (8 * 2 * 12)  # tokens; behind views too
-                    assert held <= max(piece.shape[1], window) + window
+                    assert cache.k.shape == cache.v.shape == (1, 2, min(length, window - 1), 12)
+                    stored = cache.k.untyped_storage().nbytes() / (8 * 2 * 12)  # tokens, in the whole storage
+                    assert stored <= max(chunk.shape[1], window) + window
 
 
-def test_a_model_that_sees_the_future_does_not_generate():
+def test_a_model_that_is_not_causal_does_not_generate():
     with pytest.raises(UserError, match="causal=False"):
         build_model(config(causal=False)).generate(torch.zeros(1, 1, dtype=torch.long), 1)

@@ -68,19 +68,19 @@ READ_BACK = {*AXES, "n_layer", "n_embd", "vocab_size", "d_ff", "n_head", "n_kv_h
 
 
 def test_infer_config_reads_these_keys_from_the_modules_and_copies_the_others():
-    built = ModelConfig(n_layer=3, n_embd=32, n_head=4, head_dim=8, n_kv_head=1, vocab_size=48, block_size=12, d_ff=40,
+    actual = ModelConfig(n_layer=3, n_embd=32, n_head=4, head_dim=8, n_kv_head=1, vocab_size=48, block_size=12, d_ff=40,
                         normalization="rmsnorm", norm_position="sandwich", parallel_block="two_norms",
                         activation="gelu_tanh", ffn_type="geglu", position_encoding="rope", rope_scaling="yarn",
                         attention_backend="manual", qk_norm="head", attn_gate="headwise", init="mup", bias=True,
                         qkv_bias=False, weight_tying=False, value_embeddings=1, x0_mix=True, embedding_norm=True,
                         norm_eps=1e-3, dropout=0.25, residual_scale=0.5, attn_softcap=5.0, logit_softcap=6.0).resolve()
-    stated = ModelConfig(n_layer=4, n_embd=16, n_head=2, vocab_size=7, block_size=5, qkv_bias=True).resolve()
-    built_flat, stated_flat = built.flat(), stated.flat()
-    assert all(built_flat[key] != stated_flat[key] for key in READ_BACK)
-    model = build_model(built)
-    model.config = stated  # as if keys had been lost between this config and the modules
+    declared = ModelConfig(n_layer=4, n_embd=16, n_head=2, vocab_size=7, block_size=5, qkv_bias=True).resolve()
+    actual_flat, declared_flat = actual.flat(), declared.flat()
+    assert all(actual_flat[key] != declared_flat[key] for key in READ_BACK)
+    model = build_model(actual)
+    model.config = declared  # as if keys had been lost between this config and the modules
     inferred = model.infer_config().flat()
-    assert inferred == {key: (built_flat if key in READ_BACK else stated_flat)[key] for key in built_flat}
+    assert inferred == {key: (actual_flat if key in READ_BACK else declared_flat)[key] for key in actual_flat}
 
 
 def overfits(choice):

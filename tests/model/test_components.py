@@ -1,4 +1,4 @@
-"""model_components: each part against an independent implementation, outputs and gradients, in float64."""
+"""model_components: each component against an independent implementation, outputs and gradients, in float64."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-import model_components as parts
+import model_components as components
 from model_builder import Block, ParallelBlock, ParallelBlockOneNorm, build_model
 from model_config import NORMALIZATION
 
@@ -38,38 +38,38 @@ NORMS = {  # the formula of its paper
 @pytest.mark.parametrize("eps", [1e-6, 0.3])
 @pytest.mark.parametrize("name", NORMALIZATION)
 def test_a_norm_is_its_formula(name, eps):
-    norm = randomised(parts.build_norm(config(normalization=name, norm_eps=eps)))
+    norm = randomised(components.build_norm(config(normalization=name, norm_eps=eps)))
     x, p = draw(5, 7, 48), dict(norm.named_parameters())
     assert all(w.std() > 0.01 for n, w in p.items() if n != "alpha")
     equal_with_gradients(norm(3 * x + 1), NORMS[name](3 * x + 1, p, eps), x, *p.values())
 
 
-def test_norms_have_the_parameters_that_they_are_known_for():
+def test_norms_have_the_parameters_of_their_papers():
     for name, expected in {"layernorm": {"weight", "bias"}, "layernorm_nobias": {"weight"}, "rmsnorm": {"weight"},
                            "rmsnorm_gemma": {"weight"}, "dyt": {"alpha", "weight", "bias"}}.items():
-        norm = parts.build_norm(config(normalization=name), 10)
+        norm = components.build_norm(config(normalization=name), 10)
         assert {n for n, _ in norm.named_parameters()} == expected
         assert norm(torch.ones(3, 10)).shape == (3, 10)
 
 
 @pytest.mark.parametrize("name, reference", [("rmsnorm", LlamaRMSNorm), ("rmsnorm_gemma", Gemma2RMSNorm)])
 def test_rms_norms_are_transformers(name, reference):
-    norm = randomised(parts.build_norm(config(normalization=name, norm_eps=1e-6)))
+    norm = randomised(components.build_norm(config(normalization=name, norm_eps=1e-6)))
     x = draw(5, 7, 48)
-    theirs = functional_call(reference(48, eps=1e-6).double(), {"weight": norm.weight}, x)
-    equal_with_gradients(norm(x), theirs, x, norm.weight, rtol=1e-5, atol=1e-5)  # theirs is float32 inside
+    expected = functional_call(reference(48, eps=1e-6).double(), {"weight": norm.weight}, x)
+    equal_with_gradients(norm(x), expected, x, norm.weight, rtol=1e-5, atol=1e-5)  # transformers' is float32 inside
 
 
 @pytest.mark.parametrize("name", NORMALIZATION)
-def test_a_norm_starts_without_effect_on_what_is_normal(name):
-    """gpt2's start leaves every gain at one and every shift at zero, DyT's alpha at the paper's 0.5."""
+def test_an_initial_norm_leaves_normalised_input_unchanged(name):
+    """Every gain is initialised to one and every shift to zero; DyT's alpha to the paper's 0.5."""
     norm = build_model(config(normalization=name)).final_norm
     x = F.layer_norm(torch.randn(4, 48), (48,))
     expected = torch.tanh(0.5 * x) if name == "dyt" else x
     torch.testing.assert_close(norm(x), expected, rtol=1e-4, atol=1e-4)  # float32, and norm_eps
 
 
-# ---------------------------------------------------------------- where the norm stands
+# ---------------------------------------------------------------- norm positions
 
 POSITIONS = {  # the residual branch f, the norms n and (sandwich) m, the scale of what is added
     "pre": lambda x, f, n, m, s: x + s * f(n(x)),
@@ -83,7 +83,7 @@ POSITIONS = {  # the residual branch f, the norms n and (sandwich) m, the scale 
 @pytest.mark.parametrize("name", POSITIONS)
 def test_a_norm_position_is_its_formula(name, scale):
     c = config(norm_position=name, residual_scale=scale, normalization="layernorm")
-    residual, x = randomised(parts.component("norm_position", c)(c)), draw(2, 3, 48)
+    residual, x = randomised(components.component("norm_position", c)(c)), draw(2, 3, 48)
     after = getattr(residual, "norm_after", None)
     assert (after is not None) == (name == "sandwich")
     equal_with_gradients(residual(x, torch.tanh), POSITIONS[name](x, torch.tanh, residual.norm, after, scale),
@@ -97,7 +97,7 @@ def test_a_block_joins_attention_and_ffn_as_its_name_says(name, cls, norms):
     block = randomised(cls(config(norm_position=name, residual_scale=0.3), 0))
     x, attn, ffn = draw(2, 3, 48), torch.tanh, torch.sin
     a, f = block.attn_residual, block.ffn_residual
-    assert sum(isinstance(r, parts.PreNorm) for r in (a, f)) == norms
+    assert sum(isinstance(r, components.PreNorm) for r in (a, f)) == norms
 
     def joined(x, residual, sublayer):
         return POSITIONS[name](x, sublayer, residual.norm, getattr(residual, "norm_after", None), 0.3)
@@ -127,7 +127,7 @@ ACTIVATIONS = {  # transformers' or torch's, and the formula
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_an_activation_is_its_formula(name):
-    activation = parts.component("activation", config(activation=name))()
+    activation = components.component("activation", config(activation=name))()
     x = torch.linspace(-5, 5, 102, dtype=torch.float64, requires_grad=True)  # not zero itself, where some have a kink
     for reference in ACTIVATIONS[name]:
         equal_with_gradients(activation(x), reference(x), x)
@@ -139,7 +139,7 @@ def test_an_activation_is_its_formula(name):
     ("reglu", "relu")])
 def test_an_ffn_is_its_formula(ffn_type, activation, bias):
     c = config(ffn_type=ffn_type, activation=activation, bias=bias, d_ff=40)
-    ffn, x = randomised(parts.component("ffn_type", c)(c)), draw(2, 5, 48)
+    ffn, x = randomised(components.component("ffn_type", c)(c)), draw(2, 5, 48)
     p, act = dict(ffn.named_parameters()), ACTIVATIONS[activation][1]
 
     def linear(name, x):
@@ -151,36 +151,36 @@ def test_an_ffn_is_its_formula(ffn_type, activation, bias):
 
 
 def test_swiglu_is_transformers():
-    ffn, x = randomised(parts.SwiGLU(config(ffn_type="swiglu", bias=True))), draw(2, 5, 48)
+    ffn, x = randomised(components.SwiGLU(config(ffn_type="swiglu", bias=True))), draw(2, 5, 48)
     llama = LlamaConfig(hidden_size=48, intermediate_size=128, num_attention_heads=4, mlp_bias=True)
-    theirs = LlamaMLP(llama).double()
-    equal_with_gradients(ffn(x), functional_call(theirs, dict(ffn.named_parameters()), x), x, *ffn.parameters())
+    reference = LlamaMLP(llama).double()
+    equal_with_gradients(ffn(x), functional_call(reference, dict(ffn.named_parameters()), x), x, *ffn.parameters())
 
 
 # ---------------------------------------------------------------- the residual stream
 
 
 def test_x0_mix_is_two_trained_scalars_a_block():
-    mix, x, x0 = randomised(parts.X0Mix()), draw(2, 3, 48), draw(2, 3, 48, seed=1)
+    mix, x, x0 = randomised(components.X0Mix()), draw(2, 3, 48), draw(2, 3, 48, seed=1)
     equal_with_gradients(mix(x, x0), mix.stream * x + mix.first * x0, x, x0, mix.stream, mix.first)
     plain, mixed = (build_model(config(x0_mix=on)).double() for on in (False, True))
     idx = torch.arange(24)[None]
-    equal(plain(idx)[0], mixed(idx)[0])  # at first the stream is what it was
+    equal(plain(idx)[0], mixed(idx)[0])  # the initial mix is the stream alone
 
 
 def stream(m, idx, embedded):
-    """Logits of model `m`, whose stream begins with `embedded`, by its own blocks."""
+    """Logits of model `m` from its blocks, for the stream that begins with `embedded`."""
     x = embedded
-    rotate, mask = m.view(None, torch.arange(idx.shape[1]), 0)
+    apply_rotary_emb, mask = m.rotary_and_mask(None, torch.arange(idx.shape[1]))
     for block in m.blocks:
         x = block(x if block.x0_mix is None else block.x0_mix.stream * x + block.x0_mix.first * embedded, 0.0,
-                  rotate, mask)
+                  apply_rotary_emb, mask)
     return m.final_norm(x) @ m.lm_head.weight.T
 
 
 @pytest.mark.parametrize("scale, factor", [(1.0, 1.0), (2.5, 2.5), ("sqrt", 48**0.5)])
 @pytest.mark.parametrize("position", ["learned_absolute", "sinusoidal", "none"])
-def test_embeddings_are_scaled_placed_and_normalised_in_that_order(scale, factor, position):
+def test_embeddings_are_scaled_then_get_positions_then_are_normalised(scale, factor, position):
     idx = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
     for norm in (False, True):
         m = model(embedding_scale=scale, embedding_norm=norm, position_encoding=position, normalization="layernorm",
@@ -190,14 +190,14 @@ def test_embeddings_are_scaled_placed_and_normalised_in_that_order(scale, factor
         equal_with_gradients(m(idx)[0], expected, *m.parameters())
 
 
-def test_what_the_blocks_mix_back_in_is_what_the_stream_began_with():
+def test_the_blocks_mix_in_the_normalised_embeddings():
     m = model(x0_mix=True, embedding_norm=True, embedding_scale=2.0, position_encoding="none")
     idx = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
-    x, rotate_mask = m.embedding_norm(2.0 * m.token_embedding.weight[idx]), m.view(None, torch.arange(9), 0)
-    x0 = x
+    x = x0 = m.embedding_norm(2.0 * m.token_embedding.weight[idx])
+    rotary_and_mask = m.rotary_and_mask(None, torch.arange(9))
     for block in m.blocks:
         mixed = block.x0_mix.stream * x + block.x0_mix.first * x0
-        x = block.combine(mixed, lambda h, b=block: b.attn(h, *rotate_mask), block.ffn)
+        x = block.combine(mixed, lambda h, b=block: b.attn(h, *rotary_and_mask), block.ffn)
     equal_with_gradients(m(idx)[0], m.final_norm(x) @ m.lm_head.weight.T, *m.parameters())
 
 
@@ -207,57 +207,17 @@ def test_what_the_blocks_mix_back_in_is_what_the_stream_began_with():
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_the_head_scales_then_caps(cap, scale):
-    head, x = randomised(parts.OutputHead(config(logit_softcap=cap), scale), std=1.0), draw(2, 5, 48)
+    head, x = randomised(components.OutputHead(config(logit_softcap=cap), scale), std=1.0), draw(2, 5, 48)
     logits = scale * (x @ head.weight.T)
     assert logits.abs().max() > 2
     equal_with_gradients(head(x), logits if cap is None else cap * torch.tanh(logits / cap), x, head.weight)
-
-
-# ---------------------------------------------------------------- muP
-
-
-def test_mup_is_table_8_of_its_paper():
-    """Tensor Programs V, table 8, for Adam: variances of hidden weights 1/fan_in, their rates 1/fan_in, logits
-    1/width, scores 1/head_dim, all relative to the base width; embeddings and vectors as they are."""
-    keys = dict(n_head=8, n_embd=256, vocab_size=512, block_size=256, init="mup", init_std=0.03, weight_tying=False)
-    wide, base = (build_model(config(**keys, mup_base_width=w)) for w in (64, 256))
-    plain = build_model(config(**{**keys, "init": "gpt2"}))
-    widened, unwidened = wide.lr_multipliers(), base.lr_multipliers()
-    assert set(unwidened.values()) == {1.0}
-    for (name, w), b, p in zip(wide.named_parameters(), base.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(b, p), name
-        hidden = "_proj.weight" in name
-        assert widened[name] == (0.25 if hidden else 1.0), name
-        torch.testing.assert_close(w, b * (0.5 if hidden else 1.0), msg=name)
-    x = torch.randn(3, 256)
-    torch.testing.assert_close(wide.lm_head(x), x @ wide.lm_head.weight.T / 4)
-    torch.testing.assert_close(base.lm_head(x), x @ base.lm_head.weight.T)
-    assert wide.blocks[0].attn.scale == base.blocks[0].attn.scale == 1 / 32
-    assert plain.blocks[0].attn.scale == 32**-0.5
-
-
-def test_initialisation_has_the_standard_deviations_of_its_name():
-    keys = dict(n_layer=3, n_embd=256, vocab_size=512, block_size=256, init_std=0.05)
-    for init, residual in (("gpt2", 0.05 / 6**0.5), ("normal", 0.05)):
-        for name, p in build_model(config(**keys, init=init)).named_parameters():
-            if p.dim() == 2:  # tens of thousands of draws
-                expected = residual if "o_proj" in name or "down_proj" in name else 0.05
-                assert abs(p.std().item() / expected - 1) < 0.03, (init, name)
-
-
-def test_zero_init_makes_every_block_the_identity_at_first():
-    for init in ("gpt2", "normal", "mup"):
-        m = build_model(config(zero_init_residual=True, init=init, mup_base_width=12)).double()
-        idx = torch.arange(24)[None]
-        x = m.position.embed(m.token_embedding(idx), torch.arange(24))
-        equal(m(idx)[0], m.lm_head(m.final_norm(x)))
 
 
 # ---------------------------------------------------------------- dropout
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "manual"])
-def test_dropout_acts_in_training_alone(backend):
+def test_dropout_acts_only_in_training(backend):
     m = build_model(config(attention_backend=backend, dropout=0.5))
     idx = torch.randint(0, 61, (2, 24))
     m.train()

@@ -1,4 +1,4 @@
-"""model_config: what can be chosen, and what cannot be built."""
+"""model_config: the option space, its validation, presets and architecture names."""
 
 import dataclasses
 import re
@@ -7,33 +7,37 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from blockgpt.errors import ConfigError
-from model_config import AXES, PRESETS, ModelConfig, get_preset, list_presets
+from model_components import component
+from model_config import AXES, PRESETS, ModelConfig, example_values, get_preset, list_presets
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SIZE_124M = dict(n_layer=12, n_head=12, n_embd=768)
 
 
-def test_architecture_names_of_the_two_house_presets():
+def test_architecture_names_of_gpt2_and_llama():
     assert get_preset("gpt2", **SIZE_124M).arch_name() == "12L-12H-768D-AbsPos-LN-NB-GELU-PostNorm"
     assert get_preset("llama", **SIZE_124M).arch_name() == "12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm"
 
 
-def test_architecture_name_tells_what_is_unusual():
+def test_architecture_name_lists_values_other_than_the_usual():
     unusual = get_preset("llama", **SIZE_124M, n_kv_head=4, d_ff=1000, head_dim=32, bias=True)
     assert unusual.arch_name() == "12L-12H4KV-768D-RoPE-RMS-SwiGLU-PreNorm-FF1000-Bias-HD32"
     assert get_preset("llama", **SIZE_124M, d_ff=2048).arch_name() == get_preset("llama", **SIZE_124M).arch_name()
 
 
-def test_architecture_name_tells_every_label_apart():
+def test_every_label_in_an_architecture_name_is_different():
     labels = [f.metadata["label"] for f in dataclasses.fields(ModelConfig) if f.metadata["label"]]
     labels = [label.split("{")[0] for label in labels]
-    labels.remove("")  # the pattern of windows stands for itself
+    labels.remove("")  # of window_pattern, whose value is its label
     options = [o.label for table in AXES.values() for o in table.values() if o.label]
     assert len(set(labels + options)) == len(labels + options)
     gemma = get_preset("gemma3", **SIZE_124M).arch_name()
     assert gemma == ("12L-12H-768D-RoPE-RMS1-GEGLU-GELUtanh-Sandwich-theta1e+06-local10000-QKNorm-SW512-SSSSSL-embsqrt")
-    assert get_preset("gpt2", rope_theta=5.0).arch_name() == get_preset("gpt2").arch_name()  # nothing reads it
+    assert get_preset("gpt2", rope_theta=5.0).arch_name() == get_preset("gpt2").arch_name()  # gpt2 has no RoPE
 
 
 @pytest.mark.parametrize("n_embd, ffn_type, d_ff", [
@@ -44,12 +48,12 @@ def test_default_ffn_width(n_embd, ffn_type, d_ff):
     assert ModelConfig(n_embd=n_embd, n_head=4, ffn_type=ffn_type).resolve().d_ff == d_ff
 
 
-def test_explicit_keys_beat_the_preset():
+def test_explicit_keys_override_the_preset():
     config = get_preset("gpt2", normalization="rmsnorm", weight_tying=False)
     assert (config.normalization, config.weight_tying, config.norm_position) == ("rmsnorm", False, "post")
 
 
-def test_a_presets_activation_does_not_follow_into_swiglu():
+def test_a_presets_activation_is_dropped_with_an_ffn_that_implies_another():
     assert get_preset("gpt2", ffn_type="swiglu").resolve().activation == "silu"
 
 
@@ -97,11 +101,11 @@ def test_resolving_twice_changes_nothing():
     ("activation", dict(ffn_type="geglu", activation="silu")),
     ("attn_softcap", dict(attn_softcap=0.0)),
 ])
-def test_what_cannot_be_built_is_refused_by_key(key, overrides):
-    with pytest.raises(ConfigError) as refused:
+def test_an_invalid_config_is_refused_and_the_error_names_the_key(key, overrides):
+    with pytest.raises(ConfigError) as error:
         get_preset("custom", **overrides)
-    assert refused.value.key == key
-    assert str(refused.value).startswith(f"{key}: ") and "\n" not in str(refused.value)
+    assert error.value.key == key
+    assert str(error.value).startswith(f"{key}: ") and "\n" not in str(error.value)
 
 
 def test_unknown_preset_names_the_nearest():
@@ -136,21 +140,15 @@ def test_layers_take_their_window_and_their_table_of_value_embeddings():
     assert [ModelConfig(n_layer=2, value_embeddings=1).value_table(i) for i in range(2)] == [0, 0]
 
 
-def test_auto_takes_the_first_backend_that_can_do_what_is_asked():
+def test_auto_takes_the_first_backend_that_supports_the_other_keys():
     assert ModelConfig().resolve().attention_backend == "sdpa"
     assert ModelConfig(attn_softcap=5.0).resolve().attention_backend == "manual"
     assert ModelConfig(attn_softcap=5.0, attention_backend="flex").resolve().attention_backend == "flex"
     assert ModelConfig(attn_softcap=5.0, dropout=0.1).supported_backends() == ["manual"]
 
 
-def test_labels_tell_options_apart():
-    for table in AXES.values():
-        labels = [o.label for o in table.values() if o.label]
-        assert len(labels) == len(set(labels))
-
-
 def test_the_readmes_table_names_every_option():
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     table = readme.partition("## The options")[2].partition("## ")[0]
     options = {f.name: set(f.metadata["choices"] or ()) for f in dataclasses.fields(ModelConfig)}
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^;|]*)", table, re.MULTILINE))
@@ -159,6 +157,34 @@ def test_the_readmes_table_names_every_option():
     assert set(re.findall(r"`(\w+)`", table)) <= options.keys() | set().union(*options.values())
 
 
+def test_every_key_has_another_value_that_is_accepted():
+    for key, values in example_values().items():
+        default = next(f.default for f in dataclasses.fields(ModelConfig) if f.name == key)
+        others = [value for value in values if value != default]
+        assert others and len(set(values)) == len(values), key
+        for value in others:
+            config = ModelConfig(**{key: value})
+            assert getattr(config, key) == value and config != ModelConfig(), key
+
+
+def test_every_option_names_a_class_of_its_own():
+    for axis, table in AXES.items():
+        classes = [option.load_class() for option in table.values()]
+        assert all(isinstance(cls, type) for cls in classes) and len(set(classes)) == len(classes), axis
+        assert [option.class_name for option in table.values()] == [cls.__name__ for cls in classes]
+
+
+def test_an_option_added_to_a_table_is_accepted_and_built(monkeypatch):
+    class Identity(torch.nn.Identity):
+        pass
+
+    monkeypatch.setitem(AXES["qk_norm"], "unit", AXES["qk_norm"]["none"]._replace(load_class=lambda: Identity))
+    config = dataclasses.replace(ModelConfig(), n_layer=1)
+    object.__setattr__(config, "qk_norm", "unit")  # `choices` were read when the class was defined
+    assert component("qk_norm", config) is Identity
+
+
 def test_torch_is_not_imported():
-    code = "import sys, model_config, configurator; configurator.load_config([]); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = ("import sys, model_config, configurator; configurator.load_config(['config/arch_llama.py']); "
+            "model_config.list_presets(); assert 'torch' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)

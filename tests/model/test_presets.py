@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from architectures import count_parameters
 from parity import TINY, randomised
 
 from model_builder import build_model
@@ -14,22 +15,26 @@ from model_config import get_preset
 
 
 class Family(typing.NamedTuple):
-    """How a preset and keys of ours answer a configuration of transformers'.
+    """A preset with keys, and the configuration in transformers that is the same model.
 
-    names: {piece of a parameter's name here: there}, one after the other. fused: where the three projections are one
-    matrix there, its name. part(fused weight or bias, 0 | 1 | 2): that of queries, keys, values. Its matrices may be
-    transposed.
+    preset, keys: of this project.
+    hf_config: the prefix of transformers' configuration class; hf_keys: its arguments.
+    names: {substring of a parameter's name here: in transformers}, replaced one after the other.
+    fused: the name of the matrix that holds queries, keys and values in transformers, if they are one matrix.
+    split: (fused weight or bias, 0 | 1 | 2) -> that of queries, keys or values.
+    transposed: whether transformers stores the matrices transposed.
+    rtol: transformers computes norms, angles and softmax in float32 whatever the dtype of the model.
     """
 
     preset: str
-    ours: dict
-    config: str
-    theirs: dict
+    keys: dict
+    hf_config: str
+    hf_keys: dict
     names: dict
     fused: str | None = None
-    part: typing.Callable | None = None
+    split: typing.Callable | None = None
     transposed: bool = False
-    rtol: float = 1e-5  # transformers computes norms, angles and softmax in float32 whatever the model's dtype
+    rtol: float = 1e-5
 
 
 LLAMA = {"blocks.": "model.layers.", "token_embedding": "model.embed_tokens", "final_norm": "model.norm",
@@ -103,7 +108,7 @@ FAMILIES = {
         "gemma2", dict(n_kv_head=1, head_dim=20, norm_position="pre", sliding_window=None, attn_softcap=None,
                        logit_softcap=None), "Gemma",
         dict(SIZES, num_key_value_heads=1, head_dim=20, rms_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh"), LLAMA),
-    "gemma2": Family(  # softcaps and window small enough to be felt, the scale neither's default
+    "gemma2": Family(  # softcaps and window small enough to matter, a scale other than both defaults
         "gemma2", dict(n_kv_head=2, head_dim=20, sliding_window=5, attn_scale=9**-0.5, attn_softcap=0.5,
                        logit_softcap=1.5), "Gemma2",
         dict(SIZES, num_key_value_heads=2, head_dim=20, sliding_window=5, query_pre_attn_scalar=9,
@@ -123,7 +128,7 @@ FAMILIES = {
         "olmo2", dict(n_kv_head=2), "Olmo2",
         dict(SIZES, num_key_value_heads=2, rms_norm_eps=1e-6,
              rope_parameters=dict(rope_type="default", rope_theta=500_000.0)), OLMO),
-    "granite": Family(  # its division of the logits is muP's
+    "granite": Family(  # muP divides the logits as Granite does
         "llama", dict(norm_eps=1e-6, embedding_scale=3.0, attn_scale=0.4, residual_scale=0.3, init="mup",
                       mup_base_width=12), "Granite",
         dict(SIZES, embedding_multiplier=3.0, attention_multiplier=0.4, residual_multiplier=0.3, logits_scaling=4.0),
@@ -151,47 +156,47 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_preset_is_its_family_in_transformers(family):
     f = FAMILIES[family]
-    config = getattr(transformers, f"{f.config}Config")(**f.theirs, attn_implementation="eager")
-    theirs = randomised(transformers.AutoModelForCausalLM.from_config(config))
-    own = dict(theirs.named_parameters())
-    if "lm_head.bias" in own:  # Phi's, which no preset has
-        own.pop("lm_head.bias").data.zero_()
-    ours = build_model(get_preset(f.preset, **TINY | {"d_ff": 128} | f.ours)).double().eval()
+    config = getattr(transformers, f"{f.hf_config}Config")(**f.hf_keys, attn_implementation="eager")
+    reference = randomised(transformers.AutoModelForCausalLM.from_config(config))
+    hf_parameters = dict(reference.named_parameters())
+    if "lm_head.bias" in hf_parameters:  # Phi's, which no preset has
+        hf_parameters.pop("lm_head.bias").data.zero_()
+    model = build_model(get_preset(f.preset, **TINY | {"d_ff": 128} | f.keys)).double().eval()
 
-    def there(name, state):
-        """The tensor among {their name: tensor} that answers our `name`."""
-        for mine, other in f.names.items():
-            name = name.replace(mine, other)
+    def hf_tensor(name, state):
+        """The tensor in {transformers' name: tensor} for the parameter `name` of this project."""
+        for here, in_transformers in f.names.items():
+            name = name.replace(here, in_transformers)
         if f.fused and (match := re.search("[qkv]_proj", name)):
-            value = f.part(state[name.replace(match[0], f.fused)], "qkv".index(match[0][0]))
+            value = f.split(state[name.replace(match[0], f.fused)], "qkv".index(match[0][0]))
         else:
             value = state[name]
         matrix = re.search(r"(_proj|\.c_\w+)\.weight", name)
         return value.T if f.transposed and matrix else value
 
     with torch.no_grad():
-        for name, p in ours.named_parameters():
-            value = there(name, own)
+        for name, p in model.named_parameters():
+            value = hf_tensor(name, hf_parameters)
             assert p.shape == value.shape, name
             p.copy_(value)
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in own.values())  # none is left out
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in hf_parameters.values())
     idx = torch.randint(0, 61, (3, 24), generator=torch.Generator().manual_seed(1))
-    logits, loss = ours(idx, idx.roll(-1, 1))
-    expected = theirs(idx).logits
+    logits, loss = model(idx, idx.roll(-1, 1))
+    expected = reference(idx).logits
     torch.testing.assert_close(logits, expected, rtol=f.rtol, atol=f.rtol)
-    reference = F.cross_entropy(expected.flatten(0, 1), idx.roll(-1, 1).flatten())
+    expected_loss = F.cross_entropy(expected.flatten(0, 1), idx.roll(-1, 1).flatten())
     # The loss is computed in float32, as under mixed precision.
-    torch.testing.assert_close(loss.double(), reference, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-6, atol=0.0)
     logits.square().sum().backward()
     expected.square().sum().backward()
-    gradients = {n: q.grad for n, q in own.items()}
-    largest = max(g.abs().max().item() for g in gradients.values())  # a key's bias has none but rounding
-    for name, p in ours.named_parameters():
-        torch.testing.assert_close(p.grad, there(name, gradients), rtol=f.rtol, atol=f.rtol * largest,
+    gradients = {n: q.grad for n, q in hf_parameters.items()}
+    largest = max(g.abs().max().item() for g in gradients.values())  # the bias of the keys has only rounding errors
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, hf_tensor(name, gradients), rtol=f.rtol, atol=f.rtol * largest,
                                    msg=lambda m, name=name: f"{name}: {m}")
 
 
-RELEASED = {  # the model: (parameters, preset, sizes and what else its configuration says)
+RELEASED = {  # model: (parameters, preset, sizes and other keys)
     "GPT-2": (124_439_808, "gpt2_openai",
               dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, block_size=1024)),
     "Llama-2-7B": (6_738_415_616, "llama",
@@ -236,4 +241,5 @@ def test_a_released_model_has_its_parameter_count(name):
     parameters, preset, keys = RELEASED[name]
     with torch.device("meta"):
         model = build_model(get_preset(preset, **keys))
-    assert model.parameter_counts()["total"] == sum(p.numel() for p in model.parameters()) == parameters
+    counts = model.parameter_counts()["total"], count_parameters(model.config)
+    assert counts == (parameters, parameters) and sum(p.numel() for p in model.parameters()) == parameters

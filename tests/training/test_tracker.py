@@ -94,10 +94,10 @@ def test_without_the_package_there_is_one_warning(new_tracker):
 
 
 def test_an_exit_of_wandb_is_one_warning(new_tracker):
-    def leave(**_):
+    def exit_process(**_):
         raise SystemExit(7)
 
-    tracker, warnings = new_tracker(fake_wandb(init=leave))
+    tracker, warnings = new_tracker(fake_wandb(init=exit_process))
     tracker.finish(FINAL_RECORD)
     assert warnings == ["wandb: SystemExit: 7; continuing without it"]
 
@@ -184,8 +184,8 @@ def without_account(tmp_path, **variables):
 def results(run_dir):
     """What a run computed, without its times: by record type, {step: values}."""
     keys = ("loss", "grad_norm", "val_loss", "layers")
-    return [{step: [record.get(key) for key in keys] for step, record in records(run_dir, kind).items()}
-            for kind in ("step", "eval", "gradients")]
+    return [{step: [record.get(key) for key in keys] for step, record in records(run_dir, record_type).items()}
+            for record_type in ("step", "eval", "gradients")]
 
 
 @pytest.fixture(scope="module")

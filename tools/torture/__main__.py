@@ -1,12 +1,14 @@
-"""Torture runs and checkpoints, and count what breaks. Exit code 0 if every promise held.
+"""Torture runs and checkpoints, and count broken promises. Exit code 0 if there are none.
 
-    python -m tools.torture                       all of it: an hour on two cores
+    python -m tools.torture                       all groups: an hour on two cores
     python -m tools.torture kills --scale=0.1     one group, a tenth of its trials
 
-A line for each kind of trial, then a summary. The trials are drawn from --seed; where the clock decides (a kill at a
-random moment), two runs of the tool differ. Runs are tiny, 12 steps with a save every second; ranks are forked from a
-process that has torch loaded (tools/torture/ranks.py), a part of each group goes through torchrun. Run directories of
-broken promises are kept and named.
+Prints a line for each kind of trial, then a summary. --seed determines the trials; where the clock decides (a kill at a
+random time), two runs of the tool differ. Runs are tiny, 12 steps with a save every second step. Their ranks are forked
+from a process with torch loaded (ranks.py); some of each group are launched by torchrun. The run directories of broken
+promises are kept, and their paths printed.
+
+A new group is a function here, or in files.py, that yields the rows of `run_trials`, and an entry of GROUPS.
 """
 
 import contextlib
@@ -19,78 +21,83 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from blockgpt.console import ArgumentParser
 from blockgpt.errors import did_you_mean, exit_on_user_error
 from tools.torture.files import damage, malicious
 from tools.torture.ranks import PHASES
-from tools.torture.runs import EVERY, MODES, STEPS, Tool
+from tools.torture.runs import CHECKPOINT_INTERVAL, MODES, STEPS, Harness, Trial
+from tools.torture.trials import Row, run_trials
 
-SAVED = ("single", "ddp", "zero1", "fsdp")
-KILLS = 200  # at random moments
-KILLS_A_PHASE = 60
-CHAIN = 4  # kills of one run at the most
-TORCHRUN = 10  # one run of this many goes through torchrun
-
-
-def events(tool, mode, phase):
-    """[(rank, number of events of `phase` in a whole run)] of the ranks that have such."""
-    counts = [dict(count, save=sum(count.values())) for count in tool.reference(mode).counts]
-    return [(rank, count[phase]) for rank, count in enumerate(counts) if count.get(phase)]
+DEFAULT_MODES = ("single", "ddp", "zero1", "fsdp")
+KILLS = 200  # at random times
+KILLS_PER_PHASE = 60
+MAX_KILLS_PER_RUN = 4
+TORCHRUN_INTERVAL = 10  # one trial in this many is launched by torchrun
+SMOKE_SCALE = 0.02  # at this --scale and below, a run is killed once
+Result = tuple[Trial, Counter[str]]
 
 
 # ---- kills
 
-def kill_chain(tool, rng, mode, phase, torchrun):
-    """A run killed again and again, in a phase of its saves or (None) at random moments, then left to its end."""
-    trial = tool.trial(mode, [f"--checkpoint_async={rng.random() < 0.5}"], torchrun=torchrun, mimic=rng.random() < 0.5)
-    figures, newest = Counter(chains=1, torchrun=int(torchrun)), 0
-    for _ in range(CHAIN if tool.scale > 0.02 else 1):
+def kill_repeatedly(harness: Harness, mode: str, phase: str | None, torchrun: bool, rng: random.Random) -> Result:
+    """A run killed several times, in a phase of its saves or (None) at random times, then left to finish."""
+    trial = harness.new_trial(mode, [f"--checkpoint_async={rng.random() < 0.5}"], torchrun=torchrun,
+                              mimic=rng.random() < 0.5)
+    counts, newest = Counter(runs=1, torchrun=int(torchrun)), 0
+    for _ in range(MAX_KILLS_PER_RUN if harness.scale > SMOKE_SCALE else 1):
         fault = kill = None
         if phase is None:
-            ranks = rng.choice([[rank] for rank in range(trial.size)] + [list(range(trial.size))])
-            wall = tool.reference(mode).wall
+            ranks = rng.choice([[rank] for rank in range(trial.world_size)] + [list(range(trial.world_size))])
+            wall = harness.reference(mode).wall
             kill = (rng.uniform(wall, 4 * wall) if torchrun else rng.uniform(0, wall), ranks)
         else:
-            rank, count = rng.choice(events(tool, mode, phase))
-            victims = ["self"] if trial.size == 1 else ["self", "other"] if torchrun else ["self", "other", "all"]
-            # A save has a sixth of them, but for those that are only at the end.
+            rank, count = rng.choice(harness.events(mode, phase))
+            victims = ["self"] if trial.world_size == 1 else ["self", "other"] if torchrun else ["self", "other", "all"]
+            # Half the events leave half the saves; the export's events are all at the end.
             n = rng.randint(1, count if phase == "export" else max(1, count // 2))
-            fault = {"kind": "kill", "ranks": [rank], "phase": phase, "n": n, "victim": rng.choice(victims)}
+            fault = {"action": "kill", "ranks": [rank], "phase": phase, "n": n, "victim": rng.choice(victims)}
         result = trial.launch(fault, kill)
-        struck = result.struck or bool(result.fired)
-        figures["kills"] += struck
-        figures["noticed"] += struck and 6 in result.codes
-        figures["ended"] += result.hung  # a rank that waited for one killed before they had met
+        killed = result.killed or bool(result.fired)
+        counts["kills"] += killed
+        counts["noticed"] += killed and 6 in result.codes
+        counts["timeouts"] += result.hung  # of a rank whose peer was killed before they had connected
         trial.check_resumed(result, newest)
-        newest = trial.check_visible(max(newest, result.announced()))
-        if not struck:
+        newest = trial.check_checkpoints(max(newest, result.newest_saved()))
+        if not killed:
             break
     result = trial.launch()
     trial.check_resumed(result, newest)
     trial.check_end(result)
-    figures["launches"] = trial.launches
-    return trial, figures
+    counts["launches"] = trial.launches
+    return trial, counts
 
 
-def kills(tool):
-    for mode in tool.modes:
-        yield from until(tool, "kills", f"{mode}, any moment", "kills", KILLS / len(SAVED), lambda rng, i, mode=mode:
-                         kill_chain(tool, rng, mode, None, tool.torchrun and i % TORCHRUN == 0))
-    for phase in tool.phases:
-        modes = [mode for mode in tool.modes if events(tool, mode, phase)]
+def kills(harness: Harness) -> Iterator[Row]:
+    per_trial = 1 if harness.scale <= SMOKE_SCALE else 3
+    for mode in harness.modes:
+        def at_random_times(rng: random.Random, i: int, mode: str = mode) -> Result:
+            return kill_repeatedly(harness, mode, None, harness.torchrun and i % TORCHRUN_INTERVAL == 0, rng)
+        yield from run_trials(harness, "kills", f"{mode}, any time", "kills", KILLS / len(DEFAULT_MODES),
+                              at_random_times, per_trial)
+    for phase in harness.phases:
+        modes = [mode for mode in harness.modes if harness.events(mode, phase)]
         for mode in modes:
-            yield from until(tool, "kills", f"{mode}, {phase}", "kills", KILLS_A_PHASE / len(modes),
-                             lambda rng, i, mode=mode, phase=phase: kill_chain(
-                                 tool, rng, mode, phase, tool.torchrun and i == 0 and mode in ("ddp", "fsdp")))
+            def in_phase(rng: random.Random, i: int, mode: str = mode, phase: str = phase) -> Result:
+                torchrun = harness.torchrun and i == 0 and mode in ("ddp", "fsdp")
+                return kill_repeatedly(harness, mode, phase, torchrun, rng)
+            yield from run_trials(harness, "kills", f"{mode}, {phase}", "kills", KILLS_PER_PHASE / len(modes),
+                                  in_phase, per_trial)
 
 
 # ---- a full disk
 
 @contextlib.contextmanager
-def small_disk(folder, megabytes):
+def small_disk(folder: Path, megabytes: int) -> Iterator[bool]:
     """A tmpfs at `folder`; False where mounting is not permitted."""
     folder.mkdir(parents=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)],
@@ -102,212 +109,197 @@ def small_disk(folder, megabytes):
             subprocess.run(["umount", str(folder)], check=True)
 
 
-def full_disk(tool, rng, mode, phase):
-    """The disk fills up in a phase of a save, and has room again two steps later, or not before the run has ended."""
-    disk = tool.folder / f"disk{next(tool.number)}"
+def full_disk(harness: Harness, mode: str, phase: str, rng: random.Random, i: int) -> Result:
+    """The disk becomes full in a phase of a save, and has space again two steps later or after the end of the run."""
+    disk = harness.folder / f"disk{next(harness.trial_ids)}"
     with small_disk(disk, 16) as mounted:
-        trial = tool.trial(mode, [f"--checkpoint_async={rng.random() < 0.5}"], out_dir=disk)
-        stays = rng.random() < 0.4
-        rank, count = rng.choice(events(tool, mode, phase))
-        fault = {"ranks": [rank], "phase": phase, "n": rng.randint(1, count if phase == "export" else count // 2 or 1)}
+        trial = harness.new_trial(mode, [f"--checkpoint_async={rng.random() < 0.5}"], out_dir=disk)
+        stays_full = rng.random() < 0.4
+        rank, count = rng.choice(harness.events(mode, phase))
+        fault: dict[str, Any] = {
+            "ranks": [rank], "phase": phase, "n": rng.randint(1, count if phase == "export" else count // 2 or 1)}
         if mounted:
-            fault |= {"kind": "fill", "ballast": str(disk / "ballast"), "release": 0 if stays else 2}
+            fault |= {"action": "fill_disk", "ballast": str(disk / "ballast"), "release": 0 if stays_full else 2}
         else:
-            fault |= {"kind": "full", "failures": 10**6 if stays else 1}
+            fault |= {"action": "refuse", "failures": 10**6 if stays_full else 1}
         result = trial.launch(fault)
         failed = result.lines("warning: the checkpoint of step ")
-        last = result.lines("error: ")
-        newest = trial.check_visible(result.announced())
+        errors = result.lines("error: ")
+        newest = trial.check_checkpoints(result.newest_saved())
         if len(failed) != len(set(failed)) or "Traceback" in result.err:
-            trial.break_("told", result.err[-600:])
+            trial.report_broken("message", result.err[-600:])
         if set(result.codes) == {4}:
-            if len(last) != 1 or "the last good one stands" not in last[0]:
-                trial.break_("told", result.err[-600:])
+            if len(errors) != 1 or "last good" not in errors[0]:
+                trial.report_broken("message", result.err[-600:])
         elif set(result.codes) != {0} or result.hung:
-            trial.break_("stopped", f"codes {result.codes}: {result.err[-600:]}")
+            trial.report_broken("stopped", f"codes {result.codes}: {result.err[-600:]}")
         (disk / "ballast").unlink(missing_ok=True)
-        again = trial.launch()
-        trial.check_resumed(again, newest)
-        trial.check_end(again)
-        figures = Counter(trials=1, tmpfs=int(mounted), full=len(result.fired) > 0, failed=len(failed),
-                          exit4=4 in result.codes)
+        resumed = trial.launch()
+        trial.check_resumed(resumed, newest)
+        trial.check_end(resumed)
+        counts = Counter(trials=1, tmpfs=int(mounted), full=int(len(result.fired) > 0), failed=len(failed),
+                         exit4=int(4 in result.codes))
         if trial.broken:
             shutil.copytree(disk, trial.folder / "disk")
-    return trial, figures
+    return trial, counts
 
 
-def disk(tool):
-    for phase in tool.phases:
-        for mode in tool.modes:
-            if events(tool, mode, phase):
-                yield from until(tool, "disk", f"{mode}, {phase}", "trials", 4,
-                                 lambda rng, i, mode=mode, phase=phase: full_disk(tool, rng, mode, phase))
+def disk(harness: Harness) -> Iterator[Row]:
+    for phase in harness.phases:
+        for mode in harness.modes:
+            if harness.events(mode, phase):
+                yield from run_trials(harness, "disk", f"{mode}, {phase}", "trials", 4,
+                                      partial(full_disk, harness, mode, phase))
 
 
 # ---- signals
 
-def signalled(tool, rng, number, target, phase, mode):
-    """A signal in the midst of something: all ranks stop after the same step, save, and the run goes on later."""
-    trial = tool.trial(mode, [f"--checkpoint_async={rng.random() < 0.5}"], torchrun=target == "launcher")
-    rank = rng.randrange(trial.size)
-    fault = {"kind": "signal", "number": int(number), "ranks": [rank], "phase": phase,
-             "victim": {"launcher": "launcher", "one": "self", "all": "all"}[target]}
+def send_signal(harness: Harness, signal_number: int, target: str, phase: str, mode: str, rng: random.Random) -> Result:
+    """A signal in a phase of the loop: all ranks stop after the same step and save, and the run can be resumed."""
+    trial = harness.new_trial(mode, [f"--checkpoint_async={rng.random() < 0.5}"], torchrun=target == "launcher")
+    rank = rng.randrange(trial.world_size)
+    fault: dict[str, Any] = {"action": "signal", "signal": int(signal_number), "ranks": [rank], "phase": phase,
+                             "victim": {"launcher": "launcher", "one": "self", "all": "all"}[target]}
     if phase == "save":
-        count = dict(events(tool, mode, "save"))[rank]
+        count = dict(harness.events(mode, "save"))[rank]
         fault["n"] = rng.randint(1, count // 2)
     else:
         fault |= {"k": rng.randint(2, 8) if phase == "step" else rng.randint(1, 2), "n": rng.randint(0, 1500)}
     result = trial.launch(fault)
-    newest = trial.check_visible(result.announced())
-    figures = Counter(signals=len(result.fired), torchrun=int(trial.torchrun))
+    newest = trial.check_checkpoints(result.newest_saved())
+    counts = Counter(signals=len(result.fired), torchrun=int(trial.torchrun))
     if result.hung:
-        trial.break_("hung", result.err[-600:])
+        trial.report_broken("hung", result.err[-600:])
     elif set(result.codes) != {0}:
-        trial.break_("codes", f"{result.codes}: {result.err[-600:]}")
+        trial.report_broken("codes", f"{result.codes}: {result.err[-600:]}")
     else:
         run = trial.read_run()
-        if len(set(result.steps)) != 1 or len(result.steps) != trial.size or newest != result.steps[0]:
-            trial.break_("steps", f"{result.steps}, newest {newest}")
-        # Struck beside a save in the background, at the last step; or that save was a shorter one than was drawn.
+        if len(set(result.steps)) != 1 or len(result.steps) != trial.world_size or newest != result.steps[0]:
+            trial.report_broken("steps", f"{result.steps}, newest {newest}")
+        # The signal came at the last step, during a background save; or that save had fewer events than the reference.
         late = all(int(line.split()[1]) == STEPS for line in result.fired)
-        figures["late"] += late
+        counts["late"] += late
         if run["status"] != ("finished" if late else "interrupted") or not (
                 late or run["status_reason"].endswith(f" at step {newest}")):
-            trial.break_("status", f"{run['status']}: {run['status_reason']}, struck in {result.fired}")
-    trial.torchrun = False  # across the two, a run goes on as well
-    again = trial.launch()
-    trial.check_resumed(again, newest)
-    trial.check_end(again)
-    return trial, figures
+            trial.report_broken("status", f"{run['status']}: {run['status_reason']}, fired in {result.fired}")
+    trial.torchrun = False  # a run of torchrun is resumed without it, too
+    resumed = trial.launch()
+    trial.check_resumed(resumed, newest)
+    trial.check_end(resumed)
+    return trial, counts
 
 
-def signals(tool):
-    kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    modes = [mode for mode in tool.modes if MODES[mode][0] > 1] or ["single"]
-    for target in ("launcher", "one", "all") if tool.torchrun else ("one", "all"):
+def signals(harness: Harness) -> Iterator[Row]:
+    signal_numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    modes = [mode for mode in harness.modes if MODES[mode][0] > 1] or ["single"]
+    for target in ("launcher", "one", "all") if harness.torchrun else ("one", "all"):
         for phase in ("step", "evaluation", "save"):
-            yield from until(tool, "signals", f"{target}, in {phase}", "signals", 7,
-                             lambda rng, i, target=target, phase=phase: signalled(
-                                 tool, rng, kinds[i % 3], target, phase, modes[(i + i // 3) % len(modes)]))
+            def in_phase(rng: random.Random, i: int, target: str = target, phase: str = phase) -> Result:
+                return send_signal(harness, signal_numbers[i % 3], target, phase, modes[(i + i // 3) % len(modes)], rng)
+            yield from run_trials(harness, "signals", f"{target}, in {phase}", "signals", 7, in_phase)
 
 
 # ---- not finite
 
-def not_finite(tool, rng, mode, where):
-    """NaN or an infinity on one rank: all end before the update, and the run goes on from its last save later."""
-    trial = tool.trial(mode)
-    rank, step = rng.randrange(trial.size), rng.randint(1, STEPS)
-    result = trial.launch({"kind": "nonfinite", "value": rng.choice(["nan", "inf", "-inf"]), "where": where, "n": step,
-                           "ranks": [rank], "micro": rng.randrange(4 // trial.size), "micro_steps": 4 // trial.size})
+def not_finite(harness: Harness, where: str, rng: random.Random, i: int) -> Result:
+    """NaN or an infinity on one rank: all ranks exit before the update, and the run resumes from its last save."""
+    trial = harness.new_trial(harness.modes[i % len(harness.modes)])
+    rank, step, micro_steps = rng.randrange(trial.world_size), rng.randint(1, STEPS), 4 // trial.world_size
+    result = trial.launch({"action": "nonfinite", "value": rng.choice(["nan", "inf", "-inf"]), "where": where,
+                           "n": step, "ranks": [rank], "micro": rng.randrange(micro_steps), "micro_steps": micro_steps})
     errors = result.lines("error: ")
     if set(result.codes) != {5} or result.hung:
-        trial.break_("codes", f"{result.codes}: {result.err[-600:]}")
-    asked = [f"step {step}:", "learning rate ", "gradient norm ", "sequences ", "from token ", f"on rank {rank}:"]
-    if len(errors) != 1 or not all(word in errors[0] for word in asked):
-        trial.break_("told", f"{where} on rank {rank} at step {step}: {errors}")
-    newest = trial.check_visible(max((step - 1) // EVERY * EVERY, result.announced()))
+        trial.report_broken("codes", f"{result.codes}: {result.err[-600:]}")
+    required = [f"step {step}:", "learning rate ", "gradient norm ", "sequences ", "from token ", f"on rank {rank}:"]
+    if len(errors) != 1 or not all(text in errors[0] for text in required):
+        trial.report_broken("message", f"{where} on rank {rank} at step {step}: {errors}")
+    last_save = (step - 1) // CHECKPOINT_INTERVAL * CHECKPOINT_INTERVAL
+    newest = trial.check_checkpoints(max(last_save, result.newest_saved()))
     if newest >= step:
-        trial.break_("saved", f"step {newest}, not finite at {step}")
-    again = trial.launch()
-    trial.check_resumed(again, newest)
-    trial.check_end(again)
+        trial.report_broken("saved", f"step {newest}, not finite at {step}")
+    resumed = trial.launch()
+    trial.check_resumed(resumed, newest)
+    trial.check_end(resumed)
     return trial, Counter(trials=1)
 
 
-def nonfinite(tool):
+def nonfinite(harness: Harness) -> Iterator[Row]:
     for where in ("loss", "gradient", "reduced"):
-        yield from until(tool, "nonfinite", f"in the {where}", "trials", 14, lambda rng, i, where=where:
-                         not_finite(tool, rng, tool.modes[i % len(tool.modes)], where))
+        yield from run_trials(harness, "nonfinite", f"in the {where}", "trials", 14,
+                              partial(not_finite, harness, where))
 
 
 # ---- ends
 
-def end(tool, rng, mode, torchrun):
-    trial = tool.trial(mode, ["--max_iters=2"], torchrun=torchrun)
+def run_to_end(harness: Harness, mode: str, rng: random.Random, i: int) -> Result:
+    """A run of two steps: every rank and the launcher exit with code 0."""
+    torchrun = harness.torchrun and i % TORCHRUN_INTERVAL == 0
+    trial = harness.new_trial(mode, ["--max_iters=2"], torchrun=torchrun)
     result = trial.launch()
     if set(result.codes) != {0} or result.launcher or result.hung:
-        trial.break_("codes", f"{result.codes}, launcher {result.launcher}: {result.err[-600:]}")
+        trial.report_broken("codes", f"{result.codes}, launcher {result.launcher}: {result.err[-600:]}")
     return trial, Counter(ends=1, torchrun=int(torchrun))
 
 
-def ends(tool):
-    for mode in [*tool.modes, "tp"] if tool.modes == SAVED else tool.modes:
-        yield from until(tool, "ends", mode, "ends", 100, lambda rng, i, mode=mode:
-                         end(tool, rng, mode, tool.torchrun and i % TORCHRUN == 0))
+def ends(harness: Harness) -> Iterator[Row]:
+    for mode in [*harness.modes, "tp"] if harness.modes == DEFAULT_MODES else harness.modes:
+        yield from run_trials(harness, "ends", mode, "ends", 100, partial(run_to_end, harness, mode))
 
 
-# ---- together
+# ---- the command
 
-def until(tool, group, row, what, target, trial_of):
-    """Do `trial_of(rng, number)` until `target` (times --scale) of `what` are counted; yields the row."""
-    target, started, total, broken = max(1, round(target * tool.scale)), time.monotonic(), Counter(), []
-    number = 0
-    with ThreadPoolExecutor(tool.jobs) as pool:
-        while total[what] < target and number < 20 * target:
-            def one(i):
-                trial, figures = trial_of(random.Random(f"{tool.seed} {group} {row} {i}"), i)
-                tool.end(trial)
-                return trial.broken, figures
-
-            # As many as are still missing, by what they brought so far.
-            rate = max(total[what] / number, 1) if number else 1 if what != "kills" or tool.scale <= 0.02 else 3
-            batch = range(number, number + max(1, round((target - total[what]) / rate)))
-            for found, figures in pool.map(one, batch):
-                broken += found
-                total += figures
-            number = batch.stop
-    yield group, row, total, broken, time.monotonic() - started
+GROUPS: dict[str, Callable[[Harness], Iterator[Row]]] = {
+    "kills": kills, "damage": damage, "disk": disk, "signals": signals, "nonfinite": nonfinite, "ends": ends,
+    "malicious": malicious}
 
 
-GROUPS = {"kills": kills, "damage": lambda tool: damage(tool, until), "disk": disk, "signals": signals,
-          "nonfinite": nonfinite, "ends": ends, "malicious": lambda tool: malicious(tool, until)}
+def run_groups(harness: Harness, groups: list[str]) -> dict[str, Row]:
+    """Run the groups and print their rows; {group: the sum of its rows}."""
+    totals: dict[str, Row] = {}
+    for group in groups:
+        for row in GROUPS[group](harness):
+            print(row, flush=True)
+            for promise, details in row.broken:
+                print(f"  {promise}: {details}", flush=True)
+            total = totals.get(group, Row(group, "in all", Counter(), [], 0.0))
+            totals[group] = Row(group, "in all", total.counts + row.counts, total.broken + row.broken,
+                                total.seconds + row.seconds)
+    return totals
 
 
-def told(group, row, figures, broken, seconds):
-    parts = [f"{n} {what}" for what, n in figures.items()]
-    parts += [f"BROKEN: {n} {promise}" for promise, n in Counter(p for p, _ in broken).items()] or ["0 broken"]
-    return f"{group:<10}{row:<30} {', '.join(parts):<80} {seconds:5.0f} s"
-
-
-def main(argv):
+def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("groups", nargs="*", default=["all"], help=f"{', '.join(GROUPS)}, or all")
-    parser.add_argument("--seed", type=int, default=1, help="of the trials")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the number of trials")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trials side by side")
-    parser.add_argument("--folder", type=Path, default=None, help="where the trials run; default: that of temporaries")
-    parser.add_argument("--modes", default=",".join(SAVED), help="of several processes, and single")
-    parser.add_argument("--phases", default=",".join(PHASES), help="of a save, for kills and full disks")
-    parser.add_argument("--no_torchrun", action="store_true", help="fork all ranks, at a second a run")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the trials")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the number of trials")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trials at the same time")
+    parser.add_argument("--folder", type=Path, default=None, help="where the trials run; default: a temporary folder")
+    parser.add_argument("--modes", default=",".join(DEFAULT_MODES), help=f"of {', '.join(MODES)}")
+    parser.add_argument("--phases", default=",".join(PHASES), help="phases of a save, for kills and full disks")
+    parser.add_argument("--no_torchrun", action="store_true", help="fork all ranks, a second per run")
     args = parser.parse_args(argv)
-    for given, known in ((args.groups, {**GROUPS, "all": 0}), (args.modes.split(","), MODES),
-                         (args.phases.split(","), PHASES)):
-        for name in given:
+    modes, phases = args.modes.split(","), args.phases.split(",")
+    known_names: tuple[tuple[list[str], list[str]], ...] = (
+        (args.groups, [*GROUPS, "all"]), (modes, list(MODES)), (phases, list(PHASES)))
+    for names, known in known_names:
+        for name in names:
             if name not in known:
                 parser.error(f"{name!r} is unknown{did_you_mean(name, known)}")
     folder = Path(tempfile.mkdtemp(prefix="torture-", dir=args.folder))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # small disks are unmounted, whatever ends this
-    tool, started, total, all_broken = Tool(folder, args.seed, args.scale), time.monotonic(), {}, []
-    tool.jobs, tool.torchrun = args.jobs, not args.no_torchrun
-    tool.modes, tool.phases = tuple(args.modes.split(",")), tuple(args.phases.split(","))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that small disks are unmounted
+    started = time.monotonic()
+    harness = Harness(folder, args.seed, args.scale, args.jobs, modes, phases, not args.no_torchrun)
     try:
-        for name, group in GROUPS.items():
-            if name in args.groups or "all" in args.groups:
-                for row in group(tool):
-                    print(told(*row), flush=True)
-                    figures, seconds = total.get(name, (Counter(), 0))
-                    total[name] = figures + row[2], seconds + row[4]
-                    for promise, detail in row[3]:
-                        print(f"  {promise}: {detail}", flush=True)
-                    all_broken += [(name, *found) for found in row[3]]
+        totals = run_groups(harness, [group for group in GROUPS if group in args.groups or "all" in args.groups])
     finally:
-        tool.close()
+        harness.close()
     print(f"\nseed {args.seed}, scale {args.scale:g}, {time.monotonic() - started:.0f} s")
-    for name, (figures, seconds) in total.items():
-        print(told(name, "in all", figures, [found[1:] for found in all_broken if found[0] == name], seconds))
-    if not all_broken:
-        shutil.rmtree(folder)
-    return 1 if all_broken else 0
+    for total in totals.values():
+        print(total)
+    if any(total.broken for total in totals.values()):
+        return 1
+    shutil.rmtree(folder)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The processes that tools.torture torments, and what befalls them from within.
+"""The processes of a tortured run, and the faults that are injected into them.
 
-    python -m tools.torture.ranks                    a server that has torch loaded: it forks the ranks it is asked for
+    python -m tools.torture.ranks                    a server with torch loaded, which forks the ranks it is asked for
     python tools/torture/ranks.py RANK.json FLAGS    a rank under torchrun: train.py FLAGS, with the fault of RANK.json
 
-A rank runs train.py as `__main__` and ends as any interpreter does. Its fault happens at the n-th event of a phase:
-`enter` wraps the functions that are the phases of a save, and a profile function counts the calls that reach the disk
-or the other ranks. Requests and answers of the server are lines of JSON; torture.py's `Server` speaks them.
+A rank runs train.py as `__main__` and exits as any interpreter does. Its fault is injected at the n-th event of a
+phase: WRAPPED names the functions that are the phases of a save, and a profile function counts their calls that reach
+the disk or the other ranks. A new phase is a line of WRAPPED, a new fault a method of `Fault` called by `inject`.
+Requests and answers of the server are lines of JSON, for runs.py's `Server`.
 """
 
 import contextlib
@@ -19,83 +20,104 @@ import select
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the server loads torch after its first lines; a rank under torchrun runs this file as a script
+    import torch
+
+    from blockgpt.training.faults import Watchdog
+    from blockgpt.training.objectives import LanguageModeling
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The phases of a save: where each begins and ends. "rename" is what `finish` does from its os.rename on.
+# The functions whose calls are the phases of a save. "rename" is what `commit` does from its os.rename on.
 WRAPPED = {
     "save": ("blockgpt.training.checkpoint_saver", "CheckpointSaver._write"),
-    "reserve": ("blockgpt.training.checkpoint_files", "TensorFile.__init__"),
-    "tensors": ("blockgpt.training.checkpoint_saver", "write_pieces"),
-    "exchange": ("blockgpt.training.checkpoint_saver", "together"),
-    "index": ("blockgpt.training.checkpoint_saver", "commit"),
+    "preallocate": ("blockgpt.training.checkpoint_files", "TensorFile.__init__"),
+    "write": ("blockgpt.training.checkpoint_saver", "write_chunks"),
+    "all_gather": ("blockgpt.training.checkpoint_saver", "run_on_all_ranks"),
+    "commit": ("blockgpt.training.checkpoint_saver", "commit"),
     "verify": ("blockgpt.training.checkpoint_saver", "verify_written"),
     "prune": ("blockgpt.training.checkpoint_saver", "CheckpointSaver._prune"),
     "export": ("blockgpt.training.checkpoint", "write_export"),
 }
-PHASES = ("reserve", "tensors", "exchange", "index", "rename", "verify", "prune", "export")
+PHASES = ("preallocate", "write", "all_gather", "commit", "rename", "verify", "prune", "export")
 EVENTS = {"open", "write", "fsync", "posix_fallocate", "posix_fadvise", "rename", "replace", "unlink", "rmdir", "mkdir",
           "close", "readinto", "scandir", "lstat", "allgather", "wait"}
-TAKES_ROOM = {"open", "write", "fsync", "posix_fallocate", "rename", "replace", "mkdir"}
+NEEDS_SPACE = {"open", "write", "fsync", "posix_fallocate", "rename", "replace", "mkdir"}
+PRELOADED = ("blockgpt.training.checkpoint_manager", "blockgpt.training.faults", "training_logger",
+             "blockgpt.training.objectives", "blockgpt.training.optimizers", "blockgpt.training.parallel",
+             "blockgpt.accounting.dry_run", "blockgpt.training.sharding", "model_builder", "torch.distributed.optim",
+             "torch.distributed.tensor.parallel", "torch._dynamo")
 
 
 class Fault:
-    """What befalls this rank; said is {"kind", "phase", "n", …}, or {} to count events alone.
+    """A fault of this rank.
 
-    kill: SIGKILL to `victim` (self, other, all ranks). signal: `number` to `victim` (also launcher). fill: the room of
-    the disk is taken by a file `ballast`, removed again when the rank enters its `release`-th step from there (0:
-    never). full: that event and, up to `failures`, those after it in the phase meet ENOSPC. nonfinite: `value` in what
-    `where` names (loss, gradient, reduced: a gradient that the ranks have already shared) at the n-th step from here.
-
-    Phases beside those of a save: save (all of them), step, evaluation (n then counts C calls from the k-th on).
+    Args:
+        spec: {"action", "phase", "n", …}, or {} to only count events. The actions:
+            kill: SIGKILL to `victim` (self, other, all ranks).
+            signal: `signal` to `victim` (also launcher).
+            fill_disk: the free space of the disk is taken by a file `ballast`, which is removed when the rank enters
+                its `release`-th step from there (0: never).
+            refuse: this event and, up to `failures`, the next ones of the phase raise ENOSPC.
+            nonfinite: `value` in the loss, the gradient or the reduced gradient (after the all-reduce), as `where`
+                says, at the n-th step from here.
+            Phases besides those of a save: save (all of them), step, evaluation (n counts C calls from the k-th one).
     """
 
-    def __init__(self, said, rank):
-        self.said, self.rank, self.fired, self.step = said, rank, False, 0
-        self.kind, self.phase, self.n = said.get("kind"), said.get("phase"), said.get("n", 0)
-        self.counts, self.here = {}, threading.local()  # events by phase; the phases this thread is in
-        self.entered, self.left_calls = 0, None  # of a phase of the loop: how often it was, C calls to go
+    def __init__(self, spec: dict[str, Any], rank: int) -> None:
+        self.spec, self.rank, self.fired, self.step = spec, rank, False, 0
+        self.action, self.phase, self.n = spec.get("action"), spec.get("phase"), spec.get("n", 0)
+        self.counts: dict[str, int] = {}  # events by phase
+        self.local = threading.local()  # .stack: the phases that this thread is in
+        self.times_entered = 0  # of the step or evaluation phase
+        self.calls_left: int | None = None  # C calls in this phase until the fault
 
-    def install(self):
+    def install(self) -> None:
+        """Wrap the functions of the program that are phases or are poisoned."""
         from blockgpt.training import faults
-        from blockgpt.training import objectives as objectives_module
-        from blockgpt.training import optimizers as optimizers_module
 
-        for phase, (module, name) in WRAPPED.items():
-            owner = importlib.import_module(module)
-            *cls, name = name.split(".")
-            owner = getattr(owner, cls[0]) if cls else owner
-            setattr(owner, name, self.wrapped(phase, getattr(owner, name)))
-        enter, leave = faults.Watchdog.enter_phase, faults.Watchdog.__exit__
+        for phase, (module, qualified_name) in WRAPPED.items():
+            owner: Any = importlib.import_module(module)
+            *class_names, name = qualified_name.split(".")
+            for class_name in class_names:
+                owner = getattr(owner, class_name)
+            setattr(owner, name, self.wrap(phase, getattr(owner, name)))
+        watchdog_class: Any = faults.Watchdog
+        enter_phase, exit_watchdog = watchdog_class.enter_phase, watchdog_class.__exit__
 
-        def enter_and_look(watchdog, phase, step=None):
-            enter(watchdog, phase, step)
+        def enter_phase_and_inject(watchdog: "Watchdog", phase: str, step: int | None = None) -> None:
+            enter_phase(watchdog, phase, step)
             self.step = watchdog.step
-            self.loop_enters(phase)
+            self.on_loop_phase(phase)
 
-        def leave_and_tell(watchdog, *error):
+        def exit_and_report(watchdog: "Watchdog", *error: Any) -> Any:
             Path(f"rank{self.rank}.json").write_text(json.dumps({"step": watchdog.step, "counts": self.counts}))
-            return leave(watchdog, *error)
+            return exit_watchdog(watchdog, *error)
 
-        faults.Watchdog.enter_phase, faults.Watchdog.__exit__ = enter_and_look, leave_and_tell
-        if self.kind == "nonfinite":
-            self.poison(objectives_module, optimizers_module)
+        watchdog_class.enter_phase, watchdog_class.__exit__ = enter_phase_and_inject, exit_and_report
+        if self.action == "nonfinite":
+            self.poison()
 
     # ------------------------------------------------------------ in a save
 
-    def wrapped(self, phase, function):
-        def call(*args, **kwargs):
-            stack = self.here.__dict__.setdefault("stack", [])
+    def wrap(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, the events of its calls counted as those of `phase`."""
+        def call(*args: Any, **kwargs: Any) -> Any:
+            stack = self.local.__dict__.setdefault("stack", [])
             if not stack and phase not in ("save", "export"):
-                return function(*args, **kwargs)  # verifying before a resume, say: no save
-            if "export" in stack or (phase == "exchange" and stack and stack[-1] != "save"):
+                return function(*args, **kwargs)  # outside a save, such as the verification before a resume
+            if "export" in stack or (phase == "all_gather" and stack and stack[-1] != "save"):
                 return function(*args, **kwargs)
             stack.append(phase)
             previous = sys.getprofile()
-            sys.setprofile(self.see)
+            sys.setprofile(self.on_call)
             if self.phase == phase == "save" and self.n == 0:
-                self.strike(phase)
+                self.inject(phase)
             try:
                 return function(*args, **kwargs)
             finally:
@@ -103,106 +125,112 @@ class Fault:
                 stack[:] = stack[:stack.index(phase)]
         return call
 
-    def see(self, frame, event, called):
+    def on_call(self, frame: FrameType, event: str, called: Any) -> None:
+        """The profile function of a save: count the events of each phase, and inject the fault at its n-th."""
         if event != "c_call" or called.__name__ not in EVENTS:
             return
-        stack = self.here.stack
-        if called.__name__ == "rename" and stack[-1] == "index" and frame.f_code.co_name == "finish":
+        stack = self.local.stack
+        if called.__name__ == "rename" and stack[-1] == "commit" and frame.f_code.co_name == "commit":
             stack.append("rename")
         phase = stack[-1]
         self.counts[phase] = self.counts.get(phase, 0) + 1
         if self.phase in (phase, "save"):
-            now = self.counts[phase] if self.phase == phase else sum(self.counts.values())
-            if now == self.n:
-                self.strike(phase)
-            elif self.fired and self.kind == "full" and self.said["failures"] and called.__name__ in TAKES_ROOM:
-                self.no_room()
+            count = self.counts[phase] if self.phase == phase else sum(self.counts.values())
+            if count == self.n:
+                self.inject(phase)
+            elif self.fired and self.action == "refuse" and self.spec["failures"] and called.__name__ in NEEDS_SPACE:
+                self.refuse()
 
-    # ------------------------------------------------------------ in the loop
+    # ------------------------------------------------------------ in the training loop
 
-    def loop_enters(self, phase):
-        if phase == "step" and self.fired and self.kind == "fill" and self.said["release"]:
-            self.said["release"] -= 1
-            if not self.said["release"]:
-                Path(self.said["ballast"]).unlink(missing_ok=True)
+    def on_loop_phase(self, phase: str) -> None:
+        if phase == "step" and self.fired and self.action == "fill_disk" and self.spec["release"]:
+            self.spec["release"] -= 1
+            if not self.spec["release"]:
+                Path(self.spec["ballast"]).unlink(missing_ok=True)
         if self.phase not in ("step", "evaluation") or self.fired:
             return
-        if self.left_calls is not None:  # the phase ended before its n-th call
+        if self.calls_left is not None:  # the phase ended before its n-th call
             sys.setprofile(None)
-            self.strike(self.phase)
+            self.inject(self.phase)
         elif phase == self.phase:
-            self.entered += 1
-            if self.entered == self.said["k"]:
-                self.left_calls = self.n
+            self.times_entered += 1
+            if self.times_entered == self.spec["k"]:
+                self.calls_left = self.n
                 sys.setprofile(self.count_down)
 
-    def count_down(self, frame, event, called):
-        self.left_calls -= event == "c_call"
-        if self.left_calls <= 0:
+    def count_down(self, frame: FrameType, event: str, called: Any) -> None:
+        assert self.calls_left is not None and self.phase is not None
+        self.calls_left -= event == "c_call"
+        if self.calls_left <= 0:
             sys.setprofile(None)
-            self.strike(self.phase)
+            self.inject(self.phase)
 
-    # ------------------------------------------------------------ what happens
+    # ------------------------------------------------------------ the faults
 
-    def strike(self, phase):
+    def inject(self, phase: str) -> None:
         if self.fired:
             return
         self.fired = True
         with open(f"fired{self.rank}", "a") as f:  # the launcher counts these
-            f.write(f"{phase} {self.step} {newest(self.said['run_dir'])}\n")
-        if self.kind in ("kill", "signal"):
-            number = self.said.get("number", signal.SIGKILL)
-            if self.said["victim"] == "other":
-                os.kill(int(Path(f"pid{1 - self.rank}").read_text()), number)
-            elif self.said["victim"] == "all":  # the ranks are a process group
-                os.kill(0, number)
-            else:
-                os.kill(os.getppid() if self.said["victim"] == "launcher" else os.getpid(), number)
-        elif self.kind == "fill":
-            fill(self.said["ballast"])
-        elif self.kind == "full":
-            self.no_room()
+            f.write(f"{phase} {self.step} {newest_step(self.spec['run_dir'])}\n")
+        if self.action in ("kill", "signal"):
+            self.send_signal(self.spec.get("signal", signal.SIGKILL), self.spec["victim"])
+        elif self.action == "fill_disk":
+            fill_disk(self.spec["ballast"])
+        elif self.action == "refuse":
+            self.refuse()
 
-    def no_room(self):
-        self.said["failures"] -= 1
+    def send_signal(self, signal_number: int, victim: str) -> None:
+        if victim == "all":  # the ranks are a process group
+            os.kill(0, signal_number)
+        else:
+            os.kill({"self": os.getpid, "launcher": os.getppid,
+                     "other": lambda: int(Path(f"pid{1 - self.rank}").read_text())}[victim](), signal_number)
+
+    def refuse(self) -> None:
+        self.spec["failures"] -= 1
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def poison(self, objectives, optimizers):
-        import torch
+    def poison(self) -> None:
+        """Make the loss or a gradient of one step NaN or infinite."""
+        from blockgpt.training import objectives, optimizers
 
-        value, micro_steps = float(self.said["value"]), self.said["micro_steps"]
-        loss, clip, calls = objectives.LanguageModeling.loss, optimizers.clip_gradients, [0, 0]
+        objective_class: Any = objectives.LanguageModeling
+        optimizers_module: Any = optimizers
+        loss, clip_gradients, calls = objective_class.loss, optimizers.clip_gradients, [0, 0]
+        value, where, micro_steps = float(self.spec["value"]), self.spec["where"], self.spec["micro_steps"]
+        call_to_poison = (self.n - 1) * micro_steps + 1 + self.spec["micro"]
 
-        def poisoned_loss(objective, model, batch):
-            share = loss(objective, model, batch)
-            if torch.is_grad_enabled():
-                calls[0] += 1
-                if calls[0] == (self.n - 1) * micro_steps + 1 + self.said["micro"]:
-                    if self.said["where"] == "loss":
-                        share = share * value if value != value else share + value
-                    elif self.said["where"] == "gradient":
-                        share.register_hook(lambda g: g * value)
-            return share
+        def poisoned_loss(objective: "LanguageModeling", model: "torch.nn.Module", batch: Any) -> "torch.Tensor":
+            micro_loss = loss(objective, model, batch)
+            calls[0] += micro_loss.requires_grad  # not in an evaluation
+            if micro_loss.requires_grad and calls[0] == call_to_poison:
+                if where == "loss":
+                    micro_loss = micro_loss * value if value != value else micro_loss + value
+                elif where == "gradient":
+                    micro_loss.register_hook(lambda gradient: gradient * value)
+            return micro_loss
 
-        def poisoned_clip(model, *rest):
+        def poisoned_clip(model: "torch.nn.Module", max_norm: float) -> float:
             calls[1] += 1
-            if calls[1] == self.n and self.said["where"] == "reduced":
-                p = [p for p in model.parameters() if p.grad is not None][-1].grad
-                p = p.to_local() if hasattr(p, "to_local") else p
-                if p.numel():
-                    p.view(-1)[0] = value
-            return clip(model, *rest)
+            if calls[1] == self.n and where == "reduced":
+                gradient: Any = [p.grad for p in model.parameters() if p.grad is not None][-1]
+                gradient = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+                if gradient.numel():
+                    gradient.view(-1)[0] = value
+            return clip_gradients(model, max_norm)
 
-        objectives.LanguageModeling.loss, optimizers.clip_gradients = poisoned_loss, poisoned_clip
+        objective_class.loss, optimizers_module.clip_gradients = poisoned_loss, poisoned_clip
 
 
-def newest(run_dir):
-    """The newest step under a checkpoint's name, 0 without one."""
+def newest_step(run_dir: str) -> int:
+    """The newest step that has a checkpoint's name, 0 without one."""
     return max((int(path.name[5:]) for path in Path(run_dir, "checkpoints").glob("step_*")), default=0)
 
 
-def fill(path):
-    """Take what room the disk has left with a file, to the last byte."""
+def fill_disk(path: str) -> None:
+    """Take all free space of the disk with a file, to the last byte."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     size = 1 << 16
     while size:
@@ -215,41 +243,40 @@ def fill(path):
 
 # ---- a rank
 
-def become(rank):
-    """Be train.py with these {argv, env, cwd, out, fault}; does not return."""
-    os.chdir(rank["cwd"])
-    for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    if rank.get("out"):
-        for descriptor, path in ((0, os.devnull), (1, rank["out"] + ".out"), (2, rank["out"] + ".err")):
+def become_rank(task: dict[str, Any]) -> None:
+    """Run train.py with the {argv, env, cwd, out, fault} of `task`."""
+    os.chdir(task["cwd"])
+    for signal_number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, signal.default_int_handler if signal_number == signal.SIGINT else signal.SIG_DFL)
+    if task.get("out"):
+        for descriptor, path in ((0, os.devnull), (1, task["out"] + ".out"), (2, task["out"] + ".err")):
             opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(opened, descriptor)
             os.close(opened)
-    os.environ.update(rank["env"])
-    place = int(os.environ.get("RANK", "0"))
-    Path(f"pid{place}").write_text(str(os.getpid()))
-    sys.argv = ["train.py", *rank["argv"]]
-    said = rank.get("fault") or {}
-    Fault(said if place in said.get("ranks", [place]) else {}, place).install()
-    code = 1
+    os.environ.update(task["env"])
+    rank = int(os.environ.get("RANK", "0"))
+    Path(f"pid{rank}").write_text(str(os.getpid()))
+    sys.argv = ["train.py", *task["argv"]]
+    spec = task.get("fault") or {}
+    Fault(spec if rank in spec.get("ranks", [rank]) else {}, rank).install()
+    code: Any = 1
     try:
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         code = 0
-    except SystemExit as end:
-        code = end.code or 0
+    except SystemExit as exit_:
+        code = exit_.code or 0
         raise
     finally:
-        Path(f"code{place}").write_text(str(code))
+        Path(f"code{rank}").write_text(str(code))
 
 
-def serve():
-    """Fork ranks until the input ends; in a rank, returns what it is to become."""
-    for name in ("blockgpt.training.checkpoint", "blockgpt.training.faults", "training_logger", "blockgpt.training.objectives",
-                 "blockgpt.training.optimizers", "blockgpt.training.parallel", "blockgpt.accounting.dry_run", "blockgpt.training.sharding", "model_builder",
-                 "torch.distributed.optim", "torch.distributed.tensor.parallel", "torch._dynamo"):
-        __import__(name)
-    gc.freeze()  # what is loaded stays shared with the ranks
-    children, unread = set(), b""
+def serve() -> dict[str, Any] | None:
+    """Fork ranks until the input ends: None. In a forked rank, returns its task."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.freeze()  # the ranks share the memory of what is loaded
+    children: set[int] = set()
+    unread = b""
     answer(ready=os.getpid())
     while True:
         if select.select([0], [], [], 0.004 if children else None)[0]:
@@ -260,34 +287,34 @@ def serve():
                 return None
             *lines, unread = (unread + data).split(b"\n")
             for request in map(json.loads, lines):
-                if "signal" in request:  # only to those that are still there: no number means another process
+                if "signal" in request:  # only to children that still run: no pid then means another process
                     for pid in children.intersection(request["pids"]):
                         os.kill(pid, request["signal"])
                     continue
-                pids = []
-                for rank in request["ranks"]:
+                pids: list[int] = []
+                for task in request["ranks"]:
                     pid = os.fork()
                     if pid == 0:
                         with contextlib.suppress(OSError):
                             os.setpgid(0, pids[0] if pids else 0)
-                        return rank
+                        return task
                     with contextlib.suppress(OSError):
                         os.setpgid(pid, (pids or [pid])[0])
                     pids.append(pid)
                 children.update(pids)
                 answer(id=request["id"], pids=pids)
         for pid in list(children):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
+            exited, status = os.waitpid(pid, os.WNOHANG)
+            if exited:
                 children.discard(pid)
                 answer(pid=pid, code=os.waitstatus_to_exitcode(status))
 
 
-def answer(**what):
-    os.write(1, (json.dumps(what) + "\n").encode())
+def answer(**values: Any) -> None:
+    os.write(1, (json.dumps(values) + "\n").encode())
 
 
 if __name__ == "__main__":
     task = json.loads(Path(sys.argv[1]).read_text()) | {"argv": sys.argv[2:]} if len(sys.argv) > 1 else serve()
     if task is not None:
-        become(task)
+        become_rank(task)

@@ -1,4 +1,7 @@
-"""Runs to torment: the server of ranks, torchrun, a trial's directory, and what must hold of a run at its end."""
+"""The runs to torture: the server of ranks, torchrun, a trial's directory, and the promises that are checked.
+
+A new promise is a `check_…` method of `Trial`, which calls `report_broken`. A new parallel mode is a line of MODES.
+"""
 
 import contextlib
 import itertools
@@ -12,8 +15,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import blockgpt.training.checkpoint as checkpoint
 from blockgpt.data.prepare import write_dataset
@@ -21,345 +26,369 @@ from blockgpt.data.tokenizer import ByteTokenizer
 from blockgpt.errors import CheckpointError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-MODES = {"single": (1, []), "ddp": (2, []), "zero1": (2, ["--use_zero1=True"]), "fsdp": (2, ["--use_fsdp=True"]),
-         "tp": (2, ["--tensor_parallel=2"])}
-STEPS, EVERY = 12, 2
+MODES: dict[str, tuple[int, list[str]]] = {  # {name: (processes, flags)}
+    "single": (1, []), "ddp": (2, []), "zero1": (2, ["--use_zero1=True"]), "fsdp": (2, ["--use_fsdp=True"]),
+    "tp": (2, ["--tensor_parallel=2"])}
+STEPS, CHECKPOINT_INTERVAL = 12, 2
 FLAGS = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2", "--dropout=0.1",
          "--gradient_accumulation_steps=4", "--eval_tokens=256", "--dataset=text", "--device=cpu", "--mfu_peak=1",
-         "--log_interval=1", "--eval_interval=4", f"--checkpoint_interval={EVERY}", f"--max_iters={STEPS}",
-         "--warmup_iters=2", "--run_name=run", "--resume=auto", "--rank_timeout=30", "--save_timeout=30"]
-PATIENCE = 60.0  # seconds for a launch of a tiny run
-GRACE = 10.0  # … for a rank whose peer was killed
+         "--log_interval=1", "--eval_interval=4", f"--checkpoint_interval={CHECKPOINT_INTERVAL}",
+         f"--max_iters={STEPS}", "--warmup_iters=2", "--run_name=run", "--resume=auto", "--rank_timeout=30",
+         "--save_timeout=30"]
+LAUNCH_TIMEOUT = 60.0  # seconds for a launch of a tiny run
+PEER_TIMEOUT = 10.0  # seconds for a rank whose peer was killed
 
 
-def environment():
+def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @dataclass
 class Rank:
-    """A process of the server; code: its return code once it has ended, of a signal the negative number."""
+    """A process of the server; `code` is its exit code once it has ended, negative for a signal."""
 
     pid: int
     code: int | None = None
 
 
 class Server:
-    """The process that forks ranks. Its answers are read by a thread, so that several trials can share it."""
+    """The process that forks ranks. A thread reads its answers, so several trials can use it at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.process = subprocess.Popen([sys.executable, "-m", "tools.torture.ranks"], cwd=ROOT, env=environment(),
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-        self.lock, self.number = threading.Condition(), itertools.count()
-        self.alive, self.started = {}, {}
-        assert json.loads(self.process.stdout.readline())["ready"]
-        threading.Thread(target=self._listen, daemon=True).start()
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        self.condition, self.request_ids = threading.Condition(), itertools.count()
+        self.running: dict[int, Rank] = {}  # by pid
+        self.forked: dict[int, list[Rank]] = {}  # by request id
+        assert json.loads(self.stdout.readline())["ready"]
+        threading.Thread(target=self._read_answers, daemon=True).start()
 
-    def _listen(self):
-        for line in self.process.stdout:
-            said = json.loads(line)
-            with self.lock:
-                if "pids" in said:
-                    self.started[said["id"]] = [self.alive.setdefault(pid, Rank(pid)) for pid in said["pids"]]
+    def _read_answers(self) -> None:
+        for line in self.stdout:
+            answer = json.loads(line)
+            with self.condition:
+                if "pids" in answer:
+                    self.forked[answer["id"]] = [self.running.setdefault(pid, Rank(pid)) for pid in answer["pids"]]
                 else:
-                    self.alive.pop(said["pid"]).code = said["code"]
-                self.lock.notify_all()
+                    self.running.pop(answer["pid"]).code = answer["code"]
+                self.condition.notify_all()
 
-    def _ask(self, **what):
-        with self.lock:
+    def _request(self, **values: Any) -> None:
+        with self.condition:
             try:
-                self.process.stdin.write(json.dumps(what) + "\n")
+                self.stdin.write(json.dumps(values) + "\n")
             except BrokenPipeError:
-                raise self._gone() from None
+                raise self._error() from None
 
-    def _gone(self):
+    def _error(self) -> UserError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1)
         code = self.process.poll()
         return UserError("the process that forks the ranks " + ("does not answer" if code is None else
                                                                f"ended with exit code {code}"))
 
-    def start(self, ranks):
-        number = next(self.number)
-        self._ask(id=number, ranks=ranks)
-        with self.lock:
-            if not self.lock.wait_for(lambda: number in self.started, PATIENCE):
-                raise self._gone()
-            return self.started.pop(number)
+    def fork(self, tasks: list[dict[str, Any]]) -> list[Rank]:
+        """Start a rank for each task of `tools.torture.ranks.become_rank`."""
+        request_id = next(self.request_ids)
+        self._request(id=request_id, ranks=tasks)
+        with self.condition:
+            if not self.condition.wait_for(lambda: request_id in self.forked, LAUNCH_TIMEOUT):
+                raise self._error()
+            return self.forked.pop(request_id)
 
-    def signal(self, ranks, number):
-        self._ask(signal=int(number), pids=[rank.pid for rank in ranks])
+    def signal(self, ranks: Iterable[Rank], signal_number: int) -> None:
+        self._request(signal=int(signal_number), pids=[rank.pid for rank in ranks])
 
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(PATIENCE)
+    def close(self) -> None:
+        self.stdin.close()
+        self.process.wait(LAUNCH_TIMEOUT)
 
 
 @dataclass
-class Launch:
-    """How one start of a run went. codes: by rank, what it itself said or was ended by; launcher: torchrun's."""
+class LaunchResult:
+    """How one launch of a run ended."""
 
-    codes: list
+    codes: list[int | None]  # exit codes by rank
     out: str
     err: str
-    fired: list
-    steps: list
-    counts: list
-    wall: float
-    launcher: int | None = None
-    hung: bool = False  # it had to be ended
-    struck: bool = False  # killed from outside, while it ran
+    launcher: int | None = None  # torchrun's exit code
+    hung: bool = False  # it was killed at the timeout
+    killed: bool = False  # a rank was killed from outside while it ran
+    fired: list[str] = field(default_factory=list)  # "phase step newest-checkpoint" of each fault
+    steps: list[int] = field(default_factory=list)  # the last step of each rank
+    counts: list[dict[str, int]] = field(default_factory=list)  # events by rank and phase
+    wall: float = 0.0  # seconds
 
-    def resumed_at(self):
-        """The step it went on from, or None if it did not come so far."""
+    def resumed_at(self) -> int | None:
+        """The step at which it resumed; None if it ended before."""
         for line in self.out.splitlines():
             if "resumed from " in line and " at step " in line:
                 return int(line.rsplit(" at step ", 1)[1])
         return 0 if "no checkpoint" in self.out else None
 
-    def announced(self):
-        """The newest step of which the console or a rank that was struck said that its checkpoint stands; 0 if none."""
-        said = [int(line.split()[1]) for line in self.out.splitlines() if re.match(r"step +\d+   saved", line)]
-        return max([*said, *(int(line.split()[-1]) for line in self.fired)], default=0)
+    def newest_saved(self) -> int:
+        """The newest step whose checkpoint existed, by the console and by the ranks with a fault; 0 if none."""
+        saved = [int(line.split()[1]) for line in self.out.splitlines() if re.match(r"step +\d+   saved", line)]
+        return max([*saved, *(int(line.split()[-1]) for line in self.fired)], default=0)
 
-    def lines(self, start):
-        return [line for line in self.err.splitlines() if line.startswith(start)]
+    def lines(self, prefix: str) -> list[str]:
+        """The lines of stderr that begin with `prefix`."""
+        return [line for line in self.err.splitlines() if line.startswith(prefix)]
 
 
-@dataclass
 class Trial:
-    """One run in a directory of its own, launched as often as it takes. mimic: end the others of a dead rank at once,
-    as torchrun does; else they have to notice."""
+    """A run in its own directory, launched as often as necessary.
 
-    tool: "Tool"
-    mode: str
-    folder: Path
-    flags: list = field(default_factory=list)
-    torchrun: bool = False
-    mimic: bool = False
-    out_dir: Path = None
-    launches: int = 0
-    broken: list = field(default_factory=list)
+    Args:
+        flags: of train.py, in addition to FLAGS and the mode's.
+        torchrun: launch with torchrun; else the server forks the ranks.
+        mimic: terminate the other ranks as soon as one has failed, as torchrun does; else they have to notice it.
+        out_dir: the parent of the run directory; default: in `folder`.
+    """
 
-    def __post_init__(self):
-        self.folder.mkdir(parents=True)
-        self.out_dir = self.out_dir or self.folder / "runs"
-        self.run_dir = self.out_dir / "run"
+    def __init__(self, harness: "Harness", mode: str, folder: Path, flags: Sequence[str] = (), torchrun: bool = False,
+                 mimic: bool = False, out_dir: Path | None = None) -> None:
+        self.harness, self.mode, self.folder, self.flags = harness, mode, folder, list(flags)
+        self.torchrun, self.mimic, self.out_dir = torchrun, mimic, out_dir or folder / "runs"
+        self.world_size, self.run_dir, self.launches = MODES[mode][0], self.out_dir / "run", 0
+        self.broken: list[tuple[str, str]] = []  # (promise, details)
+        folder.mkdir(parents=True)
 
-    @property
-    def size(self):
-        return MODES[self.mode][0]
+    def report_broken(self, promise: str, details: object = "") -> None:
+        self.broken.append((promise, f"{self.folder} launch {self.launches}: {details}"))
 
-    def break_(self, promise, detail=""):
-        self.broken.append((promise, f"{self.folder} launch {self.launches}: {detail}"))
+    def launch(self, fault: Mapping[str, Any] | None = None, kill: tuple[float, list[int]] | None = None,
+               timeout: float = LAUNCH_TIMEOUT) -> LaunchResult:
+        """Start the run and wait for its end.
 
-    def launch(self, fault=None, kill=None, more=(), patience=PATIENCE):
-        """Start the run and wait for its end; a `Launch`.
-
-        fault: what a `Fault` of torture.ranks is made of. kill: (seconds, ranks), kill -9 from outside.
+        Args:
+            fault: the spec of a `tools.torture.ranks.Fault`.
+            kill: (seconds, ranks): SIGKILL from outside.
         """
         self.launches += 1
-        for stale in [*self.folder.glob("fired*"), *self.folder.glob("rank?.json"), *self.folder.glob("code*"),
-                      *self.folder.glob("pid*")]:
-            stale.unlink()
+        for pattern in ("fired*", "rank?.json", "code*", "pid*"):
+            for stale in self.folder.glob(pattern):
+                stale.unlink()
         if fault is not None:
             fault = {**fault, "run_dir": str(self.run_dir)}
-        argv = [*FLAGS, *MODES[self.mode][1], f"--data_dir={self.tool.data}", f"--out_dir={self.out_dir}", *self.flags,
-                *more]
-        begin = time.monotonic()
-        result = (self._under_torchrun if self.torchrun else self._forked)(argv, fault, kill, patience)
-        result.wall = time.monotonic() - begin
-        for rank in range(self.size):
+        argv = [*FLAGS, *MODES[self.mode][1], f"--data_dir={self.harness.data_dir}", f"--out_dir={self.out_dir}",
+                *self.flags]
+        started = time.monotonic()
+        result = (self._launch_torchrun if self.torchrun else self._launch_forked)(argv, fault, kill, timeout)
+        result.wall = time.monotonic() - started
+        for rank in range(self.world_size):
             with contextlib.suppress(OSError, ValueError):
-                said = json.loads((self.folder / f"rank{rank}.json").read_text())
-                result.steps.append(said["step"])
-                result.counts.append(said["counts"])
+                report = json.loads((self.folder / f"rank{rank}.json").read_text())
+                result.steps.append(report["step"])
+                result.counts.append(report["counts"])
         for path in self.folder.glob("fired*"):
             result.fired += path.read_text().splitlines()
         return result
 
-    def _forked(self, argv, fault, kill, patience):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        place = {"WORLD_SIZE": str(self.size), "LOCAL_WORLD_SIZE": str(self.size), "MASTER_ADDR": "localhost",
-                 "MASTER_PORT": str(port)} if self.size > 1 else {}
-        output = [str(self.folder / f"launch{self.launches}-rank{rank}") for rank in range(self.size)]
-        ranks = self.tool.server.start([
-            {"argv": argv, "cwd": str(self.folder), "out": output[rank], "fault": fault,
-             "env": {**place, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if place else {})}}
-            for rank in range(self.size)])
-        begin, dead, hung, struck = time.monotonic(), None, False, False
+    def _launch_forked(self, argv: list[str], fault: Mapping[str, Any] | None, kill: tuple[float, list[int]] | None,
+                       timeout: float) -> LaunchResult:
+        server, outputs = self.harness.server, [str(self.folder / f"launch{self.launches}-rank{rank}")
+                                                for rank in range(self.world_size)]
+        ranks = server.fork([{"argv": argv, "cwd": str(self.folder), "out": output, "fault": fault, "env": env}
+                             for output, env in zip(outputs, rank_environments(self.world_size), strict=True)])
+        started, failed_at, hung, killed = time.monotonic(), None, False, False
         while any(rank.code is None for rank in ranks):
             now = time.monotonic()
-            if kill and now - begin > kill[0]:
-                self.tool.server.signal([ranks[i] for i in kill[1]], signal.SIGKILL)
-                kill, struck = None, True
-            if dead is None and any(rank.code not in (None, 0) for rank in ranks):
-                dead = now
+            if kill and now - started > kill[0]:
+                server.signal([ranks[i] for i in kill[1]], signal.SIGKILL)
+                kill, killed = None, True
+            if failed_at is None and any(rank.code not in (None, 0) for rank in ranks):
+                failed_at = now
                 if self.mimic:
-                    self.tool.server.signal(ranks, signal.SIGTERM)
-            if now - begin > patience or (dead and now - dead > GRACE):
+                    server.signal(ranks, signal.SIGTERM)
+            if now - started > timeout or (failed_at is not None and now - failed_at > PEER_TIMEOUT):
                 hung = True
-                self.tool.server.signal(ranks, signal.SIGKILL)
-            with self.tool.server.lock:
-                self.tool.server.lock.wait(0.005)
-        out, err = (Path(output[0] + ".out").read_text(),
-                    "".join(Path(path + ".err").read_text() for path in output if Path(path + ".err").exists())
-                    ) if Path(output[0] + ".out").exists() else ("", "")
-        return Launch([rank.code for rank in ranks], out, err, [], [], [], 0, hung=hung,
-                      struck=struck and -signal.SIGKILL in [rank.code for rank in ranks])
+                server.signal(ranks, signal.SIGKILL)
+            with server.condition:
+                server.condition.wait(0.005)
+        out, *_ = (read_if_exists(f"{output}.out") for output in outputs)
+        err = "".join(read_if_exists(f"{output}.err") for output in outputs)
+        codes = [rank.code for rank in ranks]
+        return LaunchResult(codes, out, err, hung=hung, killed=killed and -signal.SIGKILL in codes)
 
-    def _under_torchrun(self, argv, fault, kill, patience):
+    def _launch_torchrun(self, argv: list[str], fault: Mapping[str, Any] | None, kill: tuple[float, list[int]] | None,
+                         timeout: float) -> LaunchResult:
         task = self.folder / "task.json"
         task.write_text(json.dumps({"cwd": str(self.folder), "env": {}, "fault": fault}))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.size}",
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.world_size}",
                    str(ROOT / "tools/torture/ranks.py"), str(task), *argv]
         output = self.folder / f"launch{self.launches}"
-        hung = struck = False
+        hung = killed = False
         with open(f"{output}.out", "w") as out, open(f"{output}.err", "w") as err:
             launcher = subprocess.Popen(command, cwd=self.folder, env=environment(), stdin=subprocess.DEVNULL,
                                         stdout=out, stderr=err, start_new_session=True)
-            begin = time.monotonic()
+            started = time.monotonic()
             while launcher.poll() is None:
                 now, pids = time.monotonic(), self._pids()
-                if kill and len(pids) == self.size and now - begin > kill[0]:
+                if kill and len(pids) == self.world_size and now - started > kill[0]:
                     for rank in kill[1]:
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(pids[rank], signal.SIGKILL)
-                            struck = True
+                            killed = True
                     kill = None
-                if now - begin > patience:
+                if now - started > timeout:
                     hung = True
                     launcher.kill()
                 time.sleep(0.01)
-            # A launcher that was killed leaves its ranks to themselves.
-            while any(map(is_alive, self._pids())):
+            # A launcher that was killed leaves its ranks running.
+            while any(map(is_running, self._pids())):
                 time.sleep(0.01)
-                if time.monotonic() - begin > patience:
+                if time.monotonic() - started > timeout:
                     hung = True
-                    for pid in filter(is_alive, self._pids()):
+                    for pid in filter(is_running, self._pids()):
                         os.kill(pid, signal.SIGKILL)
         codes = [int(path.read_text()) if path.exists() else None
-                 for path in (self.folder / f"code{rank}" for rank in range(self.size))]
-        return Launch(codes, Path(f"{output}.out").read_text(), Path(f"{output}.err").read_text(), [], [], [], 0,
-                      launcher=launcher.returncode, hung=hung, struck=struck)
+                 for path in (self.folder / f"code{rank}" for rank in range(self.world_size))]
+        return LaunchResult(codes, Path(f"{output}.out").read_text(), Path(f"{output}.err").read_text(),
+                            launcher=launcher.returncode, hung=hung, killed=killed)
 
-    def _pids(self):
+    def _pids(self) -> list[int]:
         pids = []
-        for rank in range(self.size):
+        for rank in range(self.world_size):
             with contextlib.suppress(OSError, ValueError):
                 pids.append(int((self.folder / f"pid{rank}").read_text()))
         return pids
 
-    # ------------------------------------------------------------ what must hold
+    # ------------------------------------------------------------ the promises
 
-    def visible(self):
-        """The steps under whose name something stands, the newest first."""
+    def checkpoint_steps(self) -> list[int]:
+        """The steps that have a checkpoint's name, the newest first."""
         return [step for step, _ in checkpoint.list_checkpoints(self.run_dir)]
 
-    def check_visible(self, at_least=0):
-        """What stands under a checkpoint's name is whole, and what stood there before the trouble is there still."""
+    def check_checkpoints(self, at_least: int = 0) -> int:
+        """Whatever has a checkpoint's name verifies, and one of step `at_least` or later exists; the newest step."""
         for _, path in checkpoint.list_checkpoints(self.run_dir):
             try:
                 checkpoint.verify(path)
             except CheckpointError as error:
-                self.break_("unusable", error)
-        newest = max(self.visible(), default=0)
+                self.report_broken("unusable", error)
+        newest = max(self.checkpoint_steps(), default=0)
         if newest < at_least:
-            self.break_("lost", f"step {at_least} stood there, now {newest} is the newest")
+            self.report_broken("lost", f"step {at_least} existed, now {newest} is the newest")
         return newest
 
-    def check_resumed(self, result, newest):
-        """`result`, of a launch, went on from the newest checkpoint."""
+    def check_resumed(self, result: LaunchResult, newest: int) -> None:
+        """The launch resumed from the newest checkpoint."""
         step = result.resumed_at()
         if step is not None and step < newest:
-            self.break_("lost", f"resumed at step {step}, {newest} was there")
+            self.report_broken("lost", f"resumed at step {step}, {newest} existed")
 
-    def check_end(self, result):
-        """The run ended well, as the one that nobody disturbed, and left nothing lying about."""
+    def check_end(self, result: LaunchResult) -> None:
+        """The run finished with the weights and losses of an undisturbed run, and left no temporary files."""
         if set(result.codes) != {0} or result.launcher or result.hung:
-            self.break_("unresumable", f"codes {result.codes}, launcher {result.launcher}: {result.err[-600:]}")
+            self.report_broken("unresumable", f"codes {result.codes}, launcher {result.launcher}: {result.err[-600:]}")
             return
         status = self.read_run()["status"]
         if status != "finished":
-            self.break_("unresumable", f"status {status}")
-        if (self.run_dir / "model.safetensors").read_bytes() != self.tool.reference(self.mode).weights:
-            self.break_("different", "model.safetensors")
-        losses = losses_of(self.run_dir)
-        if losses != self.tool.reference(self.mode).losses:
-            self.break_("different", f"losses {losses}")
-        left = [p for p in self.run_dir.rglob("*") if p.name.startswith(".") or p.name.endswith(".tmp")]
-        if left:
-            self.break_("temporaries", left)
-        self.check_visible()
+            self.report_broken("unresumable", f"status {status}")
+        reference = self.harness.reference(self.mode)
+        if (self.run_dir / "model.safetensors").read_bytes() != reference.weights:
+            self.report_broken("different", "model.safetensors")
+        losses = read_losses(self.run_dir)
+        if losses != reference.losses:
+            self.report_broken("different", f"losses {losses}")
+        stale = [p for p in self.run_dir.rglob("*") if p.name.startswith(".") or p.name.endswith(".tmp")]
+        if stale:
+            self.report_broken("temporaries", stale)
+        self.check_checkpoints()
 
-    def read_run(self):
+    def read_run(self) -> dict[str, Any]:
         return json.loads((self.run_dir / "run.json").read_text())
 
 
-def is_alive(pid):
+def rank_environments(world_size: int) -> list[dict[str, str]]:
+    """The variables that torchrun sets, by rank; none for a single process."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    if world_size == 1:
+        return [{}]
+    return [{"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost",
+             "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
+def read_if_exists(path: str) -> str:
+    """A text file; "" where a rank was killed before it made it."""
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+def is_running(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] not in "ZX"
     return False
 
 
-def losses_of(run_dir):
-    """{step: loss} that the log says in the end; half a line, of a killed run or a full disk, does not count."""
+def read_losses(run_dir: Path) -> dict[int, float]:
+    """{step: loss} by the last record of each step. The incomplete line of a killed run or a full disk is skipped."""
     losses = {}
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         with contextlib.suppress(ValueError):
-            said = json.loads(line)
-            if said["kind"] == "step":
-                losses[said["step"]] = said["loss"]
+            record = json.loads(line)
+            if record["kind"] == "step":
+                losses[record["step"]] = record["loss"]
     return losses
 
 
 @dataclass
 class Reference:
-    """The run nobody disturbed: weights, losses, events of a whole run by rank and phase, seconds it takes."""
+    """An undisturbed run."""
 
     weights: bytes
-    losses: dict
-    counts: list
-    wall: float
+    losses: dict[int, float]  # by step
+    counts: list[dict[str, int]]  # events by rank and phase
+    wall: float  # seconds
 
 
-class Tool:
-    """What the trials share: the server, a dataset, the undisturbed runs."""
+class Harness:
+    """What the trials share: options, the server of ranks, a dataset, the undisturbed runs."""
 
-    def __init__(self, folder, seed, scale):
-        self.folder, self.seed, self.scale = Path(folder), seed, scale
-        self.data = self.folder / "data"
+    def __init__(self, folder: Path, seed: int, scale: float, jobs: int, modes: Sequence[str], phases: Sequence[str],
+                 torchrun: bool) -> None:
+        self.folder, self.seed, self.scale, self.jobs = folder, seed, scale, jobs
+        self.modes, self.phases, self.torchrun = tuple(modes), tuple(phases), torchrun
+        self.data_dir = self.folder / "data"
         texts = enumerate(path.read_text() for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("blockgpt/**/[!_]*.py")]))
         with contextlib.redirect_stdout(None):
-            write_dataset(self.data / "text", ByteTokenizer(), [("train" if i % 5 else "val", t) for i, t in texts],
-                          source="blockGPT")
-        self.server, self.references, self.lock = Server(), {}, threading.Lock()
-        self.number = itertools.count()
+            write_dataset(self.data_dir / "text", ByteTokenizer(),
+                          [("train" if i % 5 else "val", text) for i, text in texts], source="blockGPT")
+        self.server, self.lock, self.trial_ids = Server(), threading.Lock(), itertools.count()
+        self.references: dict[str, Reference] = {}
 
-    def reference(self, mode):
+    def reference(self, mode: str) -> Reference:
         with self.lock:
             if mode not in self.references:
                 trial = Trial(self, mode, self.folder / f"reference-{mode}", ["--keep_last=3"])
                 result = trial.launch(fault={})
                 assert set(result.codes) == {0}, result.err
                 self.references[mode] = Reference((trial.run_dir / "model.safetensors").read_bytes(),
-                                                  losses_of(trial.run_dir), result.counts, result.wall)
+                                                  read_losses(trial.run_dir), result.counts, result.wall)
             return self.references[mode]
 
-    def reference_folder(self, mode):
+    def reference_run_dir(self, mode: str) -> Path:
         """The directory of the undisturbed run, with three checkpoints."""
         self.reference(mode)
         return self.folder / f"reference-{mode}/runs/run"
 
-    def trial(self, mode, flags=(), **how):
-        return Trial(self, mode, self.folder / f"trial{next(self.number):05d}", list(flags), **how)
+    def events(self, mode: str, phase: str) -> list[tuple[int, int]]:
+        """[(rank, its events in `phase` of an undisturbed run)] of the ranks that have any."""
+        counts = [dict(count, save=sum(count.values())) for count in self.reference(mode).counts]
+        return [(rank, count[phase]) for rank, count in enumerate(counts) if count.get(phase)]
 
-    def end(self, trial):
-        """Forget a trial that kept every promise."""
+    def new_trial(self, mode: str, flags: Sequence[str] = (), torchrun: bool = False, mimic: bool = False,
+                  out_dir: Path | None = None) -> Trial:
+        return Trial(self, mode, self.folder / f"trial{next(self.trial_ids):05d}", flags, torchrun, mimic, out_dir)
+
+    def end_trial(self, trial: Trial) -> None:
+        """Remove the directory of a trial unless it has broken promises."""
         if not trial.broken:
             shutil.rmtree(trial.folder)
 
-    def close(self):
+    def close(self) -> None:
         self.server.close()
