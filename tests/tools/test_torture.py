@@ -38,7 +38,8 @@ def test_one_process_under_torture(tmp_path):  # test_faults.py has the short fo
 
 @pytest.mark.slow
 def test_two_processes_under_torture(tmp_path):
-    rows = run_torture(tmp_path, "kills", "--modes=fsdp", "--phases=rename", "--no_torchrun", "--scale=0.01", "--seed=3")
+    rows = run_torture(tmp_path, "kills", "--modes=fsdp", "--phases=rename", "--no_torchrun", "--scale=0.01",
+                       "--seed=3")
     assert total(rows, "kills") >= 1
 
 
