@@ -276,8 +276,8 @@ def memory_history(config: Any, runtime: Runtime, log: Log) -> Iterator[None]:
     if runtime.device.type != "cuda":
         # If the config already knows, the header has this warning.
         if runtime.is_rank_zero and "memory_snapshot" not in config.keys_without_effect():
-            log.warning(f"memory_snapshot has no effect on device {runtime.device.type}: only CUDA's allocator records a "
-                        "history")
+            log.warning(f"memory_snapshot has no effect on device {runtime.device.type}: only CUDA's allocator records "
+                        "a history")
         yield
         return
     path = Path(log.dir) / f"memory_snapshot{'' if runtime.is_rank_zero else f'-{runtime.rank:05d}'}.pickle"

@@ -99,7 +99,8 @@ def train_runs(folder, mode, runs):
     folder.mkdir(exist_ok=True)
     (folder / "runs.json").write_text(json.dumps([
         ["config/arch_llama.py", *bench_parallel.SIZE, *mode_flags, "--gradient_accumulation_steps=2", "--max_iters=3",
-         "--eval_interval=2", "--eval_tokens=128", f"--out_dir={folder}", f"--run_name={i}", *flags] for i, flags in enumerate(runs)]))
+         "--eval_interval=2", "--eval_tokens=128", f"--out_dir={folder}", f"--run_name={i}", *flags]
+        for i, flags in enumerate(runs)]))
     run_ranks(world_size, bench_parallel.train_in_process, folder / "runs.json")
     return ([bench_parallel.read_curve(folder / str(i)) for i in range(len(runs))],
             records(folder / "2", "gradients")[3]["layers"])
