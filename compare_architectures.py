@@ -4,9 +4,10 @@
     python compare_architectures.py 'runs/llama-*' --latest 5   some of them
     python compare_architectures.py --format json               for other programs
 
-A run is called by what was built, never by what was asked for. Losses come from metrics.jsonl, which is
-what happened; run.json's results, stale where a run was killed, only fill in. A broken or unfinished log
-is listed as such and stops nothing. A new column is a line in COLUMNS and its value in `measured`.
+A run is named by the architecture that was built, not by the keys that were set. Losses come from metrics.jsonl; the
+results in run.json are stale if a run was killed, so they are used only where metrics.jsonl has none. A broken or
+unfinished log is listed with its reason and does not stop the comparison. To add a column: a line in COLUMNS and its
+value in `run_metrics`. This program needs no torch.
 """
 
 import csv
@@ -19,33 +20,39 @@ import statistics
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 from blockgpt.console import ArgumentParser
 from blockgpt.errors import UserError, did_you_mean, exit_on_user_error
 
-SCHEMA_VERSION = 1  # of run.json; what a newer one means, this program cannot know
-STATES = ("running", "finished", "interrupted", "failed")
-QUIET_SECONDS = 15 * 60  # a run that calls itself running and has written nothing for so long may be dead
+SCHEMA_VERSION = 1  # of run.json; this program does not know what a newer one means
+STATUSES = ("running", "finished", "interrupted", "failed")
+QUIET_SECONDS = 15 * 60  # a run with status running that has written nothing for so long may have been killed
 WIDTH = 120  # of the terminal table
 HOW_TO_START = "train one: python train.py config/arch_llama.py config/size_demo.py"
 
-SECTIONS = {"schema_version": int, "status": str, "created_at": str, "arch_name": str, "parameters": dict,
-            "model": dict, "config": dict, "data": dict}  # what a comparison cannot do without
-OPTIONAL = {"status_reason": str, "results": dict, "hardware": dict}
-TYPES = {int: "a number", str: "text", dict: "an object"}
-FIELDS = {"step": ("tokens", "tokens_per_sec", "mfu", "step_time"), "eval": ("tokens", "val_loss", "val_bpb")}
+REQUIRED_SECTIONS = {"schema_version": int, "status": str, "created_at": str, "arch_name": str, "parameters": dict,
+                     "model": dict, "config": dict, "data": dict}
+OPTIONAL_SECTIONS = {"status_reason": str, "results": dict, "hardware": dict}
+TYPE_NAMES = {int: "a number", str: "text", dict: "an object"}
+RECORD_FIELDS = {"step": ("tokens", "tokens_per_sec", "mfu", "step_time"), "eval": ("tokens", "val_loss", "val_bpb")}
 
-# Called out where runs differ in them, beside every key of the model that was built.
+# Reported where runs differ in them, in addition to every key of the model that was built.
 TRAINING_KEYS = ("learning_rate", "max_iters", "batch_size", "gradient_accumulation_steps", "seed", "weight_decay")
-# Runs whose config differs only here are repeats of one another: another seed, or kept and watched otherwise.
-NOT_THE_EXPERIMENT = ("seed", "run_name", "out_dir", "init_from", "resume", "resume_force", "data_dir",
-                      "checkpoint_interval", "keep_last", "checkpoint_async", "log_interval",
-                      "gradient_log_interval", "wandb_log", "wandb_project", "profile", "memory_snapshot",
-                      "rank_timeout", "save_timeout", "use_zero1", "use_fsdp", "fsdp_reshard_after_forward",
-                      "fsdp_cpu_offload", "dp_replicate", "tensor_parallel", "activation_checkpointing")
-SEEN = {  # runs that agree in all of these saw the same tokens in the same order
+# Runs whose configs differ only in these keys are repeats of one experiment: another seed, or stored, logged or
+# parallelized differently. The former names of renamed keys are listed too, as old run.json files have them.
+NOT_THE_EXPERIMENT = ("seed", "run_name", "out_dir", "resume", "resume_force", "data_dir", "checkpoint_interval",
+                      "keep_last", "checkpoint_async", "log_interval", "gradient_log_interval", "wandb_log",
+                      "wandb_project", "profile", "memory_snapshot", "rank_timeout", "save_timeout", "use_zero1",
+                      "use_fsdp", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "dp_replicate", "tensor_parallel",
+                      "activation_checkpointing",
+                      "init_from", "keep_checkpoints", "peer_timeout", "fsdp_replicas")  # the former names
+
+Run: TypeAlias = dict[str, Any]  # a value for each column, and more: see `load_run`
+
+SAME_TOKENS: dict[str, Callable[[Run], Any]] = {  # runs that are equal in all of these saw the same tokens in one order
     "data fingerprint": lambda run: run["data"].get("fingerprint"),
     "seed": lambda run: run["config"].get("seed"),
     "tokens seen": lambda run: run["tokens"],
@@ -54,18 +61,36 @@ SEEN = {  # runs that agree in all of these saw the same tokens in the same orde
 }
 
 
-def human(n):
+class Comparison(TypedDict):
+    """What `compare` returns.
+
+    runs: in the order of the table, with rank and delta. differences: {key: {run name: value}} of the keys in which
+    the runs differ. warnings, notes: one line each.
+    """
+
+    runs: list[Run]
+    differences: dict[str, dict[str, Any]]
+    warnings: list[str]
+    notes: list[str]
+
+
+def human_count(n: float) -> str:
     """124439808 → '124.4M'."""
     for unit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= 0.99995 * unit:  # what would round to 1000k is 1M
+        if abs(n) >= 0.99995 * unit:  # 999,999 is 1M and not 1000k
             return f"{n / unit:.4g}{suffix}"
     return f"{n:.4g}"
 
 
 class Column(NamedTuple):
-    key: str  # in JSON, CSV and for --sort
-    header: str  # in the tables; --sort takes it too
-    show: Any = str  # value → what the tables print
+    """A column of the table.
+
+    key: in JSON, CSV and for --sort. header: in the tables; --sort accepts it too. format: value → text in the tables.
+    """
+
+    key: str
+    header: str
+    format: Callable[[Any], str] = str
     more_is_better: bool = False
 
 
@@ -73,13 +98,13 @@ COLUMNS = (
     Column("rank", "#"),
     Column("name", "run"),
     Column("architecture", "architecture"),
-    Column("parameters", "params", human),
-    Column("tokens", "tokens", human),
-    Column("val_loss", "val loss", "{:.4f}".format),  # the best evaluation's: what runs are ranked by
+    Column("parameters", "params", human_count),
+    Column("tokens", "tokens", human_count),
+    Column("val_loss", "val loss", "{:.4f}".format),  # of the best evaluation; runs are ranked by it
     Column("delta", "vs best", "{:+.4f}".format),
     Column("final_val_loss", "final", "{:.4f}".format),
     Column("val_bpb", "bpb", "{:.3f}".format),  # bits per byte, of the best evaluation too
-    Column("tokens_per_sec", "tokens/s", human, more_is_better=True),
+    Column("tokens_per_sec", "tokens/s", human_count, more_is_better=True),
     Column("mfu", "MFU", "{:.1%}".format, more_is_better=True),
     Column("step_ms", "step ms", "{:.1f}".format),
     Column("peak_memory", "GiB", lambda n: f"{n / 2**30:.2f}"),
@@ -87,257 +112,280 @@ COLUMNS = (
 )
 
 
-# ---- reading ----
+# ---- reading a run ----
 
-class Broken(Exception):
-    """A log, or a line of metrics.jsonl, cannot be used. Lines are only counted: messages speak of run.json."""
+class BrokenLogError(Exception):
+    """A log, or a line of metrics.jsonl, cannot be used. Broken lines are only counted, so messages name run.json."""
 
 
-def parse(data):
-    """JSON object → dict, with None for every spelling of a number that is not finite (NaN, Infinity, 1e999)."""
-    def finite(digits):
+def parse_object(data: bytes) -> dict[str, Any]:
+    """The JSON object in `data`, with None for every number that is not finite (NaN, Infinity, 1e999)."""
+    def finite_or_none(digits: str) -> float | None:
         return value if math.isfinite(value := float(digits)) else None
 
     try:
-        value = json.loads(data, parse_float=finite, parse_constant=lambda _: None)
-    except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError too
-        raise Broken(f"run.json is not JSON: {error}") from None
+        value = json.loads(data, parse_float=finite_or_none, parse_constant=lambda _: None)
+    except (ValueError, RecursionError) as error:  # invalid UTF-8 is a ValueError too
+        raise BrokenLogError(f"run.json is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise Broken("run.json is not an object")
+        raise BrokenLogError("run.json is not an object")
     return value
 
 
-def number(section, key):
-    """section[key], or None if it is absent or null; `Broken` if it is no number."""
+def numeric_value(section: dict[str, Any], key: str) -> Any:
+    """section[key], or None if it is absent or null. Raises `BrokenLogError` if it is not a number."""
     value = section.get(key)
-    # Nothing that is logged comes near the bound; beyond it, arithmetic on a damaged log could overflow.
+    # No logged number comes near this bound. Beyond it, arithmetic on a damaged log could overflow.
     if value is not None and (type(value) not in (int, float) or not -1e18 < value < 1e18):
-        raise Broken(f"run.json: {key} is {shown(value)[:20]}, which is no number or a senseless one")
+        raise BrokenLogError(f"run.json: {key} is {printable(value)[:20]}, which is not a number or far out of range")
     return value
 
 
-def shown(value):
-    """A value from a log as one printable line: logs may hold line feeds, terminal escapes, half characters."""
+def printable(value: Any) -> str:
+    """A value from a log as one printable line: logs may contain line feeds, terminal escapes and half characters."""
     text = "-" if value is None else value if isinstance(value, str) else json.dumps(value)
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
-def flat(section):
-    """A section with numbers as they are and all else as text, so that values can be compared, hashed and printed."""
+def plain_values(section: dict[str, Any]) -> dict[str, Any]:
+    """A section with every value that is not a number as text, so that values can be compared, hashed and printed."""
     plain = (bool, int, float, type(None))
-    return {shown(key): value if type(value) in plain else shown(value) for key, value in section.items()}
+    return {printable(key): value if type(value) in plain else printable(value) for key, value in section.items()}
 
 
-def read(path):
+def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise Broken(f"{path.name} is missing") from None
+        raise BrokenLogError(f"{path.name} is missing") from None
     except OSError as error:
-        raise Broken(f"{path.name} cannot be read: {error.strerror}") from None
+        raise BrokenLogError(f"{path.name} cannot be read: {error.strerror}") from None
 
 
-def touched(path):
-    """When it was last written, in seconds since 1970; 0 if it is not there."""
+def modified_time(path: Path) -> float:
+    """In seconds since 1970; 0 if the file does not exist."""
     try:
         return os.stat(path).st_mtime
     except OSError:
         return 0.0
 
 
-def read_document(path):
-    """run.json, whose sections are then all of the type that they should be."""
-    data = read(path)
+def read_document(path: Path) -> dict[str, Any]:
+    """run.json, with every section of the required type."""
+    data = read_bytes(path)
     if not data.strip():
-        raise Broken("run.json is empty")
-    document = parse(data)
-    version = number(document, "schema_version")
+        raise BrokenLogError("run.json is empty")
+    document = parse_object(data)
+    version = numeric_value(document, "schema_version")
     if version is not None and version > SCHEMA_VERSION:
-        raise Broken(f"schema_version {version} is newer than this program, which reads up to {SCHEMA_VERSION}")
-    for key, kind in (SECTIONS | OPTIONAL).items():
-        if type(document.get(key)) is not kind and not (key in OPTIONAL and document.get(key) is None):
-            raise Broken(f"run.json: {key} is {'not ' + TYPES[kind] if key in document else 'missing'}")
-    if document["status"] not in STATES:
-        raise Broken(f"run.json: status {document['status']!r} is unknown{did_you_mean(document['status'], STATES)}")
+        raise BrokenLogError(f"schema_version {version} is newer than this program, which reads up to {SCHEMA_VERSION}")
+    for key, required_type in (REQUIRED_SECTIONS | OPTIONAL_SECTIONS).items():
+        is_absent = key in OPTIONAL_SECTIONS and document.get(key) is None
+        if type(document.get(key)) is not required_type and not is_absent:
+            problem = f"not {TYPE_NAMES[required_type]}" if key in document else "missing"
+            raise BrokenLogError(f"run.json: {key} is {problem}")
+    status = document["status"]
+    if status not in STATUSES:
+        raise BrokenLogError(f"run.json: status {status!r} is unknown{did_you_mean(status, STATUSES)}")
     return document
 
 
-def read_metrics(path):
-    """metrics.jsonl → ({kind: its records, by ascending step}, number of unreadable lines)."""
-    lines, records, skipped = list(filter(bytes.strip, read(path).split(b"\n"))), {kind: {} for kind in FIELDS}, 0
+def parse_record(line: bytes) -> tuple[str, dict[str, Any]] | None:
+    """(its record type, the values of a line of metrics.jsonl that are used); None for a type that is not used."""
+    raw = parse_object(line)
+    record_type = raw.get("kind")
+    if record_type not in list(RECORD_FIELDS):  # a list, as the value may not be hashable
+        return None
+    record = {key: numeric_value(raw, key) for key in ("step", *RECORD_FIELDS[record_type])}
+    memory = raw.get("memory")
+    record["peak_memory"] = numeric_value(memory, "peak") if isinstance(memory, dict) else None
+    if record["step"] is None:
+        raise BrokenLogError("metrics.jsonl: a record without a step")
+    return record_type, record
+
+
+def read_metrics(path: Path) -> tuple[dict[str, list[dict[str, Any]]], int]:
+    """metrics.jsonl → ({record type: records by ascending step}, count of unreadable lines)."""
+    lines = list(filter(bytes.strip, read_bytes(path).split(b"\n")))
+    records: dict[str, dict[float, dict[str, Any]]] = {record_type: {} for record_type in RECORD_FIELDS}
+    skipped = 0
     for line in lines:
         try:
-            raw = parse(line)
-            kind = raw.get("kind")
-            if kind not in list(FIELDS):  # a kind that means nothing here is no damage
-                continue
-            record = {key: number(raw, key) for key in ("step", *FIELDS[kind])}
-            memory = raw.get("memory")
-            record["peak_memory"] = number(memory, "peak") if isinstance(memory, dict) else None
-        except Broken:
-            record = {"step": None}
-        if record["step"] is None:
+            parsed = parse_record(line)
+        except BrokenLogError:
             skipped += 1
-        else:
-            records[kind][record["step"]] = record  # a resumed run repeats steps: the last one counts
+            continue
+        if parsed is not None:
+            record_type, record = parsed
+            records[record_type][record["step"]] = record  # a resumed run repeats steps: the last record counts
     if lines and skipped == len(lines):
-        raise Broken(f"metrics.jsonl: not one of its {skipped} lines is readable")
-    return {kind: [by_step[step] for step in sorted(by_step)] for kind, by_step in records.items()}, skipped
+        raise BrokenLogError(f"metrics.jsonl: not one of its {skipped} lines is readable")
+    return {name: [by_step[step] for step in sorted(by_step)] for name, by_step in records.items()}, skipped
 
 
-def measured(evals, steps, results):
-    """The columns that say how the run went: from its records; from run.json's results where it has none."""
+def run_metrics(evals: list[dict[str, Any]], steps: list[dict[str, Any]], results: dict[str, Any]) -> Run:
+    """The columns about training: from the records, or from the results of run.json where there are none."""
     best = min((e for e in evals if e["val_loss"] is not None), key=lambda e: e["val_loss"], default={})
-    timed = steps[1:] if len(steps) > 2 else steps  # the first pays for compilation and warm-up
+    timed = steps[1:] if len(steps) > 2 else steps  # the first step includes compilation and warm-up
 
-    def median(key):
+    def median(key: str) -> Any:
         values = [s[key] for s in timed if s[key] is not None]
-        return statistics.median(values) if values else number(results, key)
+        return statistics.median(values) if values else numeric_value(results, key)
+
+    def maximum(records: list[dict[str, Any]], key: str) -> Any:
+        values = [*(record[key] for record in records), numeric_value(results, key)]
+        return max((value for value in values if value is not None), default=None)
 
     step_time = median("step_time")
     return {
-        "tokens": largest(evals + steps, "tokens", number(results, "tokens")),  # of two logs, the longer one is right
-        "val_loss": best.get("val_loss") if evals else number(results, "best_val_loss"),
-        "final_val_loss": evals[-1]["val_loss"] if evals else number(results, "val_loss"),
-        "val_bpb": best.get("val_bpb") if evals else number(results, "best_val_bpb"),
+        "tokens": maximum(evals + steps, "tokens"),  # if one of the two logs is longer, it is the right one
+        "val_loss": best.get("val_loss") if evals else numeric_value(results, "best_val_loss"),
+        "final_val_loss": evals[-1]["val_loss"] if evals else numeric_value(results, "val_loss"),
+        "val_bpb": best.get("val_bpb") if evals else numeric_value(results, "best_val_bpb"),
         "tokens_per_sec": median("tokens_per_sec"),
         "mfu": median("mfu"),
         "step_ms": None if step_time is None else 1000 * step_time,
-        "peak_memory": largest(steps, "peak_memory", number(results, "peak_memory")),
+        "peak_memory": maximum(steps, "peak_memory"),
     }
 
 
-def largest(records, key, other):
-    return max((n for n in [*(r[key] for r in records), other] if n is not None), default=None)
+def load_run(directory: str | os.PathLike[str]) -> Run:
+    """A run directory as a dict.
 
+    Never raises for the contents of the directory. If they are unusable, status is 'broken: reason' and val_loss None.
 
-def load_run(path):
-    """A run directory as a dict: a value (or None) for each column but rank and delta, which are relative; path,
-    created_at, warnings, and run.json's sections model, config, data and hardware.
-
-    Never raises for what the directory holds or lacks: then status is 'broken: why', and val_loss is None.
+    Returns:
+        A value or None for each column but rank and delta, which depend on the other runs; path, created_at, warnings;
+        and the sections model, config, data and hardware of run.json.
     """
-    path = Path(path)
+    path = Path(directory)
     file, metrics = path / "run.json", path / "metrics.jsonl"
-    run = dict.fromkeys(column.key for column in COLUMNS)
-    run |= {"name": shown(os.path.basename(os.path.realpath(path))), "path": str(path), "warnings": [], "model": {},
+    run: Run = dict.fromkeys(column.key for column in COLUMNS)
+    run |= {"name": printable(os.path.basename(os.path.realpath(path))), "path": str(path), "warnings": [], "model": {},
             "config": {}, "data": {}, "hardware": {},
-            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(touched(path)))}
+            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(modified_time(path)))}
     try:
         document = read_document(file)
-        run |= {key: flat(document.get(key) or {}) for key in ("model", "config", "data", "hardware")}
-        run |= {"architecture": shown(document["arch_name"]), "created_at": shown(document["created_at"]),
-                "parameters": number(document["parameters"], "total")}
+        run |= {key: plain_values(document.get(key) or {}) for key in ("model", "config", "data", "hardware")}
+        run |= {"architecture": printable(document["arch_name"]), "created_at": printable(document["created_at"]),
+                "parameters": numeric_value(document["parameters"], "total")}
         status, reason = document["status"], document.get("status_reason")
-        hours = (time.time() - max(touched(file), touched(metrics))) / 3600
-        if status == "running" and hours * 3600 > QUIET_SECONDS:
-            status, reason = "running?", f"nothing written for {hours:.1f} h, possibly killed"
-        just_begun = status == "running" and not touched(metrics)
+        quiet_seconds = time.time() - max(modified_time(file), modified_time(metrics))
+        if status == "running" and quiet_seconds > QUIET_SECONDS:
+            status, reason = "running?", f"nothing written for {quiet_seconds / 3600:.1f} h, possibly killed"
+        just_begun = status == "running" and not modified_time(metrics)
         records, skipped = ({"eval": [], "step": []}, 0) if just_begun else read_metrics(metrics)
-        run |= measured(records["eval"], records["step"], document.get("results") or {})
-    except (Broken, RecursionError) as why:  # what Python can just parse may nest too deep to print
-        return run | {"status": f"broken: {shown(str(why))}"}
-    run["status"] = f"{status}: {shown(reason)}" if reason else status
+        run |= run_metrics(records["eval"], records["step"], document.get("results") or {})
+    except (BrokenLogError, RecursionError) as error:  # what Python just manages to parse may be too deep to print
+        return run | {"status": f"broken: {printable(str(error))}"}
+    run["status"] = f"{status}: {printable(reason)}" if reason else status
     if skipped:
         run["warnings"].append(f"{skipped} unreadable line{'s' * (skipped > 1)} of metrics.jsonl skipped")
     if run["val_loss"] is not None and not records["eval"]:
-        run["warnings"].append("metrics.jsonl holds no evaluation: the losses are those of run.json")
+        run["warnings"].append("metrics.jsonl has no evaluation: the losses are those of run.json")
     if run["val_loss"] is not None and run["final_val_loss"] is None:
         run["warnings"].append("the last evaluation gave no finite loss")
     return run
 
 
-# ---- comparing ----
+# ---- comparing runs ----
 
-def gathered(runs, key):
+def group_by(runs: Iterable[Run], key: Callable[[Run], Hashable]) -> list[list[Run]]:
     """The runs in groups of equal keys."""
-    groups = {}
+    groups: dict[Hashable, list[Run]] = {}
     for run in runs:
         groups.setdefault(key(run), []).append(run)
     return list(groups.values())
 
 
-def facts(run):
-    """Everything in which runs may differ, by key: the model as built, a few training keys, the machine."""
+def compared_values(run: Run) -> dict[str, Any]:
+    """{key: value} of everything that is reported if runs differ in it: the model as built, some training keys, the
+    hardware."""
     config, hardware = run["config"], run["hardware"]
     return {**run["model"], **{key: config.get(key) for key in TRAINING_KEYS},
             "dtype": hardware.get("dtype", config.get("dtype")), "hardware": hardware.get("name"),
             "world_size": hardware.get("world_size")}
 
 
-def experiment(run):
-    """What must be equal in two runs for one to be a repeat of the other."""
-    asked = {key: value for key, value in run["config"].items() if key not in NOT_THE_EXPERIMENT}
-    return frozenset(run["model"].items()), frozenset(asked.items()), run["data"].get("fingerprint"), run["tokens"]
+def experiment(run: Run) -> Hashable:
+    """Equal for runs that are repeats of one experiment."""
+    config = {key: value for key, value in run["config"].items() if key not in NOT_THE_EXPERIMENT}
+    return frozenset(run["model"].items()), frozenset(config.items()), run["data"].get("fingerprint"), run["tokens"]
 
 
-def trust(ranked):
-    """(warnings, notes) on how far the ranking goes."""
-    def some(runs):
+def comparability_warnings(ranked: list[Run]) -> tuple[list[str], list[str]]:
+    """(warnings, notes) about how far the ranking can be trusted."""
+    def run_names(runs: list[Run]) -> str:
         return ", ".join(run["name"] for run in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
 
-    arms, warnings, notes = gathered(ranked, experiment), [], []
-    seeds = [{SEEN["seed"](run) for run in arm} for arm in arms]
-    for what, value in SEEN.items():
-        if what == "seed" and all(its_seeds == seeds[0] for its_seeds in seeds):
-            continue  # every arm ran with the same seeds: arm against arm, the tokens are the same
-        if len(groups := gathered(ranked, value)) > 1:
-            who = "; ".join(f"{middle(shown(value(group[0])), 16)} in {some(group)}" for group in groups)
-            warnings.append(f"these runs did not see the same tokens: {what} differs: {who}")
-    for arm, its_seeds in zip(arms, seeds, strict=True):
-        if len(its_seeds) > 1:
+    warnings, notes = [], []
+    arms = group_by(ranked, experiment)
+    seeds = [{SAME_TOKENS["seed"](run) for run in arm} for arm in arms]
+    for name, value in SAME_TOKENS.items():
+        if name == "seed" and all(arm_seeds == seeds[0] for arm_seeds in seeds):
+            continue  # every arm has the same seeds, so the arms saw the same tokens
+        if len(groups := group_by(ranked, value)) > 1:
+            values = "; ".join(f"{shorten_middle(printable(value(group[0])), 16)} in {run_names(group)}"
+                               for group in groups)
+            warnings.append(f"these runs did not see the same tokens: {name} differs: {values}")
+    for arm, arm_seeds in zip(arms, seeds, strict=True):
+        if len(arm_seeds) > 1:
             losses = [run["val_loss"] for run in arm]
             notes.append(f"{arm[0]['architecture']}: best val loss {min(losses):.4f}..{max(losses):.4f} over "
-                         f"{len(its_seeds)} seeds (n={len(arm)}: {some(arm)})")
+                         f"{len(arm_seeds)} seeds (n={len(arm)}: {run_names(arm)})")
     if len(arms) > 1 and not warnings and len(seeds[0]) == 1:
         notes.append("one seed each: a small difference in val loss cannot be told from noise (repeat with --seed=…)")
     return warnings, notes
 
 
-def compare(runs, sort="val_loss"):
-    """Runs from `load_run` → {"runs": in order, with rank and delta, "differences": {key: {run name: value}} of the
-    keys in which they differ, "warnings": [str], "notes": [str]}.
+def compare(runs: list[Run], sort: str = "val_loss") -> Comparison:
+    """Rank runs and find their differences.
 
-    Rank and delta always go by the best val loss. In any order, runs without one come after, broken ones last.
+    Rank and delta always refer to the best val loss. In any order, runs without a val loss come after the others, and
+    broken ones last.
+
+    Args:
+        runs: from `load_run`.
+        sort: the key or header of a column. `UserError` if there is none.
     """
     column = {name: c for c in COLUMNS for name in (c.header, c.key)}.get(sort)
     if column is None:
         raise UserError(f"--sort: {sort!r} is unknown{did_you_mean(sort, [c.key for c in COLUMNS])}")
-    same_name = gathered(runs, lambda run: run["name"])
-    runs = [run | {"name": shown(run["path"])} if len(group) > 1 else dict(run) for group in same_name for run in group]
+    runs = [run | {"name": printable(run["path"])} if len(group) > 1 else dict(run)
+            for group in group_by(runs, lambda run: run["name"]) for run in group]
     ranked = sorted((run for run in runs if run["val_loss"] is not None), key=lambda r: (r["val_loss"], r["name"]))
     for rank, run in enumerate(ranked, 1):
         run |= {"rank": rank, "delta": run["val_loss"] - ranked[0]["val_loss"]}
 
-    def order(run):
+    def order(run: Run) -> tuple[Any, ...]:
         value = run[column.key]
         return (run["status"].startswith("broken"), run["val_loss"] is None, value is None,
                 -value if column.more_is_better and value is not None else value, run["name"])
 
     runs.sort(key=order)
-    described = {run["name"]: facts(run) for run in runs if not run["status"].startswith("broken")}
-    keys = dict.fromkeys(key for values in described.values() for key in values)
-    by_key = {key: {name: values.get(key) for name, values in described.items()} for key in keys}
-    warnings, notes = trust(ranked)
+    values = {run["name"]: compared_values(run) for run in runs if not run["status"].startswith("broken")}
+    keys = dict.fromkeys(key for row in values.values() for key in row)
+    by_key = {key: {name: row.get(key) for name, row in values.items()} for key in keys}
+    warnings, notes = comparability_warnings(ranked)
     return {"runs": runs,
             "differences": {key: row for key, row in by_key.items() if len(set(row.values())) > 1},
             "warnings": warnings + [f"{run['name']}: {warning}" for run in runs for warning in run["warnings"]],
             "notes": notes}
 
 
-# ---- showing ----
+# ---- printing ----
 
-def middle(text, width):
-    """`text` in at most `width` characters: the ends of a name tell more than its middle."""
+def shorten_middle(text: str, width: int) -> str:
+    """`text` in at most `width` characters: the ends of a name identify a run better than its middle."""
     return text if len(text) <= width else text[:(width - 1) // 2] + "…" + text[len(text) - width // 2:]
 
 
-def cells(runs, column):
-    return [column.header, *("-" if run[column.key] is None else column.show(run[column.key]) for run in runs)]
+def column_cells(runs: list[Run], column: Column) -> list[str]:
+    return [column.header, *("-" if run[column.key] is None else column.format(run[column.key]) for run in runs)]
 
 
-def aligned(columns, left):
-    """Columns of text, header first → lines; the columns whose header is in `left` keep left, the others right."""
+def align_columns(columns: Iterable[Sequence[str]], left: Sequence[str]) -> list[str]:
+    """Columns of text, header first → lines. left: the headers of the columns that are aligned to the left."""
     padded = []
     for column in columns:
         width = max(map(len, column))
@@ -345,46 +393,51 @@ def aligned(columns, left):
     return ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
 
 
-def folded(text, indent=""):
+def wrap_text(text: str, indent: str = "") -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
 
 
-def as_table(comparison):
-    """The terminal's: a line of numbers per run, and under it what was built and what went wrong."""
+def as_table(comparison: Comparison) -> str:
+    """For the terminal: per run a line of numbers, and below it the architecture and the reason for its status."""
     brief = [run | {"status": run["status"].split(":")[0]} for run in comparison["runs"]]
-    columns = [cells(brief, c) for c in COLUMNS if c.key != "architecture"]
-    taken = sum(2 + max(map(len, column)) for column in columns if column[0] != "run")
-    columns[1] = [middle(name, max(12, WIDTH - taken)) for name in columns[1]]  # where room is short, names give way
-    header, *rows = aligned(columns, left=("run", "status"))
+    columns = [column_cells(brief, c) for c in COLUMNS if c.key != "architecture"]
+    used = sum(2 + max(map(len, column)) for column in columns if column[0] != "run")
+    columns[1] = [shorten_middle(name, max(12, WIDTH - used)) for name in columns[1]]
+    header, *rows = align_columns(columns, left=("run", "status"))
     lines, indent = [header, "-" * max(map(len, (header, *rows)))], " " * (4 + max(map(len, columns[0])))
-    for run, short, row in zip(comparison["runs"], brief, rows, strict=True):
-        lines += [row, *folded(run["architecture"] or "", indent)]
-        lines += folded(run["status"], indent) if run["status"] != short["status"] else []
-
-    blocks, differences = [], comparison["differences"]
-    for name in next(iter(differences.values()), ()):  # as many runs beside each other as fit, then the next ones below
-        values = [middle(shown(row[name]), 24) for row in differences.values()]
-        column = [middle(name, max(20, *map(len, values))), *values]
-        if not blocks or sum(2 + max(map(len, c)) for c in [*blocks[-1], column]) > WIDTH + 2:
-            blocks.append([["differs in", *differences]])
-        blocks[-1].append(column)
-    for block in blocks:
-        lines += ["", *aligned(block, left=[column[0] for column in block])]
-    for label in ("notes", "warnings"):
-        lines += [""] * bool(comparison[label])
-        lines += [line for text in comparison[label] for line in folded(f"{label[:-1]}: {text}")]
+    for run, brief_run, row in zip(comparison["runs"], brief, rows, strict=True):
+        lines += [row, *wrap_text(run["architecture"] or "", indent)]
+        lines += wrap_text(run["status"], indent) if run["status"] != brief_run["status"] else []
+    lines += difference_lines(comparison["differences"])
+    messages = {"note": comparison["notes"], "warning": comparison["warnings"]}
+    for label, texts in messages.items():
+        lines += [""] * bool(texts)
+        lines += [line for text in texts for line in wrap_text(f"{label}: {text}")]
     return "\n".join(lines)
 
 
-def as_markdown(comparison):
-    """A table to paste, its caveats under it."""
-    header, *rows = zip(*(cells(comparison["runs"], c) for c in COLUMNS), strict=True)
+def difference_lines(differences: dict[str, dict[str, Any]]) -> list[str]:
+    """A table with one column per run. Runs that do not fit in WIDTH follow in another table below."""
+    tables: list[list[list[str]]] = []
+    for name in next(iter(differences.values()), {}):
+        values = [shorten_middle(printable(row[name]), 24) for row in differences.values()]
+        column = [shorten_middle(name, max(20, *map(len, values))), *values]
+        if not tables or sum(2 + max(map(len, c)) for c in [*tables[-1], column]) > WIDTH + 2:
+            tables.append([["differs in", *differences]])
+        tables[-1].append(column)
+    return [line for table in tables for line in ("", *align_columns(table, left=[column[0] for column in table]))]
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """A table to paste, with notes and warnings below it."""
+    header, *rows = zip(*(column_cells(comparison["runs"], c) for c in COLUMNS), strict=True)
     table = [header, ["---"] * len(header), *([text.replace("|", "\\|") for text in row] for row in rows)]
-    caveats = [f"- {label[:-1]}: {text}" for label in ("notes", "warnings") for text in comparison[label]]
-    return "\n".join(["| " + " | ".join(row) + " |" for row in table] + [""] * bool(caveats) + caveats)
+    messages = [*(f"- note: {text}" for text in comparison["notes"]),
+                *(f"- warning: {text}" for text in comparison["warnings"])]
+    return "\n".join(["| " + " | ".join(row) + " |" for row in table] + [""] * bool(messages) + messages)
 
 
-def as_csv(comparison):
+def as_csv(comparison: Comparison) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, [c.key for c in COLUMNS], extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -392,65 +445,66 @@ def as_csv(comparison):
     return out.getvalue().rstrip("\n")
 
 
-def as_json(comparison):
+def as_json(comparison: Comparison) -> str:
     keys = [*(c.key for c in COLUMNS), "path", "created_at"]
-    return json.dumps(comparison | {"runs": [{key: run[key] for key in keys} for run in comparison["runs"]]}, indent=2)
+    return json.dumps({**comparison, "runs": [{key: run[key] for key in keys} for run in comparison["runs"]]}, indent=2)
 
 
-FORMATS = {"table": as_table, "md": as_markdown, "csv": as_csv, "json": as_json}
+FORMATS: dict[str, Callable[[Comparison], str]] = {"table": as_table, "md": as_markdown, "csv": as_csv, "json": as_json}
 
 
-def render(comparison, format="table"):
-    """What `compare` returned as text, in one of FORMATS; CSV alone has no room for the warnings."""
+def render(comparison: Comparison, format: str = "table") -> str:
+    """A comparison as text, in one of FORMATS. CSV leaves out the warnings and notes."""
     return FORMATS[format](comparison)
 
 
 # ---- the command ----
 
-def directories(pattern):
+def find_directories(pattern: str) -> list[str]:
     return sorted(filter(os.path.isdir, glob.glob(pattern)))
 
 
-def runs_in(path):
-    """A run's directory as it is; a directory of runs stands for them."""
+def run_directories(path: str) -> list[str]:
+    """The run directory itself, or the run directories in a directory of runs."""
     if os.path.lexists(os.path.join(path, "run.json")):
         return [path]
     return sorted(map(os.path.dirname, glob.glob(os.path.join(glob.escape(path), "*", "run.json")))) or [path]
 
 
-def select(patterns, out_dir):
-    """The run directories that the user means: all in `out_dir`, or those named; each once."""
-    found = [] if patterns else directories(os.path.join(glob.escape(out_dir), "*"))
+def select_runs(patterns: list[str], out_dir: str) -> list[str]:
+    """The run directories that the patterns name, each once; without patterns all in `out_dir`."""
+    found = [] if patterns else find_directories(os.path.join(glob.escape(out_dir), "*"))
     for pattern in patterns:
-        matches = [pattern] if os.path.isdir(pattern) else directories(pattern)
+        matches = [pattern] if os.path.isdir(pattern) else find_directories(pattern)
         if not matches:
             raise UserError(f"no such run directory: {pattern}")
-        found += [run for path in matches for run in runs_in(path)]
+        found += [run for path in matches for run in run_directories(path)]
     if not found:
-        wrong = "no runs in" if os.path.isdir(out_dir) else "no such directory:"
-        raise UserError(f"{wrong} {out_dir} ({HOW_TO_START})")
+        problem = "no runs in" if os.path.isdir(out_dir) else "no such directory:"
+        raise UserError(f"{problem} {out_dir} ({HOW_TO_START})")
     return list({os.path.realpath(path): path for path in found}.values())
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="compare_architectures.py", description="Compare training runs: an ablation table.")
-    parser.add_argument("runs", nargs="*", help="run directories or globs (all in --out_dir if none is given)")
-    parser.add_argument("--out_dir", default="runs", help="where the runs are")
+    parser.add_argument("runs", nargs="*", help="run directories or globs (default: all in --out_dir)")
+    parser.add_argument("--out_dir", default="runs", help="directory of the runs")
     parser.add_argument("--latest", type=int, metavar="N", help="only the newest N of them")
-    parser.add_argument("--format", choices=FORMATS, default="table", help="how to print")
+    parser.add_argument("--format", choices=FORMATS, default="table", help="output format")
     parser.add_argument("--sort", default="val_loss", metavar="KEY", help="one of " + ", ".join(c.key for c in COLUMNS))
     args = parser.parse_args(argv)
     if args.latest is not None and args.latest < 1:
         raise UserError(f"--latest: {args.latest} is not at least 1")
-    runs = sorted(map(load_run, select(args.runs, args.out_dir)), key=lambda run: run["created_at"], reverse=True)
+    runs = sorted(map(load_run, select_runs(args.runs, args.out_dir)), key=lambda run: run["created_at"], reverse=True)
     comparison = compare(runs[:args.latest], args.sort)
-    print(render(comparison, args.format), flush=True)  # flushed here, where a closed pipe is told in one line
-    if args.format in ("csv", "json"):  # stdout is for a program: people read the other stream
+    print(render(comparison, args.format), flush=True)  # flushed here, so that a closed pipe is handled below
+    if args.format in ("csv", "json"):  # stdout is read by a program, stderr by people
         for warning in comparison["warnings"]:
             print(f"warning: {warning}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a run's name may not exist in the terminal's encoding
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may not have the characters of a run's name
     with exit_on_user_error():
         main()
