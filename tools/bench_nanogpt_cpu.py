@@ -1,10 +1,10 @@
-"""nanoGPT's CPU recipe, nanoGPT and ours in turn on the same machine: wall time, validation loss, their ratio.
+"""Times nanoGPT's CPU recipe with nanoGPT and with blockGPT in turn: wall time, validation loss, and the time ratio.
 
     git clone https://github.com/karpathy/nanoGPT
     python data/shakespeare_char/prepare.py && python nanoGPT/data/shakespeare_char/prepare.py
     python -m tools.bench_nanogpt_cpu --nanogpt nanoGPT --pairs 3
 
-Machines drift, so the two run in pairs and the figure to quote is the median ratio.
+The speed of a computer drifts, so the two run in pairs, and the number to quote is the median ratio.
 """
 
 import re
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from blockgpt.console import ArgumentParser
@@ -24,32 +25,44 @@ RECIPE = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_
           "--dropout=0.0")
 
 
-def timed(command, cwd, loss_pattern):
-    """(wall seconds of the whole process, the last validation loss that it printed)."""
-    started = time.perf_counter()
+def time_training(command: Sequence[str], cwd: Path, loss_pattern: str) -> tuple[float, float]:
+    """(wall seconds of the whole process, the last validation loss that it printed).
+
+    Args:
+        command: what follows `python`.
+        cwd: the directory to run it in.
+        loss_pattern: a regular expression with one group, the loss.
+    """
+    begin = time.perf_counter()
     done = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True)
-    seconds = time.perf_counter() - started
-    if done.returncode:
-        raise UserError(f"{cwd}: {' '.join(command[:2])} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return seconds, float(re.findall(loss_pattern, done.stdout)[-1])
+    seconds = time.perf_counter() - begin
+    losses = re.findall(loss_pattern, done.stdout)
+    if done.returncode or not losses:
+        reason = (done.stderr.strip().splitlines() or ["no validation loss was printed"])[-1]
+        raise UserError(f"{cwd}: {' '.join(command[:2])} failed: {reason}")
+    return seconds, float(losses[-1])
 
 
-def main(argv):
-    parser = ArgumentParser(description="time nanoGPT's CPU recipe against ours")
+def main(argv: Sequence[str]) -> None:
+    parser = ArgumentParser(description="Compare the time of nanoGPT's CPU recipe with nanoGPT and with blockGPT.")
     parser.add_argument("--nanogpt", type=Path, required=True, help="a nanoGPT checkout with its data prepared")
     parser.add_argument("--pairs", type=int, default=3, help="how often each is run")
     args = parser.parse_args(argv)
     if not (args.nanogpt / "data/shakespeare_char/train.bin").is_file():
-        raise UserError(f"--nanogpt: {args.nanogpt}/data/shakespeare_char/train.bin is not there (see --help)")
+        raise UserError(f"--nanogpt: {args.nanogpt}/data/shakespeare_char/train.bin does not exist (run python "
+                        f"{args.nanogpt}/data/shakespeare_char/prepare.py)")
+    if args.pairs < 1:
+        raise UserError(f"--pairs: {args.pairs} is not at least 1")
     ratios = []
     for i in range(args.pairs):
-        theirs, their_loss = timed(["train.py", *RECIPE.split()], args.nanogpt, r"val loss ([\d.]+)")
+        nanogpt_seconds, nanogpt_loss = time_training(["train.py", *RECIPE.split()], args.nanogpt,
+                                                      r"val loss ([\d.]+)")
         with tempfile.TemporaryDirectory() as out_dir:
             command = ["train.py", "config/bench_nanogpt_cpu.py", f"--out_dir={out_dir}", "--run_name=bench"]
-            ours, our_loss = timed(command, ROOT, r"val_loss ([\d.]+)")
-        ratios.append(ours / theirs)
-        print(f"pair {i + 1}: nanoGPT {theirs:.1f} s, loss {their_loss:.4f} (20 random batches)   "
-              f"blockGPT {ours:.1f} s, loss {our_loss:.4f} (the whole split)   ratio {ratios[-1]:.3f}", flush=True)
+            seconds, loss = time_training(command, ROOT, r"val_loss ([\d.]+)")
+        ratios.append(seconds / nanogpt_seconds)
+        print(f"pair {i + 1}: nanoGPT {nanogpt_seconds:.1f} s, loss {nanogpt_loss:.4f} (20 random batches)   "
+              f"blockGPT {seconds:.1f} s, loss {loss:.4f} (the whole split)   ratio {ratios[-1]:.3f}", flush=True)
     print(f"blockGPT / nanoGPT, wall time: median {statistics.median(ratios):.3f}, "
           f"min {min(ratios):.3f}, max {max(ratios):.3f}")
 
