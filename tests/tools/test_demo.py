@@ -53,7 +53,7 @@ def test_every_file_of_a_command_exists():
 
 def test_an_interrupted_training_run_ends_the_demo_with_the_command_that_continues_it(commands):
     commands[0].status = "interrupted"
-    with pytest.raises(UserError, match="not finished; continue it: python train.py --resume=must --run_name=demo-"):
+    with pytest.raises(UserError, match=r"not finished; continue it: python train\.py --resume=must --run_name="):
         demo.main()
 
 
