@@ -9,6 +9,7 @@ a machine whose speed drifts slows both. A key that only one option reads is com
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import sys
 import time
@@ -83,6 +84,7 @@ def step_ratio(config: ModelConfig, baseline: ModelConfig, steps: int, batch_siz
     return statistics.median(s[0] for s in seconds) / statistics.median(s[1] for s in seconds)
 
 
+@functools.cache
 def costs(config: ModelConfig) -> tuple[int, float, float]:
     """(parameters, training FLOPs per token, bytes saved for the backward pass per token), without allocating."""
     memory = MemoryAccount(build_model, config, torch.float32, gpu=True)

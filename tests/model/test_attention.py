@@ -76,7 +76,8 @@ def documents_of(B, T):
 def test_every_backend_is_attention_by_definition_for_every_mask(causal, window, documents, alibi, size, untraced):
     B, H, G, T = SIZES[size]
     q, k, v = draw(B, H, T, 6), draw(B, G, T, 6, seed=1), draw(B, G, T, 6, seed=2)
-    s = mask_spec(T, None, window, causal, documents_of(B, T) if documents else None, alibi_slopes_of(H) if alibi else None)
+    s = mask_spec(T, None, window, causal, documents_of(B, T) if documents else None,
+                  alibi_slopes_of(H) if alibi else None)
     for cap in (None, 0.7):
         expected, cotangent = by_definition(q, k, v, s, 0.4, cap), draw(*q.shape, seed=3).detach()
         gradients = torch.autograd.grad(expected, (q, k, v), cotangent)
@@ -108,7 +109,8 @@ def test_queries_after_a_cache_see_the_keys_that_their_positions_allow(backend, 
 @pytest.mark.parametrize("causal, window, documents, alibi", MASKS)
 def test_torch_chooses_a_fused_kernel_for_every_mask(causal, window, documents, alibi):
     layer = attention("sdpa", n_kv_head=2)
-    s = mask_spec(9, None, window, causal, documents_of(1, 9) if documents else None, alibi_slopes_of(4) if alibi else None)
+    s = mask_spec(9, None, window, causal, documents_of(1, 9) if documents else None,
+                  alibi_slopes_of(4) if alibi else None)
     assert layer.kernel(s, torch.float32) == "flash_attention"  # the CPU's fused one
 
 
