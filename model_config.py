@@ -217,7 +217,7 @@ PRESETS: dict[str, tuple[str, dict[str, typing.Any]]] = {
                     activation="gelu_tanh", position_encoding="rope", rope_theta=1_000_000.0,
                     rope_theta_local=10_000.0, qk_norm="head", sliding_window=512, window_pattern="SSSSSL",
                     embedding_scale="sqrt", bias=False, weight_tying=True)),
-    "olmo2": ("OLMo 2 (OLMo Team 2025): norms on the sublayers' outputs, queries and keys normalised whole.",
+    "olmo2": ("OLMo 2 (OLMo Team 2025): norms on the outputs of the sublayers, QK-norm over all heads as one vector.",
               dict(normalization="rmsnorm", norm_eps=1e-6, norm_position="reordered", ffn_type="swiglu",
                    position_encoding="rope", rope_theta=500_000.0, qk_norm="projection", bias=False,
                    weight_tying=False)),

@@ -1,4 +1,4 @@
-"""Every axis spelled out: copy this file and change a line."""
+"""The main axes with their defaults: copy this file and change a line."""
 arch_preset = "custom"
 normalization = "layernorm_nobias"
 norm_position = "pre"

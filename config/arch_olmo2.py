@@ -1,2 +1,2 @@
-"""OLMo 2 (arXiv:2501.00656): norms on the sublayers' outputs, queries and keys normalised whole."""
+"""OLMo 2 (arXiv:2501.00656): norms on the outputs of the sublayers, QK-norm over all heads as one."""
 arch_preset = "olmo2"

@@ -1,4 +1,4 @@
-"""nanoGPT's CPU recipe from its README, in our terms: its published validation loss is 1.88."""
+"""nanoGPT's CPU recipe from its README, in this project's keys. nanoGPT's published validation loss is 1.88."""
 dataset = "shakespeare_char"
 normalization = "layernorm_nobias"
 norm_position = "pre"

@@ -1,2 +1,2 @@
-"""FineWeb, 10 billion tokens of it (python data/fineweb/prepare.py)."""
+"""10 billion tokens of FineWeb (python data/fineweb/prepare.py)."""
 dataset = "fineweb"

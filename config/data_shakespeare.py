@@ -1,2 +1,2 @@
-"""Tiny Shakespeare by GPT-2's BPE (python data/shakespeare/prepare.py)."""
+"""Tiny Shakespeare in GPT-2's BPE (python data/shakespeare/prepare.py)."""
 dataset = "shakespeare"

@@ -1,2 +1,2 @@
-"""Tiny Shakespeare by characters (python data/shakespeare_char/prepare.py)."""
+"""Tiny Shakespeare in characters (python data/shakespeare_char/prepare.py)."""
 dataset = "shakespeare_char"

@@ -1,4 +1,4 @@
-"""Web text, code and mathematics in equal parts, by GPT-2's tokenizer.
+"""Web text, code and mathematics with equal weights, in GPT-2's tokenizer.
 
 python data/fineweb/prepare.py; python data/openwebmath/prepare.py
 python data/pycode/prepare.py --tokenizer gpt2 --out_dir data/pycode_gpt2

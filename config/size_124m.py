@@ -1,4 +1,4 @@
-"""GPT-2's 124M shape, at nanoGPT's half a million tokens a step (on eight GPUs: 5 micro-batches each)."""
+"""GPT-2's 124M shape, with nanoGPT's half a million tokens per step (on eight GPUs: 5 micro-batches each)."""
 n_layer = 12
 n_head = 12
 n_embd = 768

@@ -1,4 +1,4 @@
-"""LLaMA 2's 7B shape, 4.2 million tokens a step, 2.1 trillion in all (on eight GPUs: 64 micro-batches each)."""
+"""LLaMA 2's 7B shape, 4.2 million tokens per step, 2.1 trillion in total (on eight GPUs: 64 micro-batches each)."""
 n_layer = 32
 n_head = 32
 n_embd = 4096

@@ -1,4 +1,4 @@
-"""Seconds a run: for trying an idea, or a test."""
+"""A run of seconds, to try an idea or for a test."""
 n_layer = 2
 n_head = 2
 n_embd = 64
