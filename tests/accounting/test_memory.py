@@ -180,10 +180,12 @@ def test_a_new_component_is_counted_without_declaring_anything(monkeypatch):
         def forward(self, x):
             return x.exp().sin()  # saves both intermediate results
 
-    config = get_preset("gpt2", **SIZES["usual"], activation="relu")
-    before = MemoryAccount(build_model, config, torch.float32, gpu=False).saved_by_category()
-    monkeypatch.setattr(model_components, "ReLU", Cubed)
-    after = MemoryAccount(build_model, config, torch.float32, gpu=False).saved_by_category()
+    def saved(activation):
+        config = get_preset("gpt2", **SIZES["usual"], activation=activation)
+        return MemoryAccount(build_model, config, torch.float32, gpu=False).saved_by_category()
+
+    monkeypatch.setattr(model_components, "ReLU2", Cubed)
+    before, after = saved("relu"), saved("relu2")
     # One more tensor of width d_ff in each layer.
     assert after.pop("ffn") - before.pop("ffn") == LinearBytes(0, 3 * 4 * 32 * 256)
     assert after == before
