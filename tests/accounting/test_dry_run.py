@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_python
+from conftest import TINY, environment
+from forked import run_train
 
 from blockgpt.accounting import dry_run as dry_run_module
 from blockgpt.accounting.dry_run import (
@@ -191,26 +192,36 @@ def test_checkpointing_is_proposed_before_another_mode():
 # ---- through train.py
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("batch_size, code", [(1, 0), (100_000, 1)])
-def test_the_exit_code_says_whether_it_fits_and_nothing_is_written(tmp_path, batch_size, code):
-    done = run_python(ROOT / "train.py", *SMALL, f"--batch_size={batch_size}", cwd=tmp_path)
-    assert done.returncode == code and not done.stderr
-    assert ("\nfits: " if code == 0 else "\ndoes not fit: ") in done.stdout
-    assert list(tmp_path.iterdir()) == []
+@pytest.fixture
+def dry_run_command(tmp_path, tmp_path_factory):
+    """dry_run_command(*flags) -> the finished process of `train.py --dry_run`, which must not write any file."""
+    output = tmp_path_factory.mktemp("output") / "train"
+
+    def run(*flags):
+        done = run_train(["--dry_run", *flags], tmp_path, environment(), output)
+        assert list(tmp_path.iterdir()) == []
+        return done
+    return run
 
 
 @pytest.mark.slow
-def test_the_embedded_dataset_is_not_prepared_for_a_dry_run(tmp_path):
-    done = run_python(ROOT / "train.py", "--dry_run", f"--data_dir={tmp_path}/data", "--device=cpu", cwd=tmp_path)
+@pytest.mark.parametrize("batch_size, code, verdict", [(1, 0, "\nfits: "), (100_000, 1, "\ndoes not fit: ")],
+                         ids=["fits", "does-not-fit"])
+def test_the_exit_code_says_whether_the_run_fits(dry_run_command, batch_size, code, verdict):
+    done = dry_run_command(*SMALL, f"--batch_size={batch_size}")
+    assert done.returncode == code and not done.stderr and verdict in done.stdout
+
+
+@pytest.mark.slow
+def test_the_embedded_dataset_is_not_prepared_for_a_dry_run(dry_run_command, tmp_path):
+    done = dry_run_command(f"--data_dir={tmp_path}/data", "--device=cpu")
     assert done.returncode == 2 and done.stderr.startswith("error: dataset 'pycode' is not prepared: run python data/")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_a_model_far_larger_than_this_computer_needs_no_memory(tmp_path):
-    done = run_python(ROOT / "train.py", "config/arch_llama.py", "config/size_7b.py", "--dry_run", "--dry_run_gpus=8",
-                      "--dry_run_gpu=B200", "--dataset=nowhere", cwd=tmp_path)
+def test_a_model_far_larger_than_this_computer_needs_no_memory(dry_run_command):
+    done = dry_run_command("config/arch_llama.py", "config/size_7b.py", "--dry_run_gpus=8", "--dry_run_gpu=B200",
+                           "--dataset=nowhere")
     assert done.returncode == 0, done.stderr
     assert "6,738,415,616" in done.stdout and "8 × B200: 180.00 GiB, 1000 W, bfloat16" in done.stdout
     assert re.search(r"^ +FSDP, full .* yes +\d+$", done.stdout, re.MULTILINE)
