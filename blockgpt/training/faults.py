@@ -199,6 +199,7 @@ class Watchdog:
         repeated: tuple[float, int] | None = None  # when a later one arrived, and its number
         checked_peers = 0.0
         count = 0
+        self._send_heartbeat(count)  # before the first wait, so that a rank lost at once is named too
         while not self.exiting.is_set():
             ready, _, _ = select.select([self.read_fd], [], [], HEARTBEAT_SECONDS)
             now = time.monotonic()

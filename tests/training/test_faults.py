@@ -3,13 +3,13 @@
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import records
+from conftest import TINY, records
+from ranks import start_train
 
 import blockgpt.training.faults as faults
 from blockgpt.errors import DataError, PeerLostError
@@ -128,15 +128,42 @@ def wait_for_step(run_dir: Path, step: int) -> None:
     raise AssertionError(f"no step {step} in {run_dir}")
 
 
+class Run:
+    """Two ranks of an endless run that has reached step 5."""
+
+    def __init__(self, folder: Path, data_dir: Path, *flags: str) -> None:
+        self.folder, self.dir = folder, folder / "runs/endless"
+        self.ranks = start_train(2, [*TINY, f"--data_dir={data_dir}", "--run_name=endless", "--max_iters=100000",
+                                     "--eval_interval=100000", "--gradient_accumulation_steps=2", *flags], folder)
+        wait_for_step(self.dir, 5)
+
+    def send(self, sent: signal.Signals, *ranks: int) -> None:
+        for rank in ranks:
+            os.kill(self.ranks[rank].pid, sent)
+
+    def wait(self, rank: int) -> tuple[int | None, str]:
+        """The exit code of a rank, and its stderr."""
+        self.ranks[rank].join(60)
+        return self.ranks[rank].exitcode, (self.folder / f"rank{rank}.err").read_text()
+
+    def record(self) -> dict:
+        return json.loads((self.dir / "run.json").read_text())
+
+
 @pytest.fixture
-def endless(tmp_path, processes):
-    """endless(*flags) -> (two processes of an endless run that has reached step 5, its directory)."""
-    def start(*flags: str) -> tuple[list[subprocess.Popen], Path]:
-        ranks = processes(2, "endless", "--max_iters=100000", "--eval_interval=100000",
-                          "--gradient_accumulation_steps=2", *flags)
-        wait_for_step(tmp_path / "runs/endless", 5)
-        return ranks, tmp_path / "runs/endless"
-    return start
+def endless(tmp_path, data_dir):
+    """endless(*flags) -> a `Run`, whose ranks are killed at the end of the test."""
+    runs = []
+
+    def start(*flags: str) -> Run:
+        runs.append(Run(tmp_path, data_dir, *flags))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        for process in run.ranks:
+            process.kill()
+            process.join()
 
 
 def error_line(stderr: str) -> str:
@@ -146,51 +173,47 @@ def error_line(stderr: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_is_named_by_the_other(endless, killed):
-    ranks, run_dir = endless()
-    ranks[killed].kill()
-    _, stderr = ranks[1 - killed].communicate(timeout=60)
-    assert ranks[1 - killed].returncode == PeerLostError.exit_code
+    run = endless()
+    run.send(signal.SIGKILL, killed)
+    exit_code, stderr = run.wait(1 - killed)
+    assert exit_code == PeerLostError.exit_code
     line = error_line(stderr)
     assert f"error: rank {1 - killed} at step " in line and "in phase step: communication broke" in line
     if killed == 1:  # without torchrun the store is in rank zero, and ends with it
         assert "lost rank 1, last heartbeat at step " in line
-        run = json.loads((run_dir / "run.json").read_text())
-        assert run["status"] == "failed" and "lost rank 1" in run["status_reason"]
+        assert run.record()["status"] == "failed" and "lost rank 1" in run.record()["status_reason"]
 
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named_with_the_stacks(endless):
-    ranks, run_dir = endless("--rank_timeout=3")
-    ranks[1].send_signal(signal.SIGSTOP)
-    _, stderr = ranks[0].communicate(timeout=60)
-    assert ranks[0].returncode == PeerLostError.exit_code
+    run = endless("--rank_timeout=3")
+    run.send(signal.SIGSTOP, 1)
+    exit_code, stderr = run.wait(0)
+    assert exit_code == PeerLostError.exit_code
     line = error_line(stderr)
     assert "error: rank 0 at step " in line and "no progress for " in line
     assert "lost rank 1, last heartbeat at step " in line
     assert "most recent call first" in stderr and "in train" in stderr
-    run = json.loads((run_dir / "run.json").read_text())
-    assert run["status"] == "failed" and "lost rank 1" in run["status_reason"]
+    assert run.record()["status"] == "failed" and "lost rank 1" in run.record()["status_reason"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent, to", [(signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1])])
-def test_a_signal_to_one_or_all_stops_all_at_the_same_step(endless, sent, to):
-    ranks, run_dir = endless()
-    for rank in to:
-        ranks[rank].send_signal(sent)
-    outputs = [rank.communicate(timeout=60) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    run = json.loads((run_dir / "run.json").read_text())
-    assert run["status"] == "interrupted" and run["status_reason"].startswith(f"{sent.name} at step ")
-    assert f"step_{run['results']['step']:08d}" in [p.name for p in (run_dir / "checkpoints").iterdir()]
+@pytest.mark.parametrize("sent, ranks", [(signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1])])
+def test_a_signal_to_one_or_all_stops_all_at_the_same_step(endless, sent, ranks):
+    run = endless()
+    run.send(sent, *ranks)
+    outcomes = [run.wait(rank) for rank in (0, 1)]
+    assert [exit_code for exit_code, _ in outcomes] == [0, 0], outcomes
+    record = run.record()
+    assert record["status"] == "interrupted" and record["status_reason"].startswith(f"{sent.name} at step ")
+    assert f"step_{record['results']['step']:08d}" in [p.name for p in (run.dir / "checkpoints").iterdir()]
 
 
 @pytest.mark.slow
 def test_a_second_signal_ends_a_process_that_waits_for_a_peer(endless):
-    ranks, _ = endless()
-    ranks[1].send_signal(signal.SIGSTOP)
-    ranks[0].send_signal(signal.SIGTERM)
+    run = endless()
+    run.send(signal.SIGSTOP, 1)
+    run.send(signal.SIGTERM, 0)
     time.sleep(1.5)
-    ranks[0].send_signal(signal.SIGTERM)
-    ranks[0].communicate(timeout=30)
-    assert ranks[0].returncode in (128 + signal.SIGTERM, -signal.SIGTERM)
+    run.send(signal.SIGTERM, 0)
+    assert run.wait(0)[0] in (128 + signal.SIGTERM, -signal.SIGTERM)
