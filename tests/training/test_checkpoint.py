@@ -172,7 +172,7 @@ def update_manifest(path):
 KEY = "blocks.0.attn.q_proj.weight"  # (16, 16)
 
 
-def piece(**more):
+def chunk(**more):
     return {"file": MODEL, "offset": [0, 0], "shape": [16, 16], **more}
 
 
@@ -181,26 +181,26 @@ INDICES = {
     "no shape": lambda i: i[KEY].pop("shape"),
     "a shape of text": lambda i: i[KEY].update(shape="16"),
     "a negative shape": lambda i: i[KEY].update(shape=[-16, -16]),
-    "a huge shape": lambda i: i[KEY].update(shape=[2**61, 16], pieces=[piece(shape=[2**61, 16])]),
+    "a huge shape": lambda i: i[KEY].update(shape=[2**61, 16], pieces=[chunk(shape=[2**61, 16])]),
     "an infinite shape": lambda i: i[KEY].update(shape=[float("inf"), 16]),
     "a boolean shape": lambda i: i[KEY].update(shape=[True, 256]),
-    "another shape": lambda i: i[KEY].update(shape=[8, 32], pieces=[piece(shape=[8, 32])]),
+    "another shape": lambda i: i[KEY].update(shape=[8, 32], pieces=[chunk(shape=[8, 32])]),
     "another dtype": lambda i: i[KEY].update(dtype="I32"),
     "an unknown dtype": lambda i: i[KEY].update(dtype="F33"),
     "a list as dtype": lambda i: i[KEY].update(dtype=["F32"]),
     "no pieces": lambda i: i[KEY].update(pieces=[]),
     "null pieces": lambda i: i[KEY].update(pieces=None),
-    "a gap": lambda i: i[KEY].update(pieces=[piece(shape=[15, 16])]),
-    "out of bounds": lambda i: i[KEY].update(pieces=[piece(offset=[1, 0])]),
-    "an overlap": lambda i: i[KEY]["pieces"].append(piece(file="model-00001.safetensors")),
-    "a duplicate": lambda i: i[KEY]["pieces"].append(piece()),
-    "a file outside": lambda i: i[KEY].update(pieces=[piece(file="../step_00000002/" + MODEL)]),
-    "an absolute file": lambda i: i[KEY].update(pieces=[piece(file="/etc/passwd")]),
-    "a missing file": lambda i: i[KEY].update(pieces=[piece(file="model-00007.safetensors")]),
+    "a gap": lambda i: i[KEY].update(pieces=[chunk(shape=[15, 16])]),
+    "out of bounds": lambda i: i[KEY].update(pieces=[chunk(offset=[1, 0])]),
+    "an overlap": lambda i: i[KEY]["pieces"].append(chunk(file="model-00001.safetensors")),
+    "a duplicate": lambda i: i[KEY]["pieces"].append(chunk()),
+    "a file outside": lambda i: i[KEY].update(pieces=[chunk(file="../step_00000002/" + MODEL)]),
+    "an absolute file": lambda i: i[KEY].update(pieces=[chunk(file="/etc/passwd")]),
+    "a missing file": lambda i: i[KEY].update(pieces=[chunk(file="model-00007.safetensors")]),
     "a missing tensor": lambda i: i.update({"other.weight": i[KEY]}),
     "a tensor that is not in the index": lambda i: i.pop(KEY),
-    "too many dimensions": lambda i: i[KEY].update(shape=[1] * 1000, pieces=[piece(offset=[0] * 1000,
-                                                                                    shape=[1] * 1000)]),
+    "too many dimensions": lambda i: i[KEY].update(shape=[1] * 1000,
+                                                   pieces=[chunk(offset=[0] * 1000, shape=[1] * 1000)]),
 }
 
 

@@ -32,11 +32,11 @@ def run(tmp_path):
 def test_the_newest_two_and_the_best_are_kept_and_nothing_is_removed_before_the_new_one_is_verified(run, monkeypatch):
     seen = []
     monkeypatch.setattr(checkpoint_saver, "verify_written", lambda *_: seen.append(names(run.folder)))
-    for step, best, kept in ((6, 2, [2, 4, 6]), (8, 8, [6, 8]), (10, 6, [6, 8, 10]), (12, 6, [6, 10, 12]),
+    for step, best, expected in ((6, 2, [2, 4, 6]), (8, 8, [6, 8]), (10, 6, [6, 8, 10]), (12, 6, [6, 10, 12]),
                              (14, None, [12, 14])):
         before = names(run.folder)
         path = save(run.dir, run.model, run.optimizer, state(step, best))
-        assert names(run.folder) == [f"step_{k:08d}" for k in kept] and path.name == f"step_{step:08d}"
+        assert names(run.folder) == [f"step_{k:08d}" for k in expected] and path.name == f"step_{step:08d}"
         assert seen[-1] == sorted([*before, path.name])
         checkpoint.verify(path)
     save(run.dir, run.model, run.optimizer, state(16), keep=3)
@@ -45,10 +45,11 @@ def test_the_newest_two_and_the_best_are_kept_and_nothing_is_removed_before_the_
     assert names(run.folder) == [f"step_{k:08d}" for k in (12, 13, 14, 16)]
 
 
-def test_a_checkpoint_that_reads_back_differently_is_removed_and_the_older_ones_stay(run, monkeypatch):
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, "index.json", "state.json"])
+def test_a_checkpoint_that_reads_back_differently_is_removed_and_the_older_ones_stay(run, monkeypatch, name):
     before = contents(run.folder)
-    monkeypatch.setattr(checkpoint_saver, "drop_page_cache", lambda path: path.name == MODEL and flip(path, -1))
-    with pytest.raises(OSError, match=f"{MODEL}: its content on the disk differs from what was written"):
+    monkeypatch.setattr(checkpoint_saver, "drop_page_cache", lambda path: path.name == name and flip(path, -1))
+    with pytest.raises(OSError, match=f"{name}: its content on the disk differs from what was written"):
         save(run.dir, run.model, run.optimizer, state(6))
     assert contents(run.folder) == before
 
@@ -66,8 +67,8 @@ def test_the_same_step_is_written_again_only_if_it_is_damaged(run):
 def test_files_have_the_permissions_of_any_new_file(run):
     checkpoint.export(run.dir, run.newest, {})
     (run.dir / "new").touch()
-    written = [run.dir / "model.safetensors", run.dir / "config.json", *run.newest.iterdir()]
-    assert {p.stat().st_mode for p in written} == {(run.dir / "new").stat().st_mode}
+    new_files = [run.dir / "model.safetensors", run.dir / "config.json", *run.newest.iterdir()]
+    assert {p.stat().st_mode for p in new_files} == {(run.dir / "new").stat().st_mode}
 
 
 # ---- killed
