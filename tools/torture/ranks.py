@@ -66,7 +66,7 @@ class Fault:
             refuse: this event and, up to `failures`, the next ones of the phase raise ENOSPC.
             nonfinite: `value` in the loss, the gradient or the reduced gradient (after the all-reduce), as `where`
                 says, at the n-th step from here.
-            Phases other than those of a save: save (all of them), step, evaluation (n counts C calls from the k-th one).
+            More phases than those of a save: save (all of them), step, evaluation (n: C calls from the k-th one on).
     """
 
     def __init__(self, spec: dict[str, Any], rank: int) -> None:
