@@ -285,7 +285,7 @@ class Config:
         if not self.use_fsdp:
             fsdp = ("fsdp_reshard_after_forward", "fsdp_cpu_offload", "dp_replicate")
             unused |= dict.fromkeys(fsdp, "use_fsdp is off")
-        elif self.device in ("cpu", "mps"):
+        elif self.device in ("cpu", "mps") and "device" not in unused:
             unused["fsdp_cpu_offload"] = f"device is {self.device}"
         if self.processes == 1:
             unused |= dict.fromkeys(("rank_timeout", "save_timeout"), "a single process has no peers")

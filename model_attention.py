@@ -89,8 +89,8 @@ class ManualAttention(nn.Module):
     window: tokens that this layer sees (`ModelConfig.window`). Keys outside it are masked, not skipped.
     """
 
-    tp_plan: typing.ClassVar[dict[str, str]] = {"q_proj": "columns", "k_proj": "columns", "v_proj": "columns",
-                                                "o_proj": "rows", "qk_norm": "shards", "value_mix": "shards"}
+    tp_plan: typing.ClassVar[dict[str, str]] = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise",
+                                                "o_proj": "rowwise", "qk_norm": "headwise", "value_mix": "headwise"}
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -322,7 +322,7 @@ class NoGate(nn.Module):
 class ElementwiseGate(NoGate):
     """y * sigmoid(W x), one gate per channel of each head. Qiu et al. 2025."""
 
-    tp_plan: typing.ClassVar[dict[str, str]] = {"gate_proj": "columns"}
+    tp_plan: typing.ClassVar[dict[str, str]] = {"gate_proj": "colwise"}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

@@ -74,8 +74,8 @@ class ParallelBlockOneNorm(Block):
 class GPT(nn.Module):
     """A transformer. `build_model` builds it and initialises its weights."""
 
-    tp_plan: ClassVar[dict[str, str]] = {"token_embedding": "vocabulary", "value_embeddings.*": "columns",
-                                         "lm_head": "logits"}
+    tp_plan: ClassVar[dict[str, str]] = {"token_embedding": "embedding_rowwise", "value_embeddings.*": "colwise",
+                                         "lm_head": "colwise_rep"}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

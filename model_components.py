@@ -189,7 +189,7 @@ class ReLU2(nn.Module):
 class StandardFFN(nn.Module):
     """down(activation(up(x)))."""
 
-    tp_plan: ClassVar[dict[str, str]] = {"up_proj": "columns", "down_proj": "rows"}
+    tp_plan: ClassVar[dict[str, str]] = {"up_proj": "colwise", "down_proj": "rowwise"}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class StandardFFN(nn.Module):
 class SwiGLU(nn.Module):
     """down(activation(gate(x)) * up(x)) with SiLU as the activation. Shazeer 2020."""
 
-    tp_plan: ClassVar[dict[str, str]] = {"gate_proj": "columns", "up_proj": "columns", "down_proj": "rows"}
+    tp_plan: ClassVar[dict[str, str]] = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ from blockgpt.training.diagnostics import gradient_statistics, is_usable, non_fi
 from blockgpt.training.faults import Watchdog
 from blockgpt.training.objectives import LanguageModeling
 from blockgpt.training.optimizers import build_optimizer, clip_gradients, learning_rate, set_learning_rate
-from blockgpt.training.profiling import Profile, memory_history
+from blockgpt.training.profiling import StepProfiler, memory_history
 from configurator import Config
 from model_builder import build_model
 from training_logger import RunLog, find_restarted_run, run_directory, run_header
@@ -66,7 +66,7 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
         log.evaluation(progress.step, progress.tokens, metrics, progress.best)
         return is_best
 
-    with log, memory_history(config, runtime, log), Profile(config, runtime, log) as profiler, watchdog.training():
+    with log, memory_history(config, runtime, log), StepProfiler(config, runtime, log) as profiler, watchdog.training():
         log.begin(model, checkpoints.resumption, progress.step)
         if config.eval_only:
             evaluate()

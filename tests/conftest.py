@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -100,33 +99,6 @@ def train(tmp_path, tmp_path_factory, data_dir):
             return run_python(ROOT / "train.py", *argv, cwd=tmp_path, env=env)
         return run_train(argv, tmp_path, environment(**(env or {})), output)
     return run
-
-
-@pytest.fixture
-def processes(tmp_path, data_dir):
-    """processes(n, name, *flags) -> n processes of one tiny run in tmp_path/runs/name, without torchrun, by rank.
-
-    They are killed at the end of the test, whatever became of them.
-    """
-    started = []
-
-    def run(n, name, *flags):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        for rank in range(n):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n,
-                     "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-            started.append(subprocess.Popen(
-                [sys.executable, ROOT / "train.py", *TINY, f"--data_dir={data_dir}", f"--run_name={name}", *flags],
-                cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
-                env=environment(**{k: str(v) for k, v in place.items()})))
-        return started[-n:]
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """train.py in a process forked from one that has torch loaded: the seconds of loading it, once for all tests.
 
-Such a process is train.py as `__main__`, but for the interpreter's start and end; that these go well is for
-tools.torture to show, and for the tests that start a process of their own.
+Such a process runs train.py as `__main__`, without the interpreter's own start and end. tools.torture and the tests
+that start a new process cover these.
 """
 
 import multiprocessing
@@ -13,17 +13,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["forked", "torch._dynamo", "blockgpt.training.checkpoint", "blockgpt.training.faults", "training_logger",
-                               "blockgpt.training.objectives", "blockgpt.training.optimizers", "blockgpt.accounting.dry_run", "blockgpt.training.profiling"])
+SERVER.set_forkserver_preload(["forked", "torch._dynamo", "train"])
 
 
-def become(argv, cwd, env, output):
-    """Be `python train.py *argv`, its standard streams `output`.out and .err."""
+def exec_train(argv, cwd, env, output):
+    """Run `python train.py *argv` in this process; its standard streams are `output`.out and `output`.err."""
     for descriptor, path in ((0, os.devnull), (1, f"{output}.out"), (2, f"{output}.err")):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(opened, descriptor)
         os.close(opened)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115 (multiprocessing puts another in its place)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 (multiprocessing had replaced it)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -33,12 +32,12 @@ def become(argv, cwd, env, output):
 
 def run_train(argv, cwd, env, output, timeout=240):
     """`subprocess.run` of train.py, in a forked process; the finished process, its output as text."""
-    process = SERVER.Process(target=become, args=(argv, str(cwd), env, str(output)))
+    process = SERVER.Process(target=exec_train, args=(argv, str(cwd), env, str(output)))
     process.start()
     process.join(timeout)
     if process.exitcode is None:
         process.kill()
         process.join()
         raise subprocess.TimeoutExpired(argv, timeout)
-    said = [Path(f"{output}.{kind}").read_text() for kind in ("out", "err")]
-    return subprocess.CompletedProcess(argv, process.exitcode, *said)
+    out, err = (Path(f"{output}.{stream}").read_text() for stream in ("out", "err"))
+    return subprocess.CompletedProcess(argv, process.exitcode, out, err)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import environment, records
-from forked import SERVER, become
+from forked import SERVER, exec_train
 
 import compare_architectures
 import sample
@@ -72,7 +72,7 @@ def resume(run_dir, world_size, *flags):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost",
                  "LOCAL_WORLD_SIZE": str(world_size), "MASTER_PORT": port} if world_size > 1 else {}
         arguments = (argv, str(cwd), environment(**ranks), str(cwd / f"rank{rank}"))
-        processes.append(SERVER.Process(target=become, args=arguments))
+        processes.append(SERVER.Process(target=exec_train, args=arguments))
         processes[-1].start()
     for process in processes:
         process.join(240)

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from checkpoints import largest_file
 from conftest import ROOT, TINY, environment, records, run_python
-from test_checkpoint import largest_file
 
 import training_logger
 from blockgpt.console import human_time
@@ -281,7 +281,7 @@ def test_on_a_terminal_lines_fit_and_steps_are_rewritten_in_place(tmp_path, data
     assert output.count("\x1b") == output.count("\r\x1b[K") and "done: runs/run" in ends
 
 
-def test_the_header_tells_the_models_own_numbers(plain):
+def test_the_header_prints_the_numbers_of_the_model_itself(plain):
     rows = {line[:22].strip(): line[23:] for line in plain.output.splitlines()}
     model = build_model(ModelConfig(**json.loads((plain.dir / "run.json").read_text())["model"]))
     total = sum(p.numel() for p in model.parameters())
@@ -290,8 +290,9 @@ def test_the_header_tells_the_models_own_numbers(plain):
     ffn = model.blocks[0].ffn
     assert rows["sizes"].startswith(f"d_ff {ffn.down_proj.in_features} · head_dim 16 · kv heads 1 · vocabulary "
                                     f"{model.lm_head.out_features} · block 32 · bias no · head untied")
-    assert rows["ffn_type"] == f"swiglu ({type(ffn).__name__})" and rows["architecture"] == model.infer_config().arch_name()
-    assert "\x1b" not in plain.output and "\r" not in plain.output  # nor is anything rewritten where nobody looks
+    assert rows["ffn_type"] == f"swiglu ({type(ffn).__name__})"
+    assert rows["architecture"] == model.infer_config().arch_name()
+    assert "\x1b" not in plain.output and "\r" not in plain.output  # not a terminal: no line is rewritten
 
 
 def test_durations_read_naturally():

@@ -57,7 +57,8 @@ def table(config: Config, mixture: Mixture, stats: dict[str, SourceStats]) -> li
                      f"{row['epochs']:>8.3g}  {row['repeated']:>17,}")
     lines.append(f"{'all':<{width}}  {total:>17,}")
     first_steps = [step for step, _ in config.phases()]
-    for first, last, fractions in zip(first_steps, [*first_steps[1:], config.max_iters], mixture.fractions, strict=True):
+    ends = [*first_steps[1:], config.max_iters]
+    for first, last, fractions in zip(first_steps, ends, mixture.fractions, strict=True):
         if first < config.max_iters:
             lines += ["", f"steps {first:,} to {min(last, config.max_iters):,}"]
         else:

@@ -45,7 +45,7 @@ class Log(Protocol):
     def warning(self, text: str) -> Any: ...
 
 
-class Profile:
+class StepProfiler:
     """Records some steps of a run; a context manager that ends a running trace at its exit.
 
     Call `begin` and `end` around each step, without evaluation and checkpoints. A trace of several steps also records
@@ -63,7 +63,7 @@ class Profile:
         self.steps = 0  # of this process
         self.failed = False
 
-    def __enter__(self) -> "Profile":
+    def __enter__(self) -> "StepProfiler":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -171,7 +171,7 @@ class Profile:
 
 
 def communication_fractions(events: Sequence[Event], step_time: int) -> tuple[float, float]:
-    """(share, exposed) of a step, see `Profile.communication`.
+    """(share, exposed) of a step, see `StepProfiler.communication`.
 
     Args:
         step_time: in ns.

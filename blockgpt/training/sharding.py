@@ -65,13 +65,13 @@ def apply_fsdp(model: Any, config: Any, runtime: Runtime, mesh: DeviceMesh) -> N
 def tp_styles() -> dict[str, ParallelStyle]:
     """The styles that a module's `tp_plan` gives its submodules.
 
-    columns: each rank computes its own outputs (its heads, its columns of d_ff); rows: from its own inputs, summed over
-    the ranks; shards: on its own heads, with replicated parameters; vocabulary, logits: the embedding and the head,
-    sharded by vocabulary, with replicated inputs and outputs.
+    colwise: each rank computes its own outputs (its heads, its part of d_ff); rowwise: from its own inputs, summed over
+    the ranks; headwise: on its own heads, with replicated parameters; embedding_rowwise, colwise_rep: the embedding and
+    the head, sharded by vocabulary, with replicated inputs and outputs.
     """
-    return {"columns": ColwiseParallel(), "rows": RowwiseParallel(), "shards": HeadwiseParallel(),
-            "vocabulary": RowwiseParallel(input_layouts=Replicate()),
-            "logits": ColwiseParallel(output_layouts=Replicate())}
+    return {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel(), "headwise": HeadwiseParallel(),
+            "embedding_rowwise": RowwiseParallel(input_layouts=Replicate()),
+            "colwise_rep": ColwiseParallel(output_layouts=Replicate())}
 
 
 def apply_tensor_parallel(model: Any, mesh: DeviceMesh) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import environment
-from forked import SERVER, become
+from forked import SERVER, exec_train
 
 
 def rank_variables(world_size: int) -> list[dict[str, str]]:
@@ -28,7 +28,7 @@ def start_train(world_size: int, argv: list[str], cwd: Path) -> list[Any]:
     Returns:
         The multiprocessing processes, by rank. Kill those that do not end.
     """
-    processes = [SERVER.Process(target=become, args=(argv, str(cwd), environment(**variables), f"{cwd}/rank{rank}"))
+    processes = [SERVER.Process(target=exec_train, args=(argv, str(cwd), environment(**variables), f"{cwd}/rank{rank}"))
                  for rank, variables in enumerate(rank_variables(world_size))]
     for process in processes:
         process.start()

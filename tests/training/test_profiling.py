@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 
 from blockgpt.training import launch, profiling
-from blockgpt.training.profiling import Profile, communication_fractions, difference, memory_history, union
+from blockgpt.training.profiling import StepProfiler, communication_fractions, difference, memory_history, union
 from configurator import load_config
 
 
@@ -36,7 +36,7 @@ def log(tmp_path):
 
 
 def new_profile(log, traced_steps=range(0), **fields):
-    return Profile(SimpleNamespace(profiled_steps=lambda: traced_steps), runtime(**fields), log)
+    return StepProfiler(SimpleNamespace(profiled_steps=lambda: traced_steps), runtime(**fields), log)
 
 
 def matmul():
@@ -63,7 +63,7 @@ def trace_events(path):
 
 def test_by_default_no_step_is_recorded(log, monkeypatch):
     for name in ("_start_trace", "_start_profiler"):
-        monkeypatch.setattr(Profile, name, lambda *_: pytest.fail("a profiler was started"))
+        monkeypatch.setattr(StepProfiler, name, lambda *_: pytest.fail("a profiler was started"))
     profile = new_profile(log)
     assert recorded_steps(profile, 1100) == [] and profile.communication() is None
     assert not list(log.dir.iterdir()) and not log.lines
@@ -99,7 +99,7 @@ def test_ranks_gather_after_the_same_steps_even_if_one_fails_to_measure(log, mon
 
     assert gathered_after(new_profile(log, range(500, 600), world_size=2)) == [10, 1010]
     for name in ("_start_trace", "_start_profiler"):
-        monkeypatch.setattr(Profile, name, lambda *_: 1 / 0)
+        monkeypatch.setattr(StepProfiler, name, lambda *_: 1 / 0)
     assert gathered_after(new_profile(log, range(500, 600), world_size=2)) == [10, 1010]
 
 
@@ -243,7 +243,7 @@ def test_two_processes_report_their_communication(tmp_path, data_dir):
 
 def check_straggler():
     runtime = launch.init(load_config(["--device=cpu", "--gradient_accumulation_steps=2"]))
-    profile = Profile(SimpleNamespace(profiled_steps=lambda: range(0)), runtime, None)
+    profile = StepProfiler(SimpleNamespace(profiled_steps=lambda: range(0)), runtime, None)
     x = torch.ones(256, 256)
     for step in range(1, 11):
         dist.barrier()
