@@ -4,8 +4,7 @@ Components are looked up in the axis tables. Nothing here depends on which optio
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -17,7 +16,7 @@ from blockgpt.errors import UserError
 from model_attention import ApplyRotaryEmb, AttentionMaskSpec, KVCache, ManualAttention
 from model_components import OutputHead, PreNorm, StandardFFN, Sublayer, SwiGLU, X0Mix, build_norm, component
 from model_config import AXES, ModelConfig
-from model_init import NormalInit, init_role
+from model_init import NormalInit, init_role, init_weights, named_parameters_with_module
 from model_positions import NoPositions
 
 
@@ -224,7 +223,7 @@ class GPT(nn.Module):
 
     def lr_multipliers(self) -> dict[str, float]:
         """{parameter name: factor on its learning rate}, as `init` says; 1 for vectors."""
-        return {name: self.init.lr_multiplier(init_role(module)) if p.dim() >= 2 else 1.0
+        return {name: self.init.lr_multiplier(init_role(module), p.shape[-1]) if p.dim() >= 2 else 1.0
                 for name, p, module in named_parameters_with_module(self)}
 
     def parameter_counts(self) -> dict[str, int]:
@@ -258,14 +257,14 @@ def build_model(config: ModelConfig, seed: int = 1337, device: torch.device | st
                 parallelize: Callable[[GPT], None] | None = None) -> GPT:
     """The model that `config` describes, with its initial weights.
 
-    The weights are a function of (seed, parameter name) alone: see `init_weights`.
+    Each weight is a function of (seed, parameter name, index) alone: see `init_weights`.
 
     Args:
         config: need not be resolved.
         seed: of the weights.
         device: of the weights; the default device if None. Under `torch.device("meta")` the model has shapes only.
         parallelize: called with the model on the meta device, to shard it over the ranks. Each rank then allocates
-            only its shards; `init_weights` needs one whole matrix at a time in addition.
+            only its shards, and `init_weights` generates only these.
     """
     with torch.device("meta"):
         model = GPT(config.resolve())
@@ -278,44 +277,6 @@ def build_model(config: ModelConfig, seed: int = 1337, device: torch.device | st
         model.lm_head.weight = model.token_embedding.weight
     init_weights(model, seed)
     return model
-
-
-@torch.no_grad()
-def init_weights(model: GPT, seed: int) -> None:
-    """Initialise every parameter as `model.init` and the modules' `init_constants` say.
-
-    Each matrix is drawn on the CPU from a generator seeded by (seed, its name). So two architectures give the same
-    initial values to the parameters they have in common, on every device and however the model is sharded. If it is
-    sharded, every rank draws each matrix whole, one at a time, and copies its shard.
-    """
-    for name, p, module in named_parameters_with_module(model):
-        attribute = name.rpartition(".")[2]
-        constants: dict[str, float] = getattr(module, "init_constants", {})
-        if attribute not in constants and p.dim() >= 2:
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            full = torch.empty(p.shape).normal_(0.0, model.init.init_std(init_role(module)), generator=generator)
-            p.copy_(full if type(p) is nn.Parameter else shard_like(p, full))
-        else:
-            p.fill_(constants.get(attribute, 0.0 if attribute == "bias" else 1.0))
-
-
-def shard_like(p: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
-    """`full`, which every rank has, as a DTensor placed like the DTensor `p`; without communication."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(p, DTensor)
-    return distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
-
-
-def named_parameters_with_module(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """(name, parameter, the module that owns it) of each parameter; tied weights once, as the embedding's."""
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for attribute, p in module.named_parameters(recurse=False):
-            if id(p) not in seen:
-                seen.add(id(p))
-                yield f"{prefix}.{attribute}" if prefix else attribute, p, module
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: object) -> None:
