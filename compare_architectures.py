@@ -24,7 +24,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
-from blockgpt.console import ArgumentParser
+from blockgpt.console import ArgumentParser, align_columns, check_ranges
 from blockgpt.errors import UserError, did_you_mean, exit_on_user_error
 
 SCHEMA_VERSION = 1  # of run.json; this program does not know what a newer one means
@@ -384,15 +384,6 @@ def column_cells(runs: list[Run], column: Column) -> list[str]:
     return [column.header, *("-" if run[column.key] is None else column.format(run[column.key]) for run in runs)]
 
 
-def align_columns(columns: Iterable[Sequence[str]], left: Sequence[str]) -> list[str]:
-    """Columns of text, header first → lines. left: the headers of the columns that are aligned to the left."""
-    padded = []
-    for column in columns:
-        width = max(map(len, column))
-        padded.append([text.ljust(width) if column[0] in left else text.rjust(width) for text in column])
-    return ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
-
-
 def wrap_text(text: str, indent: str = "") -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
 
@@ -403,7 +394,8 @@ def as_table(comparison: Comparison) -> str:
     columns = [column_cells(brief, c) for c in COLUMNS if c.key != "architecture"]
     used = sum(2 + max(map(len, column)) for column in columns if column[0] != "run")
     columns[1] = [shorten_middle(name, max(12, WIDTH - used)) for name in columns[1]]
-    header, *rows = align_columns(columns, left=("run", "status"))
+    left = [i for i, column in enumerate(columns) if column[0] in ("run", "status")]
+    header, *rows = align_columns(list(zip(*columns, strict=True)), left)
     lines, indent = [header, "-" * max(map(len, (header, *rows)))], " " * (4 + max(map(len, columns[0])))
     for run, brief_run, row in zip(comparison["runs"], brief, rows, strict=True):
         lines += [row, *wrap_text(run["architecture"] or "", indent)]
@@ -425,7 +417,8 @@ def difference_lines(differences: dict[str, dict[str, Any]]) -> list[str]:
         if not tables or sum(2 + max(map(len, c)) for c in [*tables[-1], column]) > WIDTH + 2:
             tables.append([["differs in", *differences]])
         tables[-1].append(column)
-    return [line for table in tables for line in ("", *align_columns(table, left=[column[0] for column in table]))]
+    return [line for table in tables
+            for line in ("", *align_columns(list(zip(*table, strict=True)), left=range(len(table))))]
 
 
 def as_markdown(comparison: Comparison) -> str:
@@ -493,8 +486,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", choices=FORMATS, default="table", help="output format")
     parser.add_argument("--sort", default="val_loss", metavar="KEY", help="one of " + ", ".join(c.key for c in COLUMNS))
     args = parser.parse_args(argv)
-    if args.latest is not None and args.latest < 1:
-        raise UserError(f"--latest: {args.latest} is not at least 1")
+    check_ranges(args, {"latest": (args.latest is None or args.latest >= 1, "at least 1")})
     runs = sorted(map(load_run, select_runs(args.runs, args.out_dir)), key=lambda run: run["created_at"], reverse=True)
     comparison = compare(runs[:args.latest], args.sort)
     print(render(comparison, args.format), flush=True)  # flushed here, so that a closed pipe is handled below

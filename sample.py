@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blockgpt.console import ArgumentParser
+from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.errors import CheckpointError, DataError, UserError, exit_on_user_error
 
 if TYPE_CHECKING:  # torch is imported after the flags are checked
@@ -31,16 +31,13 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same text")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args(argv)
-    for name, value, valid, limits in (
-            ("num_samples", args.num_samples, args.num_samples >= 1, "at least 1"),
-            ("max_new_tokens", args.max_new_tokens, args.max_new_tokens >= 0, "at least 0"),
-            ("temperature", args.temperature, args.temperature == 0 or 1e-3 <= args.temperature <= 1e6,
-             "0, or from 0.001 to 1e6"),
-            ("top_k", args.top_k, args.top_k is None or args.top_k >= 1, "at least 1"),
-            ("top_p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "in (0, 1]"),
-            ("seed", args.seed, 0 <= args.seed < 2**63, "from 0 to 2**63 - 1")):
-        if not valid:
-            raise UserError(f"--{name}: {value} is out of range, must be {limits}")
+    check_ranges(args, {
+        "num_samples": (args.num_samples >= 1, "at least 1"),
+        "max_new_tokens": (args.max_new_tokens >= 0, "at least 0"),
+        "temperature": (args.temperature == 0 or 1e-3 <= args.temperature <= 1e6, "0, or from 0.001 to 1e6"),
+        "top_k": (args.top_k is None or args.top_k >= 1, "at least 1"),
+        "top_p": (args.top_p is None or 0 < args.top_p <= 1, "in (0, 1]"),
+        "seed": (0 <= args.seed < 2**63, "from 0 to 2**63 - 1")})
     return args
 
 

@@ -23,15 +23,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy
-import torch
-
+from blockgpt.accounting.hardware import dtype_name
 from blockgpt.accounting.meter import StepMeter
-from blockgpt.console import echo, human_bytes, human_time, in_columns, is_terminal
+from blockgpt.console import echo, human_bytes, human_time, in_columns, is_terminal, percentages
 from blockgpt.errors import UserError
 from blockgpt.files import write_json
 from blockgpt.training import parallel
 from blockgpt.training.checkpoint_manager import Resumption
+from blockgpt.training.checkpoint_saver import versions
 from blockgpt.training.faults import StepStatus
 from blockgpt.training.launch import Runtime
 from blockgpt.training.objectives import LanguageModeling
@@ -95,7 +94,7 @@ def run_header(config: Config, model: GPT, objective: LanguageModeling, runtime:
         "attention_kernels": model.attention_kernels(runtime.dtype),
         "hardware": {"device": str(runtime.device), "name": runtime.name(), "world_size": runtime.world_size,
                      "mode": parallel.parallel_mode(config, runtime),
-                     "dtype": str(runtime.dtype).removeprefix("torch."), "tf32": runtime.tf32,
+                     "dtype": dtype_name(runtime.dtype), "tf32": runtime.tf32,
                      "compile": runtime.compile, "peak_flops": meter.peak, "peak_source": meter.peak_source},
         "launch": runtime.first_launch_id, **environment(),
     }
@@ -109,8 +108,7 @@ def environment() -> dict[str, Any]:
         commit = git.stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         commit = None
-    return {"versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
-                         "platform": platform.platform()},
+    return {"versions": {**versions(), "platform": platform.platform()},
             "git_commit": commit, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
 
 
@@ -443,7 +441,6 @@ def print_header(header: dict[str, Any], config: Config, model: GPT, run_dir: Pa
     inferred = model.infer_config()
     options, flops = inferred.options(), header["flops_per_token"]
     forward = sum(flops["forward"].values())
-    accounts = " · ".join(f"{name} {n / 1e6:,.2f}M ({n / forward:.0%})" for name, n in flops["forward"].items())
     count, hardware, data = header["parameters"], header["hardware"], header["data"]
     peak = hardware["peak_flops"]
     run_tokens = data["tokens_per_step"] * config.max_iters
@@ -468,7 +465,7 @@ def print_header(header: dict[str, Any], config: Config, model: GPT, run_dir: Pa
           for name, s in data["sources"].items() if len(data["sources"]) > 1),
         ("device", f"{hardware['world_size']} × {hardware['name']} ({hardware['device']}), {hardware['dtype']}"
                    f"{', tf32' if hardware['tf32'] else ''}{', compiled' if hardware['compile'] else ''}"),
-        ("FLOPs per token", f"forward {forward / 1e6:,.2f}M: {accounts}"),
+        ("FLOPs per token", f"forward {forward / 1e6:,.2f}M: {percentages(flops['forward'], 'M', 1e6, 2)}"),
         ("", f"training {flops['train'] / 1e6:,.2f}M (PaLM convention, used for MFU), "
              f"{flops['train_causal'] / 1e6:,.2f}M (causal)"),
         ("MFU divides by", f"{peak / 1e12:,.4g} TFLOP/s ({hardware['peak_source']})" if peak

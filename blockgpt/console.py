@@ -1,10 +1,11 @@
-"""What people see on a terminal: lines that appear at once, sizes and times in words, the parser of the commands."""
+"""The terminal: the parser of the commands, printing, columns, sizes and times as text."""
 
 import argparse
 import os
 import shutil
 import sys
 import textwrap
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn, TextIO
 
 from blockgpt.errors import UserError, did_you_mean
@@ -28,6 +29,21 @@ class ArgumentParser(argparse.ArgumentParser):
             names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
             message += did_you_mean(words.split()[0].partition("=")[0], names)
         raise UserError(message.removeprefix("argument "))
+
+
+def check_ranges(args: argparse.Namespace, ranges: Mapping[str, tuple[bool, str]]) -> None:
+    """Check the values of parsed flags.
+
+    Args:
+        args: the parsed flags.
+        ranges: {flag: (whether its value is in range, the range in words)}.
+
+    Raises:
+        UserError: the first flag that is out of range.
+    """
+    for name, (in_range, words) in ranges.items():
+        if not in_range:
+            raise UserError(f"--{name}: {getattr(args, name)} is out of range, must be {words}")
 
 
 def echo(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
@@ -61,6 +77,24 @@ def in_columns(name: str, text: str) -> str:
         return name + text
     width = max(20, shutil.get_terminal_size().columns - 1 - len(name))
     return name + ("\n" + " " * len(name)).join(textwrap.wrap(text, width) or [""])
+
+
+def align_columns(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
+    """Rows of cells as lines of text, two spaces between columns.
+
+    Args:
+        rows: of equal length.
+        left: the indices of the columns that are aligned to the left.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) if i in left else cell.rjust(width)
+                      for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+
+
+def percentages(amounts: Mapping[str, float], unit: str = "", scale: float = 1, digits: int = 0) -> str:
+    """'embeddings 1,024 (20%) · attention 4,096 (80%)' of the amounts by name."""
+    whole = sum(amounts.values()) or 1
+    return " · ".join(f"{name} {n / scale:,.{digits}f}{unit} ({n / whole:.0%})" for name, n in amounts.items())
 
 
 def human_bytes(size: float | None) -> str:

@@ -105,6 +105,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def error_text(error: Exception) -> str:
+    """The system's message of an OSError, else the error's own message or type; on one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:200]
+
+
 @contextlib.contextmanager
 def exit_on_user_error(exit_process: Callable[[int], Any] = sys.exit) -> Iterator[None]:
     """Turn a `UserError`, Ctrl-C or a closed stdout inside the block into one line at most and an exit code.

@@ -305,7 +305,7 @@ COMMANDS = [
     ("compare_architectures.py 'runs/none*'", 2, r"no such run directory: runs/none\*"),
     ("compare_architectures.py --sort=loss", 2, r"--sort: 'loss' is unknown \(did you mean val_loss\?\)"),
     ("compare_architectures.py --format=xml", 2, "--format: invalid choice: 'xml' .*'json'"),
-    ("compare_architectures.py --latest=0", 2, "--latest: 0 is not at least 1"),
+    ("compare_architectures.py --latest=0", 2, "--latest: 0 is out of range, must be at least 1"),
     ("compare_architectures.py --latest=all", 2, "--latest: invalid int value: 'all'"),
     ("compare_architectures.py --lates=3", 2, r".*--lates=3 \(did you mean --latest\?\)"),
     # prepare.py

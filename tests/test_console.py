@@ -1,5 +1,6 @@
 """The console: lines, columns, sizes and times, and the parser of the commands."""
 
+import argparse
 import io
 import os
 import subprocess
@@ -9,7 +10,17 @@ import pytest
 from conftest import ROOT
 
 from blockgpt import console
-from blockgpt.console import ArgumentParser, echo, human_bytes, human_time, in_columns, is_terminal
+from blockgpt.console import (
+    ArgumentParser,
+    align_columns,
+    check_ranges,
+    echo,
+    human_bytes,
+    human_time,
+    in_columns,
+    is_terminal,
+    percentages,
+)
 from blockgpt.errors import UserError
 
 
@@ -58,6 +69,17 @@ def test_a_row_is_wrapped_in_its_column_on_a_terminal_only(monkeypatch):
     assert max(map(len, lines)) < 40 and in_columns("name  ", "") == "name  "
 
 
+def test_columns_are_as_wide_as_their_widest_cell():
+    rows = [["name", "n", "note"], ["a", "1,000", ""], ["longer", "2", "x"]]
+    assert align_columns(rows, left=(0, 2)) == ["name        n  note", "a       1,000", "longer      2  x"]
+    assert align_columns([["a"], ["bb"]]) == [" a", "bb"]
+
+
+def test_percentages_are_of_the_sum():
+    assert percentages({"a": 1024, "b": 3072}) == "a 1,024 (25%) · b 3,072 (75%)"
+    assert percentages({"a": 1.5e6}, "M", 1e6, 2) == "a 1.50M (100%)" and percentages({"a": 0}) == "a 0 (0%)"
+
+
 def test_captured_output_is_no_terminal(monkeypatch):
     assert not is_terminal()
     monkeypatch.setattr(sys, "stdout", None)
@@ -94,6 +116,13 @@ def parser():
 def test_a_mistake_on_a_command_line_is_a_user_error_with_a_hint(parser, argv, message):
     with pytest.raises(UserError, match=f"^{message}"):
         parser.parse_args(argv)
+
+
+def test_the_first_flag_out_of_range_is_named():
+    args = argparse.Namespace(count=0, size=9)
+    check_ranges(args, {"count": (True, "any"), "size": (True, "any")})
+    with pytest.raises(UserError, match=r"^--size: 9 is out of range, must be below 5$"):
+        check_ranges(args, {"count": (True, "any"), "size": (False, "below 5")})
 
 
 def test_help_shows_the_defaults_and_exits_with_0(parser, capsys):

@@ -14,6 +14,7 @@ from blockgpt.errors import (
     PeerLostError,
     UserError,
     did_you_mean,
+    error_text,
     exit_on_user_error,
     first_line,
     require_package,
@@ -113,6 +114,11 @@ def test_a_value_in_a_message_is_short_whatever_it_is():
 def test_the_first_line_of_an_exception_or_its_type():
     assert first_line(ValueError("\none\ntwo")) == "one" and first_line(KeyError()) == "KeyError"
     assert len(first_line(ValueError("x" * 5000))) == 200
+
+
+def test_an_error_is_one_line_of_text():
+    assert error_text(OSError(28, "No space left on device")) == "No space left on device"
+    assert error_text(RuntimeError("CUPTI\n  is busy")) == "CUPTI is busy" and error_text(KeyError()) == "KeyError"
 
 
 def test_a_missing_package_is_answered_with_its_installation():

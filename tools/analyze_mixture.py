@@ -15,7 +15,7 @@ from blockgpt.data.dataset import open_dataset
 from blockgpt.data.loader import TrainBatches
 from blockgpt.data.mixture import Mixture, describe_phases
 from blockgpt.data.packing import PackedBatches
-from blockgpt.errors import UserError, exit_on_user_error, require_package
+from blockgpt.errors import UserError, error_text, exit_on_user_error, require_package
 from configurator import Config, load_config
 
 BAR_WIDTH = 40  # characters
@@ -82,7 +82,7 @@ def plot(path: str, config: Config, mixture: Mixture) -> None:
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"--plot: {path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"--plot: {path}: cannot be written: {error_text(error)}") from None
 
 
 def main(argv: list[str]) -> None:

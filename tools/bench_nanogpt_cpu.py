@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from blockgpt.console import ArgumentParser
+from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,8 +51,7 @@ def main(argv: Sequence[str]) -> None:
     if not (args.nanogpt / "data/shakespeare_char/train.bin").is_file():
         raise UserError(f"--nanogpt: {args.nanogpt}/data/shakespeare_char/train.bin does not exist (run python "
                         f"{args.nanogpt}/data/shakespeare_char/prepare.py)")
-    if args.pairs < 1:
-        raise UserError(f"--pairs: {args.pairs} is not at least 1")
+    check_ranges(args, {"pairs": (args.pairs >= 1, "at least 1")})
     ratios = []
     for i in range(args.pairs):
         nanogpt_seconds, nanogpt_loss = time_training(["train.py", *RECIPE.split()], args.nanogpt,

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from blockgpt.console import ArgumentParser
+from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.data.dataset import SPLITS, Dataset, check_token_ids, open_dataset
 from blockgpt.data.loader import SequenceReader
 from blockgpt.data.tokenizer import Tokenizer, describe_tokenizer, from_meta
 from blockgpt.data.writer import digest_of
-from blockgpt.errors import DataError, UserError, exit_on_user_error
+from blockgpt.errors import DataError, exit_on_user_error
 from blockgpt.files import sha256_of
 
 
@@ -104,9 +104,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top", type=int, default=10, help="how many of the most frequent tokens to print")
     parser.add_argument("--verify", action="store_true", help="check the digest of every file, however large")
     args = parser.parse_args(argv)
-    for name, minimum in (("windows", 0), ("block_size", 1), ("tokens", 1), ("top", 0)):
-        if getattr(args, name) < minimum:
-            raise UserError(f"--{name}: {getattr(args, name)} is out of range, must be at least {minimum}")
+    minimums = {"windows": 0, "block_size": 1, "tokens": 1, "top": 0}
+    check_ranges(args, {name: (getattr(args, name) >= n, f"at least {n}") for name, n in minimums.items()})
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIOWrapper; text may not be encodable
     dataset = open_dataset(args.dataset, args.data_dir, args.tokenizer)
     meta = dataset.meta

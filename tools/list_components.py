@@ -19,8 +19,8 @@ import torch
 
 from blockgpt.accounting.flops import flops_per_token
 from blockgpt.accounting.memory import MemoryAccount
-from blockgpt.console import ArgumentParser
-from blockgpt.errors import UserError, exit_on_user_error
+from blockgpt.console import ArgumentParser, check_ranges
+from blockgpt.errors import exit_on_user_error
 from blockgpt.training.device import choose_device
 from model_builder import build_model
 from model_config import AXES, ModelConfig, example_values
@@ -38,9 +38,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--vocab_size", type=int, default=320, help="rows of the embedding")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args(argv)
-    for name, least in (("steps", 0), ("batch_size", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name}: {getattr(args, name)} is out of range, must be at least {least}")
+    check_ranges(args, {"steps": (args.steps >= 0, "at least 0"), "batch_size": (args.batch_size >= 1, "at least 1")})
     return args
 
 

@@ -17,8 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from blockgpt.console import ArgumentParser
-from blockgpt.data.commands import check_ranges
+from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.data.sources import Partition, file_partitions
 from blockgpt.data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, Tokenizer, pack_bytes, to_ranks
 from blockgpt.errors import DataError, UserError, exit_on_user_error, first_line, require_package

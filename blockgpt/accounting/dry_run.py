@@ -34,7 +34,7 @@ from blockgpt.accounting.requirements import (
     parallel_modes,
     tensor_parallel_config,
 )
-from blockgpt.console import echo, human_bytes, in_columns
+from blockgpt.console import align_columns, echo, human_bytes, in_columns, percentages
 from blockgpt.data.dataset import dataset_dir, is_bare, not_prepared
 from blockgpt.errors import ConfigError, did_you_mean
 from blockgpt.training.device import choose_device, choose_dtype
@@ -253,12 +253,6 @@ def training_tokens(config: Any) -> int:
     return config.batch_size * config.gradient_accumulation_steps * config.model.block_size * config.max_iters
 
 
-def percentages(amounts: dict[str, Any], unit: str = "", scale: float = 1, digits: int = 0) -> str:
-    """'embeddings 1,024 (20%) · attention 4,096 (80%)' of the amounts by name."""
-    whole = sum(amounts.values()) or 1
-    return " · ".join(f"{name} {n / scale:,.{digits}f}{unit} ({n / whole:.0%})" for name, n in amounts.items())
-
-
 def model_lines(account: MemoryAccount) -> list[tuple[str, str]]:
     """(name, text) of what the model is, on any device."""
     model: Any = account.model
@@ -320,9 +314,7 @@ def table_lines(config: Any, rows: list[TableRow]) -> list[str]:
         name = row.mode.name + (f", {row.checkpointing}" if row.checkpointing != "none" else "")
         sizes = [f"{size / 2**30:,.2f}" for size in (*vars(row.need).values(), row.need.total)]
         table.append([mark, name, *sizes, "yes" if row.fits else "no", str(row.largest or "none")])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.ljust(width) if i < 2 else cell.rjust(width)
-                      for i, (cell, width) in enumerate(zip(cells, widths, strict=True))) for cells in table] + [""]
+    return [*align_columns(table, left=(0, 1)), ""]
 
 
 def table_notes(config: Any, account: MemoryAccount) -> list[str]:

@@ -9,13 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blockgpt.console import ArgumentParser
+from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.data.filters import parse_filters
 from blockgpt.data.prepare import prepare, write_dataset
 from blockgpt.data.sources import SHAKESPEARE, Partition, hub_partitions, read_or_download
 from blockgpt.data.tokenizer import CharTokenizer, load_tokenizer
 from blockgpt.data.writer import SHARD_TOKENS, Recipe
-from blockgpt.errors import UserError
 
 
 def command_parser(description: str | None, out_dir: Path | None, tokenizer: str = "gpt2",
@@ -53,17 +52,6 @@ def parse(parser: ArgumentParser) -> argparse.Namespace:
                         "workers": (args.workers is None or args.workers >= 1, "at least 1"),
                         "shard_tokens": (args.shard_tokens >= 1, "at least 1")})
     return args
-
-
-def check_ranges(args: argparse.Namespace, ranges: Mapping[str, tuple[bool, str]]) -> None:
-    """`UserError` for the first flag that is out of range.
-
-    Args:
-        ranges: {flag: (whether its value is in range, the range in words)}.
-    """
-    for name, (in_range, words) in ranges.items():
-        if not in_range:
-            raise UserError(f"--{name}: {getattr(args, name)} is out of range, must be {words}")
 
 
 def prepare_with(args: argparse.Namespace, partitions: Sequence[Partition], source: str, by_position: bool = False,

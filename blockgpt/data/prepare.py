@@ -29,7 +29,7 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]  # it has no type hints
 
 from blockgpt.data.dataset import DTYPES, SCHEMA_VERSION, SPLITS, dtype_for
-from blockgpt.data.sources import Partition, error_text
+from blockgpt.data.sources import Partition
 from blockgpt.data.tokenizer import Tokenizer, from_meta
 from blockgpt.data.writer import (
     SHARD_TOKENS,
@@ -45,7 +45,7 @@ from blockgpt.data.writer import (
     sum_partition_stats,
     write_splits,
 )
-from blockgpt.errors import DataError
+from blockgpt.errors import DataError, error_text
 
 CONTINUES = "(the finished partitions are saved: the same command continues)"
 TERMINAL_SECONDS, LOG_SECONDS = 0.5, 30.0  # between two displays of the progress; the first one comes after as long

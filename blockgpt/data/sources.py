@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from blockgpt.errors import DataError, UserError, did_you_mean, first_line, require_package
+from blockgpt.errors import DataError, UserError, did_you_mean, error_text, first_line, require_package
 
 PARTITION_BYTES = 32 * 2**20  # of files: what a process reads at a time, and the most that is lost when it is killed
 MAX_DOCUMENT = 16 * 2**20  # bytes; a longer text file is split at line ends into several documents
@@ -87,11 +87,6 @@ class FilePartition:
                         skipped["empty"] += 1
             except (OSError, EOFError, zlib.error, csv.Error) as error:  # pyarrow's errors are OSErrors and ValueErrors
                 raise DataError(f"{span.path}: cannot be read: {error_text(error)}") from None
-
-
-def error_text(error: Exception) -> str:
-    """The system's message of an OSError, else the first line of the error."""
-    return getattr(error, "strerror", None) or first_line(error)
 
 
 def file_partitions(patterns: Iterable[str], text_key: str = "text") -> list[FilePartition]:

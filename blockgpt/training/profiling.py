@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from blockgpt.console import echo
+from blockgpt.errors import error_text
 from blockgpt.training.launch import Runtime
 
 # The steps whose communication is measured in a run of several processes: a function of the step alone, so that all
@@ -312,8 +313,3 @@ def warn(runtime: Runtime, log: Log, text: str) -> None:
         log.warning(text)
     else:
         echo(f"warning: rank {runtime.rank}: {text}", sys.stderr)
-
-
-def error_text(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())[:200]

@@ -38,5 +38,5 @@ def test_a_failed_training_is_a_user_error(tmp_path, code, reason):
 def test_mistakes_in_the_flags_are_user_errors(tmp_path, checkout):
     with pytest.raises(UserError, match=r"--nanogpt: .*train.bin does not exist \(run python "):
         bench.main([f"--nanogpt={tmp_path / 'none'}"])
-    with pytest.raises(UserError, match="--pairs: 0 is not at least 1"):
+    with pytest.raises(UserError, match="--pairs: 0 is out of range, must be at least 1"):
         bench.main([f"--nanogpt={checkout}", "--pairs=0"])
