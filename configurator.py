@@ -7,7 +7,6 @@ was set, the key, what is wrong and how to fix it. To add a key, add one line to
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -27,8 +26,10 @@ from blockgpt.config_fields import (
     located,
     parse_value,
     read_config_file,
+    with_location,
 )
 from blockgpt.errors import ConfigError, UserError, did_you_mean, short_repr
+from blockgpt.training.resume import check_resumable, recorded_config, run_exists
 from model_config import ModelConfig
 
 ROOT = Path(__file__).resolve().parent
@@ -375,14 +376,14 @@ def load_config(argv: Sequence[str], restarted: str | None = None) -> Config:
         resuming = given.get("resume") == "must" or (given.get("resume") == "auto" and run_exists(run_dir))
     if resuming:
         default_location = run_dir / "run.json"
-        recorded = recorded_config(default_location, explicit["run_name"])
+        recorded = recorded_config(default_location, explicit["run_name"], KEYS, TYPES, RENAMED_KEYS)
         # The run has its vocabulary: the dataset does not decide it again.
         explicit.setdefault("vocab_size", explicit["run_name"])
     try:
         config = make_config({**recorded, **given}, explicit)
     except ConfigError as error:
         raise with_location(error, explicit, default_location) from None
-    forced = check_resumable(config, given, recorded)
+    forced = check_resumable(config, given, recorded, KEYS)
     now = config.flat()
     changed = {k: [recorded[k], now[k]] for k in now if k in recorded and recorded[k] != now[k]}
     return dataclasses.replace(config, changed=changed, forced=forced, resuming=resuming)
@@ -396,17 +397,6 @@ def make_config(given: Mapping[str, Any], explicit: dict[str, str]) -> Config:
     if "activation" in explicit and model.activation and len(model.implied().get("activation", "ab")) == 1:
         raise model.incompatible_key("activation")  # even if it is the same: who sets it expects a choice
     return Config(model=model, explicit=explicit, **{k: v for k, v in values.items() if k not in architecture})
-
-
-# Where a key was set
-
-
-def with_location(error: ConfigError, explicit: Mapping[str, str],
-                  default_location: str | os.PathLike[str] = "defaults") -> UserError:
-    """The error with the place where its key was set; `default_location` is that of keys not in `explicit`."""
-    # A default can be wrong only in combination with another key that was set: name that one's place.
-    at_fault = [error.key, *(k for k in explicit if re.search(rf"\b{k}=", error.message))]
-    return error.at(next((explicit[k] for k in at_fault if k in explicit), default_location))
 
 
 def unknown_key(location: str, name: str) -> UserError:
@@ -472,64 +462,3 @@ def key_parser() -> KeyParser:
 def help_text() -> str:
     """Every key by group: its default, what it means, its choices."""
     return key_parser().format_help()
-
-
-# Resume
-
-
-def run_exists(run_dir: Path) -> bool:
-    """Whether a run directory has something to continue: run.json or a checkpoint."""
-    return (run_dir / "run.json").exists() or any((run_dir / "checkpoints").glob("step_*"))
-
-
-def recorded_config(path: Path, location: str) -> dict[str, Any]:
-    """{key: value} from the run.json of the run to resume, without the keys that a resumed run does not inherit.
-
-    Args:
-        path: the run.json. Keys of earlier versions are read under their new names.
-        location: where run_name was set.
-    """
-    with located(location):
-        try:
-            items = json.loads(path.read_bytes())["config"].items()
-        except FileNotFoundError:
-            existing = sorted(p.parent.name for p in path.parent.parent.glob("*/run.json"))
-            raise ConfigError("run_name", f"there is no run {path.parent} to resume"
-                              + did_you_mean(path.parent.name, existing)) from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ConfigError("run_name", f"{path} cannot be read ({type(error).__name__}): the run cannot be resumed "
-                                          "(start another)") from None
-    renamed = {RENAMED_KEYS.get(k, k): v for k, v in items}
-    with located(path):
-        return {k: coerce(KEYS[k], TYPES[k], v) for k, v in renamed.items()
-                if k in KEYS and k not in ("run_name", "out_dir", "resume", "resume_force", "eval_only", "profile")
-                and KEYS[k].metadata["group"] != "dry run"}
-
-
-def check_resumable(config: Config, given: Mapping[str, Any], recorded: Mapping[str, Any]) -> tuple[str, ...]:
-    """Refuse changes that would make the rest of a resumed run another experiment than its beginning.
-
-    Returns:
-        Under resume_force, the keys that would have been refused.
-    """
-    forced = []
-
-    def refuse(name: str, message: str) -> None:
-        if not config.resume_force:
-            raise with_location(ConfigError(name, f"{message}, or --resume_force)"), config.explicit)
-        forced.append(name)
-
-    fixed = [k for k, f in KEYS.items() if f.metadata["group"] in ("architecture", "size") and k != "attention_backend"]
-    for name in (*fixed, "seed", "dataset", "dataset_schedule", "packing", "tokenizer"):
-        if name in given and name in recorded and given[name] != recorded[name]:
-            refuse(name, f"the run was made with {recorded[name]!r} and keeps it when resumed (drop the key, start a "
-                         "new run")
-    if recorded:
-        sequences = config.batch_size * config.gradient_accumulation_steps
-        before = (recorded.get("batch_size", Config.batch_size)
-                  * recorded.get("gradient_accumulation_steps", Config.gradient_accumulation_steps))
-        if sequences != before:
-            refuse("batch_size" if "batch_size" in given else "gradient_accumulation_steps",
-                   f"the run takes {before} sequences per step and keeps that when resumed, not {sequences} "
-                   "(batch_size * gradient_accumulation_steps")
-    return tuple(forced)

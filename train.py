@@ -7,8 +7,9 @@ or data, 3 no usable checkpoint, 4 the final save failed, 5 not finite, 6 anothe
 
 import sys
 
+from blockgpt.config_fields import with_location
 from blockgpt.errors import exit_on_user_error
-from configurator import load_config, with_location
+from configurator import load_config
 
 if __name__ == "__main__":
     with exit_on_user_error():

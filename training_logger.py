@@ -34,8 +34,9 @@ from blockgpt.training.checkpoint_saver import versions
 from blockgpt.training.faults import StepStatus
 from blockgpt.training.launch import Runtime
 from blockgpt.training.objectives import LanguageModeling
+from blockgpt.training.resume import run_exists
 from blockgpt.training.tracker import WandbTracker
-from configurator import Config, run_exists
+from configurator import Config
 from model_builder import GPT
 
 SCHEMA_VERSION = 1

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import operator
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -80,6 +81,14 @@ def located(location: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise error.at(location) from None
+
+
+def with_location(error: ConfigError, explicit: Mapping[str, str],
+                  default_location: str | os.PathLike[str] = "defaults") -> UserError:
+    """The error with the place where its key was set; `default_location` is that of keys not in `explicit`."""
+    # A default can be wrong only in combination with another key that was set: name that one's place.
+    at_fault = [error.key, *(k for k in explicit if re.search(rf"\b{k}=", error.message))]
+    return error.at(next((explicit[k] for k in at_fault if k in explicit), default_location))
 
 
 # Flags and files

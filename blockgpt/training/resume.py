@@ -1,0 +1,92 @@
+"""Resuming a run from its run.json: the keys that it inherits, and the changes that are refused. No torch.
+
+A key that a resumed run does not inherit is a name in `NOT_INHERITED`. A key that makes the run another experiment is a
+name in `EXPERIMENT_KEYS`, or is in one of `EXPERIMENT_GROUPS`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blockgpt.config_fields import Field, Types, coerce, located, with_location
+from blockgpt.errors import ConfigError, did_you_mean
+
+NOT_INHERITED = ("run_name", "out_dir", "resume", "resume_force", "eval_only", "profile")  # and the group "dry run"
+EXPERIMENT_GROUPS = ("architecture", "size")  # except BACKEND
+BACKEND = "attention_backend"  # another implementation of the same attention
+EXPERIMENT_KEYS = ("seed", "dataset", "dataset_schedule", "packing", "tokenizer")
+
+
+def run_exists(run_dir: Path) -> bool:
+    """Whether a run directory has something to continue: run.json or a checkpoint."""
+    return (run_dir / "run.json").exists() or any((run_dir / "checkpoints").glob("step_*"))
+
+
+def recorded_config(path: Path, location: str, keys: Mapping[str, Field], accepted: Mapping[str, Types],
+                    renamed: Mapping[str, str]) -> dict[str, Any]:
+    """{key: value} from the run.json of the run to resume, without the keys that a resumed run does not inherit.
+
+    Args:
+        path: the run.json.
+        location: where run_name was set.
+        keys: {key: its field}. A recorded key that is not among them is ignored.
+        accepted: {key: the types that it accepts}.
+        renamed: {key of an earlier version: its new name}.
+
+    Raises:
+        UserError: there is no such run, or its run.json cannot be used.
+    """
+    with located(location):
+        try:
+            recorded = json.loads(path.read_bytes())["config"].items()
+        except FileNotFoundError:
+            existing = sorted(p.parent.name for p in path.parent.parent.glob("*/run.json"))
+            raise ConfigError("run_name", f"there is no run {path.parent} to resume"
+                              + did_you_mean(path.parent.name, existing)) from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError("run_name", f"{path} cannot be read ({type(error).__name__}): the run cannot be resumed "
+                                          "(start another)") from None
+    with located(path):
+        return {name: coerce(keys[name], accepted[name], value)
+                for name, value in ((renamed.get(k, k), v) for k, v in recorded)
+                if name in keys and name not in NOT_INHERITED and keys[name].metadata["group"] != "dry run"}
+
+
+def check_resumable(config: Any, given: Mapping[str, Any], recorded: Mapping[str, Any],
+                    keys: Mapping[str, Field]) -> tuple[str, ...]:
+    """Refuse changes that would make the rest of a resumed run another experiment than its beginning.
+
+    Args:
+        config: of the resumed run.
+        given: {key: value} of the keys that are set now.
+        recorded: {key: value} of the run to resume; empty for a new run.
+        keys: {key: its field}.
+
+    Returns:
+        Under resume_force, the keys that would have been refused.
+
+    Raises:
+        UserError: the first key that is refused.
+    """
+    forced = []
+
+    def refuse(name: str, message: str) -> None:
+        if not config.resume_force:
+            raise with_location(ConfigError(name, f"{message}, or --resume_force)"), config.explicit)
+        forced.append(name)
+
+    fixed = [name for name, f in keys.items() if f.metadata["group"] in EXPERIMENT_GROUPS and name != BACKEND]
+    for name in (*fixed, *EXPERIMENT_KEYS):
+        if name in given and name in recorded and given[name] != recorded[name]:
+            refuse(name, f"the run was made with {recorded[name]!r} and keeps it when resumed (drop the key, start a "
+                         "new run")
+    if recorded:
+        sizes = ("batch_size", "gradient_accumulation_steps")
+        now = config.batch_size * config.gradient_accumulation_steps
+        batch_size, accumulation = (recorded.get(name, keys[name].default) for name in sizes)
+        if now != batch_size * accumulation:
+            refuse("batch_size" if "batch_size" in given else "gradient_accumulation_steps",
+                   f"the run takes {batch_size * accumulation} sequences per step and keeps that when resumed, not "
+                   f"{now} (batch_size * gradient_accumulation_steps")
+    return tuple(forced)
