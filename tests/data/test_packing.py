@@ -124,6 +124,21 @@ def test_documents_of_one_token_are_left_out():
     assert "no document of two tokens" in refusal(PackedBatches, corpus([1, 1]), 0, 8, 1)
 
 
+def test_token_ids_beyond_the_vocabulary_are_refused_in_every_batch():
+    d = corpus([5, 9])
+    d.meta["vocab_size"] = 12  # the ids are 0 to 12
+    batches = PackedBatches(d, 0, 16, 1)
+    assert "train: has the token id 12, beyond vocab_size=12" in refusal(batches.micro_batch, 0)
+
+
+def test_shards_are_read_at_random_after_the_scan(monkeypatch):
+    """Read-ahead, which the scan asks for, would make every read of a large file some hundred times as expensive."""
+    d, advice = corpus([3, 9], [5, 5]), {}
+    monkeypatch.setattr(packing_module, "madvise", lambda tokens, name: advice.setdefault(id(tokens), []).append(name))
+    PackedBatches(d, 0, 8, 1)
+    assert advice == {id(tokens): ["MADV_SEQUENTIAL", "MADV_RANDOM"] for tokens in d.shards["train"]}
+
+
 def test_a_dataset_without_an_end_of_text_token_is_refused():
     d = corpus([5])
     d.meta["eot"] = None

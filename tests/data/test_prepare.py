@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -63,6 +64,24 @@ def test_files_contain_the_tokens_that_meta_counts(tmp_path, capsys):
                     "dtype": "uint16", "source": "a test", "skipped": {"empty": 2}, "python": "3.x"}
     out = capsys.readouterr().out
     assert "18 tokens" in out and "2 empty" in out and str(tmp_path) in out
+
+
+class Text(str):
+    """A str that can be weakly referenced."""
+
+
+def test_documents_are_streamed_one_at_a_time(tmp_path):
+    texts = []
+
+    def documents():
+        for i in range(100):
+            text = Text(f"document {i}")
+            texts.append(weakref.ref(text))
+            yield "val" if i % 5 == 0 else "train", text
+            del text
+            assert sum(ref() is not None for ref in texts) <= 1  # the consumer's own, until it has the next one
+
+    assert write(tmp_path, documents())["splits"]["train"]["documents"] == 80
 
 
 def test_a_large_vocabulary_is_stored_as_uint32(tmp_path):

@@ -133,6 +133,13 @@ def test_a_large_text_is_split_between_characters_and_loses_none(tmp_path_factor
     assert all(len(t.encode()) <= 3 * longest for t in texts)
 
 
+def test_a_csv_field_may_be_as_long_as_a_document(tmp_path):
+    csv.field_size_limit(131_072)  # Python's default, which applies to the whole process
+    texts = ["x" * 131_073, "short"]
+    write_csv(tmp_path / "x.csv", texts)
+    assert read([tmp_path / "x.csv"]) == (texts, {})
+
+
 def test_a_line_longer_than_a_document_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_DOCUMENT", 50)
     (tmp_path / "x.jsonl").write_bytes(as_jsonl(["a", "x" * 500, "b"]))
@@ -287,6 +294,49 @@ def test_reading_continues_where_the_network_failed(server):
     handler.cuts = 2
     texts, _ = hub_texts(partitions)
     assert [t.split()[1] for _, t in texts] == [str(i) for i in range(4000)] and handler.cuts == 0
+
+
+class FailingDataset:
+    """A streamed dataset of four rows. Reading fails `failures` times before every row, and before the end."""
+
+    def __init__(self, failures):
+        self.failures, self.remaining, self.position = failures, failures, 0
+
+    def shard(self, count, index):
+        return self
+
+    def state_dict(self):
+        return self.position
+
+    def load_state_dict(self, state):
+        self.position = state
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.remaining:
+            self.remaining -= 1
+            raise ConnectionError("reset by peer")
+        self.remaining = self.failures
+        if self.position == 4:
+            raise StopIteration
+        self.position += 1
+        return {"text": f"row {self.position}"}
+
+
+@pytest.mark.parametrize("more", [-1, 0])
+def test_only_failures_in_a_row_count(monkeypatch, more):
+    dataset, waits = FailingDataset(sources.ATTEMPTS + more), []
+    monkeypatch.setattr(sources, "hub_dataset", lambda arguments: dataset)
+    monkeypatch.setattr(sources.time, "sleep", waits.append)
+    partition = sources.HubPartition((("path", "x"),), "text", 0, 1)
+    if more < 0:
+        assert [text for _, text in hub_texts([partition])[0]] == [f"row {i}" for i in range(1, 5)]
+        assert waits == [2.0, 4.0, 8.0, 16.0] * 5
+    else:
+        assert "ConnectionError: reset by peer" in refusal(hub_texts, [partition])
+        assert waits == [2.0, 4.0, 8.0, 16.0]
 
 
 def test_a_permanent_network_failure_is_a_one_line_error(server):

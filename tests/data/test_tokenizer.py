@@ -185,6 +185,17 @@ def test_text_that_a_normaliser_changes_is_refused():
     assert "at character 6, 'UPPER' comes back as 'upper'" in one_line(raised)
 
 
+def test_truncation_and_padding_of_a_tokenizer_json_are_off():
+    """Many files on the hub have both on, for the batches of another program."""
+    t = tokenizers.Tokenizer.from_str(hf_json())
+    whole = t.encode("def train(model):\n    return the loss").ids
+    for switch_on in (lambda: t.enable_truncation(4), lambda: t.enable_padding(length=100)):
+        t.no_truncation()
+        switch_on()
+        text = "def train(model):\n    return the loss"
+        assert HFTokenizer(pack_bytes(t.to_str().encode())).encode(text) == whole
+
+
 def test_the_end_of_text_token_can_be_named():
     content = pack_bytes(hf_json().encode())
     assert (HFTokenizer(content).eot, HFTokenizer(content, eot="<pad>").eot) == (0, 1)
