@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,28 +76,6 @@ def test_token_ids_of_a_large_dataset_are_checked_in_the_batches(tmp_path, monke
     batches = TrainBatches(open_dataset("x", tmp_path), 0, 39, 2)
     message = refusal(batches.micro_batch, 0)
     assert "train: has the token id 100" in message and "prepare.py" in message
-
-
-def test_a_large_dataset_is_read_at_random_without_read_ahead(tmp_path, monkeypatch):
-    write_shards(tmp_path / "x", SHARDS)
-    advice = []
-    monkeypatch.setattr(dataset_module, "VERIFY_BYTES", 20)
-    monkeypatch.setattr(dataset_module, "madvise", lambda tokens, name: advice.append((len(tokens), name)))
-    d = open_dataset("x", tmp_path)
-    assert advice == [(len(tokens), "MADV_RANDOM") for split in ("train", "val") for tokens in d.shards[split]]
-
-
-def test_advice_reaches_the_mapping_of_a_file(tmp_path):
-    (tmp_path / "x.bin").write_bytes(bytes(2**16))
-    tokens = dataset_module.memory_map(tmp_path / "x.bin", "<u2")
-    dataset_module.madvise(tokens, "MADV_RANDOM")
-    address = f"{tokens.ctypes.data:x}-"
-    try:
-        maps = Path("/proc/self/smaps").read_text()
-    except OSError:
-        pytest.skip("this system does not show the advice")
-    flags = next(line for line in maps[maps.index(f"\n{address}"):].splitlines() if line.startswith("VmFlags"))
-    assert "rr" in flags.split()  # read at random
 
 
 # Damaged datasets
