@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # torch is imported after the flags are checked
     from model_builder import GPT
 
 
-def arguments(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str]) -> argparse.Namespace:
     """The parsed command line; `UserError` for a value out of range."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--run", required=True, help="run directory")
@@ -41,7 +41,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def load_run(run_dir: Path, which: str, device: "torch.device") -> "tuple[GPT, Tokenizer]":
+def load_model(run_dir: Path, which: str, device: "torch.device") -> "tuple[GPT, Tokenizer]":
     """(model on `device`, tokenizer) of a run, from its best or newest checkpoint, verified.
 
     Without a usable checkpoint, as when they were deleted to free disk space, from the weights exported at its end.
@@ -83,12 +83,12 @@ def load_run(run_dir: Path, which: str, device: "torch.device") -> "tuple[GPT, T
 
 
 def main(argv: list[str]) -> None:
-    args = arguments(argv)
+    args = parse_args(argv)
     import torch
 
     from blockgpt.training.device import choose_device
 
-    model, tokenizer = load_run(Path(args.run), args.checkpoint, choose_device(args.device, local_rank=0))
+    model, tokenizer = load_model(Path(args.run), args.checkpoint, choose_device(args.device, local_rank=0))
     try:
         ids = list(tokenizer.encode(args.prompt))
     except DataError as error:

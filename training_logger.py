@@ -177,9 +177,9 @@ class RunLog:
         if self.config.eval_only:  # an evaluation changes neither what the run is, nor how it ended
             self.final_status = {k: before.get(k) for k in self.final_status}
             return before
-        kept = {k: before[k] for k in ("created_at", "wandb_id", "resumes") if k in before}
-        origin = {k: v for k, v in before["config"].items() if k in RUN_KEYS}
-        return {**header, **kept, "config": {**header["config"], **origin}}
+        origin = {k: before[k] for k in ("created_at", "wandb_id", "resumes") if k in before}
+        start_keys = {k: v for k, v in before["config"].items() if k in RUN_KEYS}
+        return {**header, **origin, "config": {**header["config"], **start_keys}}
 
     def __enter__(self) -> "RunLog":
         return self

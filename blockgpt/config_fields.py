@@ -252,18 +252,18 @@ def coerce(f: Field, accepted: Types, value: Any) -> Any:
                                       f"--{f.name}=\"{{'a': 0.7, 'b': 0.3}}\")") from None
     if type(value) in (dict, list, tuple):
         try:
-            value = as_json(value)
+            value = tuples_to_lists(value)
         except RecursionError:
             raise ConfigError(f.name, "is nested too deeply") from None
     check_value(f, accepted, value)
     return float(value) if float in accepted and type(value) is int else value
 
 
-def as_json(value: Any) -> Any:
+def tuples_to_lists(value: Any) -> Any:
     """A nested value as run.json returns it: with lists for tuples."""
     if type(value) is dict:
-        return {k: as_json(v) for k, v in value.items()}
-    return [as_json(v) for v in value] if type(value) in (list, tuple) else value
+        return {k: tuples_to_lists(v) for k, v in value.items()}
+    return [tuples_to_lists(v) for v in value] if type(value) in (list, tuple) else value
 
 
 # Validation

@@ -213,8 +213,8 @@ def main(folder):
 
     # an error on one rank is an error on all, and the old checkpoints stay
     before = digests(path)
-    for name in ("write_chunks", "commit", "verify_written", "own_chunks"):
-        rank = 0 if name == "commit" else n - 1
+    for name in ("write_chunks", "commit_checkpoint", "verify_written", "own_chunks"):
+        rank = 0 if name == "commit_checkpoint" else n - 1
         with broken(checkpoint_saver, name, runtime.rank == rank):
             check_raises(OSError, f"rank {rank}: broken", lambda: synchronous.save(model, optimizer, state(8)))
             if name != "own_chunks":
@@ -233,7 +233,7 @@ def main(folder):
     with broken(checkpoint, "write_export", runtime.is_rank_zero):
         check_raises(OSError, "rank 0: broken", lambda: checkpoint.export(one, path, {}, runtime))
 
-    # all ranks pass over a damaged newest checkpoint
+    # all ranks skip a damaged newest checkpoint
     if runtime.is_rank_zero:
         damaged = sorted((two / "checkpoints").iterdir())[-1] / "state.json"
         damaged.write_bytes(damaged.read_bytes()[:-1])

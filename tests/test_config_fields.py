@@ -7,7 +7,6 @@ import pytest
 
 from blockgpt.config_fields import (
     KeyParser,
-    as_json,
     check_fields,
     check_folder_name,
     coerce,
@@ -18,6 +17,7 @@ from blockgpt.config_fields import (
     parse_int,
     parse_value,
     read_config_file,
+    tuples_to_lists,
 )
 from blockgpt.errors import ConfigError, UserError
 
@@ -114,7 +114,7 @@ def test_a_value_that_contains_itself_is_refused():
 
 def test_whole_numbers_are_exact():
     assert parse_int("9007199254740993") == 2**53 + 1 and parse_int("1e4") == 10_000
-    assert as_json((1, {"a": (2,)})) == [1, {"a": [2]}]
+    assert tuples_to_lists((1, {"a": (2,)})) == [1, {"a": [2]}]
 
 
 def test_located_adds_the_place():

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from blockgpt.accounting.flops import flops_per_token
 from blockgpt.data.dataset import open_dataset
 from blockgpt.data.loader import TrainBatches
+from blockgpt.data.prepare import write_dataset
+from blockgpt.data.tokenizer import ByteTokenizer
 from blockgpt.training.diagnostics import LossSpikeDetector
 from blockgpt.training.faults import Watchdog
 from blockgpt.training.launch import Runtime
@@ -29,7 +31,18 @@ from model_builder import build_model
 
 STEPS = 13
 FLAGS = [f"--max_iters={STEPS}", "--vocab_size=320", "--warmup_iters=3", "--lr_decay_iters=11", "--learning_rate=5e-3",
-         "--min_lr=1e-3", "--grad_clip=1.5", "--weight_decay=0.3", "--eval_interval=4", "--checkpoint_interval=5"]
+         "--min_lr=1e-3", "--grad_clip=1.72", "--weight_decay=0.3", "--eval_interval=4", "--checkpoint_interval=5"]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """A folder with one dataset, `text`, which never changes: the tolerances were measured on it."""
+    folder, words = tmp_path_factory.mktemp("data"), random.Random(0)
+    documents = [" ".join(words.choice("the model reads a batch of tokens and learns".split()) for _ in range(2000))
+                 for _ in range(4)]
+    write_dataset(folder / "text", ByteTokenizer(), zip(("train", "train", "train", "val"), documents, strict=True),
+                  source="a test")
+    return folder
 
 
 def logits_of(model, x):
@@ -85,7 +98,7 @@ def plain_run(config, dtype=torch.float32, scale=1.0, skipped=()):
 
 
 def check_run(run_dir, curve, weights, rel=1e-5):
-    """`run_dir` has this curve, to `rel`, and these weights, to `rel` of the largest of each tensor.
+    """`run_dir` has this curve, to `rel`, and these weights, to `rel` of the norm of each tensor.
 
     The default is four times the difference measured in float32 and bfloat16: sums are in another order.
     """
@@ -101,8 +114,7 @@ def check_run(run_dir, curve, weights, rel=1e-5):
     for name, expected in weights.items():
         if name.endswith("k_proj.bias"):
             continue  # softmax does not depend on it: its gradient is rounding noise, which AdamW scales to an update
-        error = (saved[name] - expected).abs().max() / expected.abs().max()
-        assert error < rel, (name, error.item())
+        assert (saved[name] - expected).norm() < rel * expected.norm(), name
 
 
 def config_of(data_dir, *flags):
@@ -161,7 +173,7 @@ def test_float16_gradients_are_unscaled_before_clipping_and_an_overflow_skips_th
     curve, weights, scale = plain_run(config_of(data_dir, *flags), torch.float16, 2.0**19)
     overflows = [step for step, (_, norm, _) in curve.items() if norm is None]
     assert 1 <= len(overflows) < STEPS - 6 and scale == 2.0 ** (19 - len(overflows))
-    check_run(run_dir, curve, weights, 1e-4)  # measured: 1e-5, as the last bit of a weight can change a float16 sum
+    check_run(run_dir, curve, weights, 1e-3)  # measured: 1.4e-4; a last bit of a weight changes float16 sums
 
 
 def test_a_skipped_spike_updates_nothing(tmp_path, data_dir):

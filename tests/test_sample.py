@@ -116,7 +116,7 @@ def test_best_is_the_lowest_loss_and_latest_the_newest(make_run):
     models = {1: model(1), 2: model(2), 3: model(3)}
     run = make_run(LETTERS, models, best=1)
     for which, step in (("best", 1), ("latest", 3)):
-        loaded, tokenizer = sample.load_run(run, which, torch.device("cpu"))
+        loaded, tokenizer = sample.load_model(run, which, torch.device("cpu"))
         assert torch.equal(loaded.lm_head.weight, models[step].lm_head.weight) and not loaded.training
         assert tokenizer.characters == "abcde"
 

@@ -166,7 +166,7 @@ def test_auto_overwrites_nothing_where_no_checkpoint_is_usable(tmp_path, train):
     before = {p: p.read_bytes() for p in (tmp_path / "runs/mine").rglob("*") if p.is_file()}
     done = train("mine", "--resume=auto", "--max_iters=4")
     assert done.returncode == 3 and "no usable checkpoint" in done.stderr
-    assert done.stderr.startswith("warning: passed over: ") and done.stderr.count("\n") == 2
+    assert done.stderr.startswith("warning: skipped: ") and done.stderr.count("\n") == 2
     assert before == {p: p.read_bytes() for p in (tmp_path / "runs/mine").rglob("*") if p.is_file()}
 
 
@@ -179,7 +179,7 @@ def test_resume_without_a_usable_checkpoint_is_exit_3(tmp_path, train):
     damaged.write_bytes(data)
     done = train("mine", "--max_iters=6", "--resume=must")
     if len(checkpoints) > 1:  # the best, an earlier one, is used
-        assert done.returncode == 0 and "passed over" in done.stderr
+        assert done.returncode == 0 and "warning: skipped: " in done.stderr
     for path in (tmp_path / "runs/mine/checkpoints").iterdir():
         (path / "manifest.json").write_text("{}")
     done = train("mine", "--max_iters=8", "--resume=must")

@@ -38,7 +38,7 @@ def run(*command: str, capture: bool = False) -> str:
     return done.stdout or ""
 
 
-def train(preset: str, name: str) -> str:
+def train_preset(preset: str, name: str) -> str:
     """Train a preset at the size of the demo. Returns its run directory."""
     run("train.py", f"config/arch_{preset}.py", "config/size_demo.py", f"--run_name={name}")
     if json.loads((ROOT / "runs" / name / "run.json").read_text())["status"] != "finished":
@@ -51,7 +51,7 @@ def main() -> None:
     print("blockGPT demo: two architectures on the standard library of this Python. It takes a few minutes.")
     if not (ROOT / "data/pycode/meta.json").exists():
         run("data/pycode/prepare.py")
-    runs = [train(preset, f"demo-{stamp}-{preset}") for preset in ("gpt2", "llama")]
+    runs = [train_preset(preset, f"demo-{stamp}-{preset}") for preset in ("gpt2", "llama")]
 
     comparison = json.loads(run("compare_architectures.py", *runs, "--format=json", capture=True))
     better, worse = comparison["runs"]
@@ -59,10 +59,10 @@ def main() -> None:
     run("compare_architectures.py", *runs)
     run("sample.py", f"--run={better['path']}", f"--prompt={PROMPT}", "--max_new_tokens=200", "--top_k=50", "--seed=1")
     python = Path(sys.executable)
-    print(summary(better, worse, python.relative_to(ROOT) if python.is_relative_to(ROOT) else python))
+    print(result_text(better, worse, python.relative_to(ROOT) if python.is_relative_to(ROOT) else python))
 
 
-def summary(better: dict[str, Any], worse: dict[str, Any], python: Path) -> str:
+def result_text(better: dict[str, Any], worse: dict[str, Any], python: Path) -> str:
     """The result in words, and the commands to type next. better, worse: runs of the comparison as JSON."""
     def ratio(key: str) -> str:
         return f"{better[key] / worse[key]:.2f}"

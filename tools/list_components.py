@@ -26,7 +26,7 @@ from model_builder import build_model
 from model_config import AXES, ModelConfig, example_values
 
 
-def arguments(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str]) -> argparse.Namespace:
     """The parsed command line; `UserError` for a value out of range."""
     parser = ArgumentParser(description="The option space, and the cost of each option here.")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each option; 0: no timing")
@@ -49,7 +49,7 @@ def required_options(key: str) -> dict[str, Any]:
     return {axis: name for axis, table in AXES.items() for name, option in table.items() if key in option.keys}
 
 
-class Trial:
+class StepTimer:
     """A model and its optimizer, trained one step at a time on random tokens."""
 
     def __init__(self, config: ModelConfig, batch_size: int, device: torch.device) -> None:
@@ -77,8 +77,8 @@ def step_ratio(config: ModelConfig, baseline: ModelConfig, steps: int, batch_siz
     trains_on = config.options()["attention_backend"].trains_on
     if not steps or (trains_on and device.type not in trains_on):
         return None
-    trials = [Trial(c, batch_size, device) for c in (config, baseline)]
-    seconds = [[t.step() for t in trials] for _ in range(steps + 2)][2:]  # two for warm-up
+    timers = [StepTimer(c, batch_size, device) for c in (config, baseline)]
+    seconds = [[t.step() for t in timers] for _ in range(steps + 2)][2:]  # two for warm-up
     return statistics.median(s[0] for s in seconds) / statistics.median(s[1] for s in seconds)
 
 
@@ -98,7 +98,7 @@ def values_to_list(args: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
     return {**{axis: tuple(table) for axis, table in AXES.items()}, **others}
 
 
-def describe(key: str, value: Any) -> tuple[str, str]:
+def label_and_help(key: str, value: Any) -> tuple[str, str]:
     """(what `value` adds to the architecture's name, its line of help)."""
     if key in AXES:
         return AXES[key][value].label, AXES[key][value].help
@@ -111,7 +111,7 @@ def print_row(key: str, value: Any, args: argparse.Namespace, baseline: ModelCon
     config = dataclasses.replace(baseline, **{key: value})
     if key in config.unused_keys():
         return
-    label, text = describe(key, value)
+    label, text = label_and_help(key, value)
     if getattr(baseline.resolve(), key) == value:
         print(f"{key:19} {value!s:17} {label:12} {'·':>11} {'·':>6} {'·':>6} {'·':>6}  {text}")
         return
@@ -122,7 +122,7 @@ def print_row(key: str, value: Any, args: argparse.Namespace, baseline: ModelCon
 
 
 def main(argv: list[str]) -> None:
-    args = arguments(argv)
+    args = parse_args(argv)
     device = choose_device(args.device, local_rank=0)
     base = ModelConfig(n_layer=args.n_layer, n_embd=args.n_embd, n_head=args.n_head, block_size=args.block_size,
                        vocab_size=args.vocab_size)

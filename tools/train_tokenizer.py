@@ -45,7 +45,8 @@ def sentences(partitions: Iterable[Partition]) -> Iterator[str]:
                 yield "".join(chunk)
 
 
-def train(texts: Iterable[str], vocab_size: int, model: str, max_sentences: int, coverage: float) -> bytes:
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, model: str, max_sentences: int,
+                        coverage: float) -> bytes:
     """The content of a .model file; `UserError` if there is too little text for the vocabulary."""
     output = io.BytesIO()
     try:
@@ -84,7 +85,7 @@ def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Measurement:
     return Measurement(size / sum(map(len, encoded)), size / seconds / 1e6, covered / counts.total())
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The validated flags; an output that cannot be written is an error before the training."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="files, folders or patterns in quotes")
@@ -107,7 +108,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> None:
-    args = parse(argv)
+    args = parse_args(argv)
     partitions = file_partitions(args.input, args.text_key)
     held_out: list[str] = []
 
@@ -118,7 +119,7 @@ def main(argv: Sequence[str]) -> None:
             elif "▁" not in text and "\0" not in text:  # SentencePiece's own characters for a space and a line end
                 yield text
 
-    content = train(training_texts(), args.vocab_size, args.model, args.max_sentences, args.coverage)
+    content = train_sentencepiece(training_texts(), args.vocab_size, args.model, args.max_sentences, args.coverage)
     model = SentencePieceTokenizer(pack_bytes(content))
     outputs: dict[str, tuple[bytes, Tokenizer]] = {f"{args.output}.model": (content, model)}
     if args.export_bpe:

@@ -219,11 +219,11 @@ def advice(account: MemoryAccount, config: Any, budget: int, rows: list[TableRow
     if not fitting:
         return f"nothing makes it fit on {config.processes} of these: change to {SMALLER}"
     row = min(fitting, key=lambda row: row.mode != mode)  # another checkpointing mode, then the first other mode
-    return (f"no batch_size fits; {describe(row)} does, up to batch_size={row.largest}: --use_zero1={row.mode.zero1} "
+    return (f"no batch_size fits; {mode_name(row)} does, up to batch_size={row.largest}: --use_zero1={row.mode.zero1} "
             f"--use_fsdp={row.mode.fsdp} --activation_checkpointing={row.checkpointing}")
 
 
-def describe(row: TableRow) -> str:
+def mode_name(row: TableRow) -> str:
     if row.checkpointing == "none":
         return row.mode.name
     return f"{row.mode.name} with {row.checkpointing} activation checkpointing"
@@ -338,7 +338,7 @@ def table_notes(config: Any, account: MemoryAccount) -> list[str]:
 def verdict_lines(account: MemoryAccount, config: Any, target: Target, rows: list[TableRow],
                   row: TableRow) -> list[str]:
     """Whether the run fits, and how to change it if not. row: that of the run."""
-    text = (f"{describe(row)}, batch_size={config.batch_size} needs {human_bytes(row.need.total)} of "
+    text = (f"{mode_name(row)}, batch_size={config.batch_size} needs {human_bytes(row.need.total)} of "
             f"{human_bytes(target.budget)}")
     if row.fits:
         return [f"fits: {text}"]

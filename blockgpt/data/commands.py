@@ -39,7 +39,7 @@ def command_parser(description: str | None, out_dir: Path | None, tokenizer: str
     return parser
 
 
-def parse(parser: ArgumentParser) -> argparse.Namespace:
+def parse_and_check(parser: ArgumentParser) -> argparse.Namespace:
     """Parse sys.argv; `UserError` for a value out of range, before anything is read.
 
     Returns:
@@ -81,7 +81,7 @@ def prepare_from_hub(description: str | None, script: str, source: str, *, val_f
     parser.add_argument("--source", default=source, help="on the hub, or a local folder")
     if samples:
         parser.add_argument("--sample", choices=samples, default=next(iter(samples)), help="how much of it")
-    args = parse(parser)
+    args = parse_and_check(parser)
     name = samples[args.sample] if samples else None
     partitions = [p for split, into in splits for p in hub_partitions(args.source, name, split, into=into)]
     prepare_with(args, partitions, f"{args.source} {name}" if name else args.source)

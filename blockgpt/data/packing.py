@@ -148,9 +148,9 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
             in_last = n - (n_used - 1) * per_bin  # chunks in the last bin used
             remaining = [(free, candidates[n_used:]), (free - per_bin * length, candidates[:n_used - 1]),
                          (free - in_last * length, candidates[n_used - 1:n_used])]
-            for new_free, those in remaining:
-                if new_free >= 2 and len(those):
-                    bins_by_free.setdefault(new_free, []).append(those)
+            for new_free, open_bins in remaining:
+                if new_free >= 2 and len(open_bins):
+                    bins_by_free.setdefault(new_free, []).append(open_bins)
                     free_mask |= 1 << new_free
             packed, count = packed + n, count - n
     return bins, n_bins

@@ -62,7 +62,7 @@ def find_newest(run_dir: str | Path, runtime: Runtime = ..., or_none: Literal[Fa
 @overload
 def find_newest(run_dir: str | Path, runtime: Runtime = ..., or_none: bool = ...) -> Path | None: ...
 def find_newest(run_dir: str | Path, runtime: Runtime = SINGLE_PROCESS, or_none: bool = False) -> Path | None:
-    """The newest checkpoint of a run that verifies, the same on all ranks. A warning names each one passed over.
+    """The newest checkpoint of a run that verifies, the same on all ranks. A warning names each one that is skipped.
 
     Args:
         or_none: return None if the run has no checkpoint at all, not even a damaged one.
@@ -74,7 +74,7 @@ def find_newest(run_dir: str | Path, runtime: Runtime = SINGLE_PROCESS, or_none:
     names = runtime.all_gather_object(local_names)[0]
     for name in names:
         path = Path(run_dir) / "checkpoints" / name
-        if is_usable(path, runtime):
+        if is_valid(path, runtime):
             return path
     if or_none and not names:
         return None
@@ -86,17 +86,17 @@ def find_best(run_dir: str | Path, runtime: Runtime = SINGLE_PROCESS) -> Path:
     newest = find_newest(run_dir, runtime)
     best = read_state(newest).get("best")
     path = newest.with_name(f"step_{best['step']:08d}") if best else newest
-    return path if path == newest or is_usable(path, runtime) else newest
+    return path if path == newest or is_valid(path, runtime) else newest
 
 
-def is_usable(path: Path, runtime: Runtime = SINGLE_PROCESS) -> bool:
+def is_valid(path: Path, runtime: Runtime = SINGLE_PROCESS) -> bool:
     """Whether a checkpoint verifies. Rank zero prints a warning if it does not."""
     try:
         verify(path, runtime)
         return True
     except CheckpointError as error:
         if runtime.rank == 0:
-            print(f"warning: passed over: {error}", file=sys.stderr)
+            print(f"warning: skipped: {error}", file=sys.stderr)
         return False
 
 

@@ -18,7 +18,7 @@ from blockgpt.training.launch import Runtime
 from blockgpt.training.objectives import LanguageModeling
 
 
-class Log(Protocol):
+class CheckpointLog(Protocol):
     """What a `CheckpointManager` needs of the run's log."""
 
     def warning(self, text: str) -> None: ...
@@ -104,7 +104,7 @@ class CheckpointManager:
         self.last_saved = self.progress.step
         return self.progress
 
-    def open(self, run_dir: Path, log: Log) -> None:
+    def open(self, run_dir: Path, log: CheckpointLog) -> None:
         """Prepare for saves into `run_dir`: what killed saves left there is removed. Called once, by all ranks."""
         self.run_dir, self.log = run_dir, log
         self.runtime.on_rank_zero(lambda: checkpoint.clean(run_dir))

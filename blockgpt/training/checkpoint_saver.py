@@ -2,7 +2,7 @@
 
 Each rank writes its own chunks into a hidden directory, which rank zero renames to the checkpoint's name: a killed save
 leaves no checkpoint. Every step of a save ends with an all_gather on all ranks, so an error on one rank is an error on
-all. A new file per checkpoint is written and entered into the manifest in `commit`.
+all. A new file per checkpoint is written and entered into the manifest in `commit_checkpoint`.
 """
 
 import copy
@@ -137,7 +137,7 @@ class CheckpointSaver:
             rank_files = self._on_all_ranks(lambda: write_chunks(temporary, self.runtime.rank, chunks))
             try:
                 own_files = rank_files[self.runtime.rank]["files"]
-                json_files = self._on_rank_zero(lambda: commit(temporary, final, rank_files, state))
+                json_files = self._on_rank_zero(lambda: commit_checkpoint(temporary, final, rank_files, state))
                 if self.runtime.is_rank_zero:
                     own_files |= json_files
                 self._on_all_ranks(lambda: verify_written(final, own_files))
@@ -173,8 +173,8 @@ class CheckpointSaver:
                 discard(path)
 
 
-def commit(temporary: Path, final: Path, rank_files: list[dict[str, Any]],
-           state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def commit_checkpoint(temporary: Path, final: Path, rank_files: list[dict[str, Any]],
+                      state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Write index, state and manifest, and rename `temporary` to `final`.
 
     Args:

@@ -35,7 +35,7 @@ Interval = tuple[int, int]  # (start, end) in ns
 Event = tuple[str, str, int, int]  # (name, kineto's activity type, start, end)
 
 
-class Log(Protocol):
+class ProfilerLog(Protocol):
     """The part of the run's log that this module uses."""
 
     @property
@@ -53,7 +53,7 @@ class StepProfiler:
     what happens between them.
     """
 
-    def __init__(self, config: Any, runtime: Runtime, log: Log) -> None:
+    def __init__(self, config: Any, runtime: Runtime, log: ProfilerLog) -> None:
         """config: its key `profile` selects the steps of the trace. log: its directory gets the trace."""
         self.runtime, self.log = runtime, log
         self.traced_steps: Sequence[int] = config.profiled_steps()
@@ -264,7 +264,7 @@ def write_trace(profiler: Any, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def memory_history(config: Any, runtime: Runtime, log: Log) -> Iterator[None]:
+def memory_history(config: Any, runtime: Runtime, log: ProfilerLog) -> Iterator[None]:
     """Record the history of CUDA's allocator, if the key `memory_snapshot` asks for it.
 
     However the block ends, also out of memory, the history is written to the run directory: memory_snapshot.pickle, by
@@ -289,7 +289,7 @@ def memory_history(config: Any, runtime: Runtime, log: Log) -> Iterator[None]:
         write_memory_snapshot(path, runtime, log)
 
 
-def write_memory_snapshot(path: Path, runtime: Runtime, log: Log) -> None:
+def write_memory_snapshot(path: Path, runtime: Runtime, log: ProfilerLog) -> None:
     """Write the recorded history, and stop recording. An error is a warning, so as not to hide what ended the run."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -307,7 +307,7 @@ def write_memory_snapshot(path: Path, runtime: Runtime, log: Log) -> None:
 # ---------------------------------------------------------------- warnings
 
 
-def warn(runtime: Runtime, log: Log, text: str) -> None:
+def warn(runtime: Runtime, log: ProfilerLog, text: str) -> None:
     """A warning of any rank; the log prints those of rank zero only."""
     if runtime.is_rank_zero:
         log.warning(text)

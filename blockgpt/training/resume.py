@@ -13,8 +13,7 @@ from blockgpt.config_fields import Field, Types, coerce, located, with_location
 from blockgpt.errors import ConfigError, did_you_mean
 
 NOT_INHERITED = ("run_name", "out_dir", "resume", "resume_force", "eval_only", "profile")  # and the group "dry run"
-EXPERIMENT_GROUPS = ("architecture", "size")  # except BACKEND
-BACKEND = "attention_backend"  # another implementation of the same attention
+EXPERIMENT_GROUPS = ("architecture", "size")  # except attention_backend, which is the same function
 EXPERIMENT_KEYS = ("seed", "dataset", "dataset_schedule", "packing", "tokenizer")
 
 
@@ -76,7 +75,8 @@ def check_resumable(config: Any, given: Mapping[str, Any], recorded: Mapping[str
             raise with_location(ConfigError(name, f"{message}, or --resume_force)"), config.explicit)
         forced.append(name)
 
-    fixed = [name for name, f in keys.items() if f.metadata["group"] in EXPERIMENT_GROUPS and name != BACKEND]
+    fixed = [name for name, f in keys.items() if f.metadata["group"] in EXPERIMENT_GROUPS]
+    fixed.remove("attention_backend")
     for name in (*fixed, *EXPERIMENT_KEYS):
         if name in given and name in recorded and given[name] != recorded[name]:
             refuse(name, f"the run was made with {recorded[name]!r} and keeps it when resumed (drop the key, start a "

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder: blockgpt is imported from there
 
-from blockgpt.data.commands import command_parser, parse, prepare_with
+from blockgpt.data.commands import command_parser, parse_and_check, prepare_with
 from blockgpt.data.dataset import ROOT
 from blockgpt.data.sources import file_partitions
 from blockgpt.errors import UserError, exit_on_user_error
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--text_key", default="text", help="the field or column that contains the text")
     parser.add_argument("--by_position", action="store_true", help="the end of each document is val")
     parser.add_argument("--no_separator", action="store_true", help="no end-of-text token after a document")
-    args = parse(parser)
+    args = parse_and_check(parser)
     if not re.fullmatch(r"\w[\w.-]{0,99}", args.name):
         raise UserError(f"--name: {args.name!r} is not the name of a folder (letters, digits, _, -, .)")
     args.out_dir = args.out_dir or ROOT / "data" / args.name

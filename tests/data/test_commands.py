@@ -20,7 +20,7 @@ from prepare_helpers import MemoryPartition, documents
 
 from blockgpt.data import dataset as dataset_module
 from blockgpt.data import writer
-from blockgpt.data.commands import char_tokenizer, command_parser, parse, prepare_with
+from blockgpt.data.commands import char_tokenizer, command_parser, parse_and_check, prepare_with
 from blockgpt.data.dataset import open_dataset
 from blockgpt.data.loader import TrainBatches
 from blockgpt.data.tokenizer import CharTokenizer
@@ -40,7 +40,7 @@ def load_script(name):
 def parse_flags(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, flags)])
     monkeypatch.setattr(sys, "path", list(sys.path))
-    return parse(command_parser("a test", None))
+    return parse_and_check(command_parser("a test", None))
 
 
 @pytest.mark.parametrize("flag, words", [

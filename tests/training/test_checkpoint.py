@@ -112,12 +112,12 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over_for_the_older_one(run, capsys, damage):
+def test_a_damaged_checkpoint_is_skipped_for_the_older_one(run, capsys, damage):
     DAMAGE[damage](run.newest)
     assert str(run.newest) in refused(run.newest)
     assert checkpoint.find_newest(run.dir) == run.older
     warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 1 and warnings[0].startswith(f"warning: passed over: {run.newest}")
+    assert len(warnings) == 1 and warnings[0].startswith(f"warning: skipped: {run.newest}")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json"])
@@ -303,7 +303,7 @@ def test_find_best_is_by_validation_loss_and_falls_back_to_the_newest(run, capsy
     assert checkpoint.find_best(run.dir) == run.newest
     shutil.rmtree(run.older)  # as with checkpoint_interval=0: evaluated and never saved
     assert checkpoint.find_best(run.dir) == run.newest
-    assert capsys.readouterr().err.count("warning: passed over: ") == 2
+    assert capsys.readouterr().err.count("warning: skipped: ") == 2
     save(run.dir, *make(), state(6))
     assert checkpoint.find_best(run.dir).name == "step_00000006"
 

@@ -41,7 +41,7 @@ def test_the_newest_two_and_the_best_are_kept_and_nothing_is_removed_before_the_
         checkpoint.verify(path)
     save(run.dir, run.model, run.optimizer, state(16), keep=3)
     assert names(run.folder) == [f"step_{k:08d}" for k in (12, 14, 16)]
-    save(run.dir, run.model, run.optimizer, state(13), keep=2)  # those after it were passed over
+    save(run.dir, run.model, run.optimizer, state(13), keep=2)  # the later ones were skipped
     assert names(run.folder) == [f"step_{k:08d}" for k in (12, 13, 14, 16)]
 
 
@@ -295,7 +295,7 @@ def test_a_failure_in_the_background_is_polled_and_the_next_save_waits_for_it(ru
 
 def test_a_bug_in_the_background_is_raised_as_itself(run, monkeypatch):
     saver = CheckpointSaver(run.dir, asynchronous=True)
-    monkeypatch.setattr(checkpoint_saver, "commit", lambda *_: 1 / 0)
+    monkeypatch.setattr(checkpoint_saver, "commit_checkpoint", lambda *_: 1 / 0)
     saver.save(run.model, run.optimizer, state(6))
     with pytest.raises(ZeroDivisionError):
         saver.wait()

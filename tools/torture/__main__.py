@@ -47,7 +47,7 @@ Result = tuple[Trial, Counter[str]]
 def kill_repeatedly(harness: Harness, mode: str, phase: str | None, torchrun: bool, rng: random.Random) -> Result:
     """A run killed several times, in a phase of its saves or (None) at random times, then left to finish."""
     trial = harness.new_trial(mode, [f"--checkpoint_async={rng.random() < 0.5}"], torchrun=torchrun,
-                              mimic=rng.random() < 0.5)
+                              terminate_peers=rng.random() < 0.5)
     counts, newest = Counter(runs=1, torchrun=int(torchrun)), 0
     for _ in range(MAX_KILLS_PER_RUN if harness.scale > SMOKE_SCALE else 1):
         fault = kill = None

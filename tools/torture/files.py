@@ -117,7 +117,7 @@ def resume_damaged(harness: Harness, damage: Damage, mode: str, resume: bool,
         trial.report_broken("fallback", f"{damage.__name__}: {found}, {stderr.getvalue()}")
     if resume:
         result = trial.launch()
-        warnings = [line for line in result.lines("warning: ") if "passed over" in line]
+        warnings = result.lines("warning: skipped: ")
         if result.resumed_at() != int(older.name[5:]) or len(warnings) != 1:
             trial.report_broken("fallback", f"resumed at {result.resumed_at()}, {warnings}")
         trial.check_end(result)

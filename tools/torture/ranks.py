@@ -33,13 +33,14 @@ if TYPE_CHECKING:  # the server loads torch after its first lines; a rank under 
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The functions whose calls are the phases of a save. "rename" is what `commit` does from its os.rename on.
+# The functions whose calls are the phases of a save. "rename" is what `commit_checkpoint` does from
+# its call of os.rename on.
 WRAPPED = {
     "save": ("blockgpt.training.checkpoint_saver", "CheckpointSaver._write"),
     "preallocate": ("blockgpt.training.checkpoint_files", "TensorFile.__init__"),
     "write": ("blockgpt.training.checkpoint_saver", "write_chunks"),
     "all_gather": ("blockgpt.training.checkpoint_saver", "run_on_all_ranks"),
-    "commit": ("blockgpt.training.checkpoint_saver", "commit"),
+    "commit": ("blockgpt.training.checkpoint_saver", "commit_checkpoint"),
     "verify": ("blockgpt.training.checkpoint_saver", "verify_written"),
     "prune": ("blockgpt.training.checkpoint_saver", "CheckpointSaver._prune"),
     "export": ("blockgpt.training.checkpoint", "write_export"),
@@ -130,7 +131,7 @@ class Fault:
         if event != "c_call" or called.__name__ not in EVENTS:
             return
         stack = self.local.stack
-        if called.__name__ == "rename" and stack[-1] == "commit" and frame.f_code.co_name == "commit":
+        if called.__name__ == "rename" and stack[-1] == "commit" and frame.f_code.co_name == "commit_checkpoint":
             stack.append("rename")
         phase = stack[-1]
         self.counts[phase] = self.counts.get(phase, 0) + 1

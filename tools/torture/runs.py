@@ -39,7 +39,7 @@ LAUNCH_TIMEOUT = 60.0  # seconds for a launch of a tiny run
 PEER_TIMEOUT = 10.0  # seconds for a rank whose peer was killed
 
 
-def environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -55,8 +55,9 @@ class Server:
     """The process that forks ranks. A thread reads its answers, so several trials can use it at once."""
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen([sys.executable, "-m", "tools.torture.ranks"], cwd=ROOT, env=environment(),
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.process = subprocess.Popen([sys.executable, "-m", "tools.torture.ranks"], cwd=ROOT,
+                                        env=child_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, bufsize=1)
         assert self.process.stdin is not None and self.process.stdout is not None
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.condition, self.request_ids = threading.Condition(), itertools.count()
@@ -144,14 +145,15 @@ class Trial:
     Args:
         flags: of train.py, in addition to FLAGS and the mode's.
         torchrun: launch with torchrun; else the server forks the ranks.
-        mimic: terminate the other ranks as soon as one has failed, as torchrun does; else they have to notice it.
+        terminate_peers: terminate the other ranks as soon as one has failed, as torchrun does. If False, they have to
+            detect the failure themselves.
         out_dir: the parent of the run directory; default: in `folder`.
     """
 
     def __init__(self, harness: "Harness", mode: str, folder: Path, flags: Sequence[str] = (), torchrun: bool = False,
-                 mimic: bool = False, out_dir: Path | None = None) -> None:
+                 terminate_peers: bool = False, out_dir: Path | None = None) -> None:
         self.harness, self.mode, self.folder, self.flags = harness, mode, folder, list(flags)
-        self.torchrun, self.mimic, self.out_dir = torchrun, mimic, out_dir or folder / "runs"
+        self.torchrun, self.terminate_peers, self.out_dir = torchrun, terminate_peers, out_dir or folder / "runs"
         self.world_size, self.run_dir, self.launches = MODES[mode][0], self.out_dir / "run", 0
         self.broken: list[tuple[str, str]] = []  # (promise, details)
         folder.mkdir(parents=True)
@@ -201,7 +203,7 @@ class Trial:
                 kill, killed = None, True
             if failed_at is None and any(rank.code not in (None, 0) for rank in ranks):
                 failed_at = now
-                if self.mimic:
+                if self.terminate_peers:
                     server.signal(ranks, signal.SIGTERM)
             if now - started > timeout or (failed_at is not None and now - failed_at > PEER_TIMEOUT):
                 hung = True
@@ -222,7 +224,7 @@ class Trial:
         output = self.folder / f"launch{self.launches}"
         hung = killed = False
         with open(f"{output}.out", "w") as out, open(f"{output}.err", "w") as err:
-            launcher = subprocess.Popen(command, cwd=self.folder, env=environment(), stdin=subprocess.DEVNULL,
+            launcher = subprocess.Popen(command, cwd=self.folder, env=child_environment(), stdin=subprocess.DEVNULL,
                                         stdout=out, stderr=err, start_new_session=True)
             started = time.monotonic()
             while launcher.poll() is None:
@@ -381,9 +383,10 @@ class Harness:
         counts = [dict(count, save=sum(count.values())) for count in self.reference(mode).counts]
         return [(rank, count[phase]) for rank, count in enumerate(counts) if count.get(phase)]
 
-    def new_trial(self, mode: str, flags: Sequence[str] = (), torchrun: bool = False, mimic: bool = False,
+    def new_trial(self, mode: str, flags: Sequence[str] = (), torchrun: bool = False, terminate_peers: bool = False,
                   out_dir: Path | None = None) -> Trial:
-        return Trial(self, mode, self.folder / f"trial{next(self.trial_ids):05d}", flags, torchrun, mimic, out_dir)
+        folder = self.folder / f"trial{next(self.trial_ids):05d}"
+        return Trial(self, mode, folder, flags, torchrun, terminate_peers, out_dir)
 
     def end_trial(self, trial: Trial) -> None:
         """Remove the directory of a trial unless it has broken promises."""
