@@ -48,7 +48,7 @@ class Option(typing.NamedTuple):
     """One value of an axis.
 
     load_class: returns the class that implements the option; calling it imports torch.
-    label: what the option adds to the architecture's name; "": nothing.
+    label: what the option adds to the architecture's name; "" for at most one option of an axis.
     help: one line for tables.
     keys: the configuration keys that this option reads and another option of its axis does not.
     implies: {key: the values allowed with this option, the first by default}.
@@ -169,7 +169,7 @@ ATTN_GATE = {
 INIT = {
     "gpt2": Option(lambda: model_init.GPT2Init, "",
                    "N(0, init_std), what writes to the residual stream / sqrt(2 n_layer)"),
-    "normal": Option(lambda: model_init.NormalInit, "", "N(0, init_std) throughout"),
+    "normal": Option(lambda: model_init.NormalInit, "NormalInit", "N(0, init_std) throughout"),
     "mup": Option(lambda: model_init.MuPInit, "muP",
                   "gpt2's at mup_base_width; wider: weights, rates and logits scaled (Yang 2022)",
                   keys=("mup_base_width",)),
@@ -250,6 +250,35 @@ def divisors(n: int, at_most: int = 256) -> str:
     return ", ".join(str(d) for d in range(1, min(n, at_most) + 1) if n % d == 0)
 
 
+# The keys at the beginning of every architecture name, and those that names omit, with the reason.
+NAME_HEAD = ("n_layer", "n_head", "n_kv_head", "n_embd", "position_encoding", "normalization", "ffn_type", "activation",
+             "norm_position")
+NAME_OMITS = {
+    "arch_preset": "only a source of values for the other keys",
+    "attention_backend": "the same mathematics in another kernel",
+    "ffn_multiple_of": "read only to derive d_ff, which the name shows",
+    "block_size": "the length of the training sequences: belongs to the data and the budget of a run",
+    "vocab_size": "the size of the dataset's tokenizer",
+}
+
+
+def format_label(label: str, value: typing.Any) -> str:
+    """What `value` adds to an architecture's name. `label` is "FF{}", a word, or "word if False|word if True"."""
+    if "|" in label:
+        return label.split("|")[bool(value)]
+    return label.format(value if isinstance(value, str) else short_number(value))
+
+
+def short_number(value: float) -> str:
+    """A number as short text that no other number has: 1M, 500k, 1024, 0.5, 1e-6."""
+    for unit, suffix in ((1_000_000, "M"), (1000, "k")):
+        if 10_000 <= value < 1e15 and value % unit == 0:
+            return f"{int(value) // unit}{suffix}"
+    text = repr(value).removesuffix(".0")
+    mantissa, e, exponent = text.partition("e")
+    return f"{mantissa}e{int(exponent)}" if e else text
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The description of one transformer.
@@ -264,7 +293,8 @@ class ModelConfig:
     arch_preset: str = key("custom", "named set of components; explicit keys override it", group="architecture",
                            choices=PRESETS, example="gpt2")
     normalization: str = axis("normalization", "layernorm_nobias", "norm of the residual stream")
-    norm_eps: float = key(1e-5, "added to the variance before the root", group="architecture", above=0.0, example=1e-6)
+    norm_eps: float = key(1e-5, "added to the variance before the root", group="architecture", above=0.0, label="eps{}",
+                          example=1e-6)
     norm_position: str = axis("norm_position", "pre", "position of the norms around attention and FFN")
     parallel_block: str = axis("parallel_block", "none", "attention and FFN in sequence, or in parallel")
     activation: str | None = key(None, "inside the FFN; None: gelu, or the one that a gated FFN implies",
@@ -275,27 +305,29 @@ class ModelConfig:
     ffn_multiple_of: int | None = key(None, "a derived d_ff is rounded up to a multiple of it; None: 64 where gated, "
                                       "else 1", group="architecture", minimum=1, maximum=1_000_000, example=48)
     position_encoding: str = axis("position_encoding", "learned_absolute", "how positions enter the model")
-    rope_theta: float = key(10000.0, "base of RoPE's wavelengths", group="architecture", above=1.0, label="theta{:g}",
+    rope_theta: float = key(10000.0, "base of RoPE's wavelengths", group="architecture", above=1.0, label="theta{}",
                             example=100_000.0)
     rope_theta_local: float | None = key(None, "the base in layers with a window, unscaled; None: rope_theta",
-                                         group="architecture", above=1.0, label="local{:g}", example=1000.0)
+                                         group="architecture", above=1.0, label="local{}", example=1000.0)
     rope_fraction: float = key(1.0, "fraction of each head that RoPE rotates", group="architecture", above=0.0,
-                               maximum=1.0, label="rot{:g}", example=0.5)
+                               maximum=1.0, label="rot{}", example=0.5)
     rope_scaling: str = axis("rope_scaling", "none", "RoPE for a longer context than the model was trained on")
     rope_scaling_factor: float = key(8.0, "the longer context over the original one", group="architecture", minimum=1.0,
-                                     label="x{:g}", example=4.0)
+                                     label="x{}", example=4.0)
     rope_original_context: int | None = key(None, "tokens of the original context; None: block_size / "
-                                            "rope_scaling_factor", group="architecture", minimum=1, example=8192)
+                                            "rope_scaling_factor", group="architecture", minimum=1, label="ctx{}",
+                                             example=8192)
     attention_backend: str = key("auto", "implementation of attention, same mathematics; auto: the first that supports "
                                  "the other keys", group="architecture", choices=("auto", *ATTENTION_BACKEND))
     qk_norm: str = axis("qk_norm", "none", "norm of queries and keys, of the type that normalization names")
     attn_gate: str = axis("attn_gate", "none", "gate on the output of attention")
-    attn_scale: float | None = key(None, "factor on q k^T; None: 1 / sqrt(head_dim), with init=mup 1 / head_dim",
-                                   group="architecture", above=0.0, label="scale{:g}", example=0.1)
+    attn_scale: float | None = key(None, "factor on q k^T; None: 1 / sqrt(head_dim), with init=mup times "
+                                   "sqrt(mup_base_width / n_embd)",
+                                   group="architecture", above=0.0, label="scale{}", example=0.1)
     attn_softcap: float | None = key(None, "c tanh(scores / c); None: no cap", group="architecture", above=0.0,
-                                     label="cap{:g}", example=50.0)
+                                     label="cap{}", example=50.0)
     logit_softcap: float | None = key(None, "c tanh(logits / c); None: no cap", group="architecture", above=0.0,
-                                      label="logitcap{:g}", example=30.0)
+                                      label="logitcap{}", example=30.0)
     sliding_window: int | None = key(None, "tokens that a layer with a window sees, itself included; None: no windows",
                                      group="architecture", minimum=1, label="SW{}", example=32)
     window_pattern: str = key("S", "S: a layer with the window, L: without; repeated over the layers",
@@ -305,27 +337,28 @@ class ModelConfig:
     mask_documents: bool = key(False, "tokens see only their own document", group="architecture", label="DocMask")
     bias: bool = key(False, "biases in the linear layers of attention and FFN", group="architecture", label="Bias")
     qkv_bias: bool | None = key(None, "biases of queries, keys and values; None: as bias", group="architecture",
-                                example=True)
-    weight_tying: bool = key(True, "the output head uses the token embedding's weights", group="architecture")
+                                label="NoQKVBias|QKVBias", example=True)
+    weight_tying: bool = key(True, "the output head uses the token embedding's weights", group="architecture",
+                             label="Untied|Tied")
     embedding_scale: float | str = key(1.0, "factor on token embeddings; sqrt: sqrt(n_embd)", group="architecture",
                                        above=0.0, label="emb{}", example="sqrt")
     embedding_norm: bool = key(False, "norm on the embeddings", group="architecture", label="EmbNorm")
     residual_scale: float = key(1.0, "factor on what a sublayer adds to the stream", group="architecture", above=0.0,
-                                label="res{:g}", example=0.5)
+                                label="res{}", example=0.5)
     x0_mix: bool = key(False, "each block mixes the embeddings back in, by trained weights (modded-nanogpt)",
                        group="architecture", label="X0")
     value_embeddings: int = key(0, "tables of token embeddings added to the values of the first and, in reverse, the "
                                 "last layers (modded-nanogpt)", group="architecture", minimum=0, label="VE{}",
                                 example=1)
     dropout: float = key(0.0, "on embeddings, attention weights and sublayer outputs", group="architecture",
-                         minimum=0.0, below=1.0, example=0.1)
+                         minimum=0.0, below=1.0, label="drop{}", example=0.1)
     init: str = axis("init", "gpt2", "initialisation of the weights")
     init_std: float = key(0.02, "standard deviation of the initial weights", group="architecture", minimum=0.0,
-                          example=0.01)
+                          label="std{}", example=0.01)
     zero_init_residual: bool = key(False, "projections that write to the residual stream are initialised to 0",
                                    group="architecture", label="Zero")
     mup_base_width: int = key(256, "n_embd at which the learning rate was tuned", group="architecture", minimum=1,
-                              maximum=1_000_000, example=128)
+                              maximum=1_000_000, label="base{}", example=128)
     # No machine can hold the largest sizes. They catch typing errors, on which torch would fail or hang much later.
     n_layer: int = key(12, "blocks", group="size", minimum=1, maximum=10_000, example=6)
     n_head: int = key(12, "query heads", group="size", minimum=1, maximum=100_000, example=8)
@@ -406,11 +439,22 @@ class ModelConfig:
         from_the_end = self.n_layer - 1 - layer
         return next((i for i in (layer, from_the_end) if i < self.value_embeddings), None)
 
+    def is_gated(self) -> bool:
+        """Whether the FFN has a gate, and so three matrices."""
+        return "activation" in FFN_TYPE[self.ffn_type].implies
+
+    def default_ffn_multiple(self) -> int:
+        """ffn_multiple_of where it is None."""
+        return 64 if self.is_gated() else 1
+
+    def default_d_ff(self, n_embd: int, multiple_of: int | None = None) -> int:
+        """d_ff where it is None, in a model of width `n_embd`; rounded up to ffn_multiple_of, or to `multiple_of`."""
+        multiple = multiple_of or self.ffn_multiple_of or self.default_ffn_multiple()
+        thirds = 8 * n_embd if self.is_gated() else 12 * n_embd
+        return -(-thirds // (3 * multiple)) * multiple
+
     def derived(self) -> dict[str, typing.Any]:
         """{key: the value that None (or auto) means} of the keys that follow from others."""
-        gated = "activation" in FFN_TYPE[self.ffn_type].implies
-        multiple = self.ffn_multiple_of or (64 if gated else 1)
-        width = 8 * self.n_embd if gated else 12 * self.n_embd  # in thirds
         context = max(1, int(self.block_size / self.rope_scaling_factor))
         reads_context = "rope_original_context" in ROPE_SCALING[self.rope_scaling].keys
         return {
@@ -418,8 +462,8 @@ class ModelConfig:
             "n_kv_head": self.n_head,
             "head_dim": self.n_embd // self.n_head,
             "activation": self.implied().get("activation", ("gelu",))[0],
-            "ffn_multiple_of": multiple,
-            "d_ff": -(-width // (3 * multiple)) * multiple,
+            "ffn_multiple_of": self.default_ffn_multiple(),
+            "d_ff": self.default_d_ff(self.n_embd),
             "qkv_bias": self.bias,
             "attention_backend": next(iter(self.supported_backends())),
         }
@@ -474,27 +518,37 @@ class ModelConfig:
             unused["ffn_multiple_of"] = "d_ff is set"
         return unused
 
+    def name_defaults(self) -> dict[str, typing.Any]:
+        """{key: the value that an architecture name does not show}: the default, or what follows from keys in the name.
+
+        weight_tying: tied with learned_absolute positions, as in GPT-2; untied with other positions, as in LLaMA.
+        """
+        return {**{f.name: f.default for f in dataclasses.fields(self)}, **self.derived(),
+                "weight_tying": self.position_encoding == "learned_absolute",
+                "d_ff": self.default_d_ff(self.n_embd, self.default_ffn_multiple()),
+                "rope_original_context": None}  # it follows from block_size, which names omit: always shown
+
     def arch_name(self) -> str:
         """Size and components on one line, e.g. 12L-12H-768D-RoPE-RMS-SwiGLU-PreNorm.
 
-        Values other than the default or the derived one are appended, in the order of the keys.
+        Keys whose value is not that of `name_defaults` are appended, in the order of the keys. Two configs have the
+        same name only if they differ in `NAME_OMITS` or in keys that the model does not read.
         """
-        o, full, usual = self.options(), self.resolve(), self.derived()
+        o, full, usual = self.options(), self.resolve(), self.name_defaults()
         heads = f"{self.n_head}H" if full.n_kv_head == self.n_head else f"{self.n_head}H{full.n_kv_head}KV"
         ffn = [o["ffn_type"].label] if o["ffn_type"].label else []
         ffn += [] if ffn and full.activation == usual["activation"] else [o["activation"].label]
         words = [f"{self.n_layer}L", heads, f"{self.n_embd}D", o["position_encoding"].label, o["normalization"].label,
                  *ffn, o["norm_position"].label]
-        named = ("position_encoding", "normalization", "ffn_type", "activation", "norm_position")
-        unused = self.unused_keys()
+        omitted = {*NAME_HEAD, *NAME_OMITS, *self.unused_keys()}
         for f in dataclasses.fields(self):
-            value, label = getattr(full, f.name), f.metadata["label"]
-            if f.name in unused or f.name in named:
+            value = getattr(full, f.name)
+            if f.name in omitted:
                 continue
             if f.name in AXES:
                 words += [o[f.name].label] if o[f.name].label else []
-            elif label and value != usual.get(f.name, f.default):
-                words.append(label.format(value))
+            elif value != usual[f.name]:
+                words.append(format_label(f.metadata["label"], value))
         return "-".join(words)
 
 
