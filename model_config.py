@@ -264,8 +264,8 @@ NAME_OMITS = {
 
 def format_label(label: str, value: typing.Any) -> str:
     """What `value` adds to an architecture's name. `label` is "FF{}", a word, or "word if False|word if True"."""
-    if "|" in label:
-        return label.split("|")[bool(value)]
+    if isinstance(value, bool):
+        return label.split("|")[value] if "|" in label else label
     return label.format(value if isinstance(value, str) else short_number(value))
 
 

@@ -6,12 +6,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from blockgpt.errors import ConfigError
 from model_components import component
-from model_config import AXES, PRESETS, ModelConfig, example_values, get_preset, list_presets
+from model_config import (
+    AXES,
+    NAME_HEAD,
+    NAME_OMITS,
+    PRESETS,
+    ModelConfig,
+    example_values,
+    get_preset,
+    list_presets,
+    short_number,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,17 +40,76 @@ def test_architecture_name_lists_values_other_than_the_usual():
     unusual = get_preset("llama", **SIZE_124M, n_kv_head=4, d_ff=1000, head_dim=32, bias=True)
     assert unusual.arch_name() == "12L-12H4KV-768D-RoPE-RMS-SwiGLU-PreNorm-FF1000-Bias-HD32"
     assert get_preset("llama", **SIZE_124M, d_ff=2048).arch_name() == get_preset("llama", **SIZE_124M).arch_name()
+    assert get_preset("gpt2", rope_theta=5.0).arch_name() == get_preset("gpt2").arch_name()  # gpt2 has no RoPE
+    assert get_preset("gemma3", **SIZE_124M).arch_name() == (
+        "12L-12H-768D-RoPE-RMS1-GEGLU-GELUtanh-Sandwich-eps1e-6-theta1M-local10k-QKNorm-SW512-SSSSSL-Tied-embsqrt")
+    assert get_preset("gpt2", qkv_bias=True, weight_tying=False, dropout=0.1, init_std=0.01).arch_name().endswith(
+        "-PostNorm-QKVBias-Untied-drop0.1-std0.01")
+    assert get_preset("llama", bias=True, qkv_bias=False, init="mup", mup_base_width=128).arch_name().endswith(
+        "-PreNorm-Bias-NoQKVBias-muP-base128")
+    assert get_preset("llama", ffn_multiple_of=48).arch_name().endswith("-FF2064")
+    yarn = get_preset("llama", rope_scaling="yarn")  # the original context follows from block_size, which names omit
+    assert yarn.arch_name().endswith("-YaRN-ctx128") and dataclasses.replace(
+        yarn, block_size=2048).arch_name().endswith("-YaRN-ctx256")
+
+
+def test_numbers_in_a_name_are_short():
+    expected = {1e6: "1M", 500_000.0: "500k", 2_500_000: "2500k", 10_000.0: "10k", 1000: "1000", 16_384: "16384",
+                500.0: "500", 0.1: "0.1", 1e-6: "1e-6", 1e300: "1e300"}
+    assert {value: short_number(value) for value in expected} == expected
+
+
+@given(st.floats(min_value=1e-300), st.floats(min_value=1e-300))
+def test_different_numbers_have_different_texts(a, b):
+    assert (short_number(a) == short_number(b)) == (a == b)
+    assert float(short_number(a).replace("k", "e3").replace("M", "e6")) == a
+
+
+def test_no_two_presets_have_the_same_name():
+    assert len({get_preset(name).arch_name() for name in PRESETS}) == len(PRESETS)
+
+
+def test_every_key_is_in_the_name_or_in_the_list_of_omitted_keys():
+    for f in dataclasses.fields(ModelConfig):
+        appended = (f.name in AXES or bool(f.metadata["label"])) and f.name not in {*NAME_HEAD, *NAME_OMITS}
+        assert [appended, f.name in NAME_HEAD, f.name in NAME_OMITS].count(True) == 1, f.name
 
 
 def test_every_label_in_an_architecture_name_is_different():
     labels = [f.metadata["label"] for f in dataclasses.fields(ModelConfig) if f.metadata["label"]]
-    labels = [label.split("{")[0] for label in labels]
+    labels = [word for label in labels for word in label.split("{")[0].split("|")]
     labels.remove("")  # of window_pattern, whose value is its label
-    options = [o.label for table in AXES.values() for o in table.values() if o.label]
+    options = [o.label for axis, table in AXES.items() if axis not in NAME_OMITS for o in table.values() if o.label]
     assert len(set(labels + options)) == len(labels + options)
-    gemma = get_preset("gemma3", **SIZE_124M).arch_name()
-    assert gemma == ("12L-12H-768D-RoPE-RMS1-GEGLU-GELUtanh-Sandwich-theta1e+06-local10000-QKNorm-SW512-SSSSSL-embsqrt")
-    assert get_preset("gpt2", rope_theta=5.0).arch_name() == get_preset("gpt2").arch_name()  # gpt2 has no RoPE
+    for axis in AXES.keys() - NAME_OMITS.keys():
+        assert [o.label for o in AXES[axis].values()].count("") <= 1, axis
+
+
+SIZES = {"n_layer": (3, 5), "n_head": (4, 2), "n_embd": (32, 48), "mup_base_width": (16, 24)}
+
+
+def named_keys(config):
+    """The values that a name must tell apart: of the keys that the model reads and names do not omit."""
+    full = config.resolve()
+    return tuple((key, value) for key, value in full.flat().items()
+                 if key not in NAME_OMITS and key not in full.unused_keys())
+
+
+def test_two_configs_have_the_same_name_only_if_they_are_the_same_architecture():
+    """Over the covering array: each choice, and each with one key changed."""
+    names, space = {}, {**architectures.SPACE, **SIZES}
+    changed = set()
+    for i, choice in enumerate(architectures.covering()[0]):
+        neighbours = [choice | {key: value} for key, values in space.items() for value in values]
+        for neighbour in (choice, *(neighbours if i % 12 == 0 else ())):
+            if architectures.builds(neighbour):
+                config = ModelConfig(**architectures.TINY | neighbour)
+                name, keys = config.arch_name(), named_keys(config)
+                assert names.setdefault(name, keys) == keys, name
+                changed |= {key for key in neighbour if neighbour[key] != choice.get(key, space[key][0])
+                            and name != ModelConfig(**architectures.TINY | choice).arch_name()}
+    assert len(set(names.values())) == len(names)  # and the same architecture always has the same name
+    assert space.keys() - NAME_OMITS.keys() <= changed  # every other key changed some name
 
 
 @pytest.mark.parametrize("n_embd, ffn_type, d_ff", [
