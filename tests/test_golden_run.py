@@ -37,9 +37,9 @@ FLAGS = [f"--max_iters={STEPS}", "--vocab_size=320", "--warmup_iters=3", "--lr_d
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """A folder with one dataset, `text`, which never changes: the tolerances were measured on it."""
-    folder, words = tmp_path_factory.mktemp("data"), random.Random(0)
-    documents = [" ".join(words.choice("the model reads a batch of tokens and learns".split()) for _ in range(2000))
-                 for _ in range(4)]
+    folder, generator = tmp_path_factory.mktemp("data"), random.Random(0)
+    words = ["the", "model", "reads", "a", "batch", "of", "tokens", "and", "learns"]
+    documents = [" ".join(generator.choices(words, k=2000)) for _ in range(4)]
     write_dataset(folder / "text", ByteTokenizer(), zip(("train", "train", "train", "val"), documents, strict=True),
                   source="a test")
     return folder
