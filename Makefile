@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-quick test-long lint clean
+.PHONY: demo test test-quick test-long mutate lint clean
 
 demo: .venv/run.stamp
 	@$(BIN)/python -m tools.demo
@@ -17,6 +17,9 @@ test-quick: .venv/dev.stamp
 
 test-long: lint
 	@$(BIN)/python -m pytest -n auto
+
+mutate: .venv/dev.stamp  # MUTATE="--module train.py", "--sample 500 --slow", … (docs/TESTING.md)
+	@$(BIN)/python -m tools.mutate $(or $(MUTATE),--sample 100)
 
 lint: .venv/dev.stamp
 	@$(BIN)/ruff check .

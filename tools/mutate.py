@@ -271,8 +271,8 @@ def run_tests(tree: Path, tests: Iterable[str], markers: str, output: Path, conn
     exit_code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "-m", markers,
                                  "--hypothesis-seed=0", f"--basetemp={tree}.tests", *dict.fromkeys(tests)]))
     modules = [name for name in sys.modules if name.partition(".")[0] not in own | {"__main__", "conftest"}]
-    connection.send((exit_code, modules))
     sys.stdout.flush()
+    connection.send((exit_code, modules))  # the parent then kills this process
     os._exit(0)
 
 
@@ -418,8 +418,10 @@ def main(argv: list[str] | None = None, root: Path = ROOT, tests: dict[str, tupl
     sample = order[:options.sample]
     print(f"{len(sample)} of {len(mutants)} mutants, seed {options.seed}", flush=True)
     done = {result_key(r) for r in read_results(options.output)}
+    torn = options.output.exists() and not options.output.read_bytes().endswith(b"\n")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, open(options.output, "a") as file:
+        file.write("\n" * torn)  # what a kill in the middle of a line left
         runner = Runner(root, tests, Path(folder))
         for mutant in sample:
             if mutant.key in done:
