@@ -276,7 +276,7 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         just_begun = status == "running" and not modified_time(metrics)
         records, skipped = ({"eval": [], "step": []}, 0) if just_begun else read_metrics(metrics)
         run |= run_metrics(records["eval"], records["step"], document.get("results") or {})
-    except (BrokenLogError, RecursionError) as error:  # what Python just manages to parse may be too deep to print
+    except (BrokenLogError, RecursionError) as error:  # a value that can be parsed may be nested too deeply to print
         return run | {"status": f"broken: {printable(str(error))}"}
     run["status"] = f"{status}: {printable(reason)}" if reason else status
     if skipped:
@@ -334,7 +334,7 @@ def comparability_warnings(ranked: list[Run]) -> tuple[list[str], list[str]]:
             notes.append(f"{arm[0]['architecture']}: best val loss {min(losses):.4f}..{max(losses):.4f} over "
                          f"{len(arm_seeds)} seeds (n={len(arm)}: {run_names(arm)})")
     if len(arms) > 1 and not warnings and len(seeds[0]) == 1:
-        notes.append("one seed each: a small difference in val loss cannot be told from noise (repeat with --seed=…)")
+        notes.append("one seed each: a small difference in val loss may be noise (repeat with --seed=…)")
     return warnings, notes
 
 

@@ -1,4 +1,4 @@
-"""Config files and --key=value flags in, one typed and validated `Config` out.
+"""Parses config files and --key=value flags into one typed and validated `Config`.
 
 Precedence: defaults < the preset that `arch_preset` names < config files, left to right < command line.
 A resumed run starts from its recorded keys instead of the defaults. Every mistake is one line that says where the key
@@ -60,13 +60,13 @@ class Config:
     seed: int = key(1337, "seed of weights, batches and dropout", group="run", minimum=0, maximum=2**63 - 1, example=7)
 
     dataset: str | dict[str, float] = key(
-        "pycode", "a folder under data_dir, made by its prepare.py, or several with their mixture weights: "
+        "pycode", "a folder under data_dir, written by its prepare.py, or several with their mixture weights: "
         "{'fineweb': 0.7, 'pycode': 0.3}", group="data", example={"fineweb": 0.7, "pycode": 0.3})
     dataset_schedule: list[Any] | None = key(
         None, "mixture weights by phase, instead of dataset: [(0, {…}), (20_000, {…})]; each phase begins at its step",
         group="data", example=[[0, {"fineweb": 1}], [100, {"pycode": 1}]])
     max_epochs: float | dict[str, float] | None = key(
-        None, "most epochs of a dataset, for all or as {name: epochs}; a run that would need more is refused",
+        None, "maximum epochs of a dataset, for all or as {name: epochs}; a run that would need more is refused",
         group="data", example=4.0)
     packing: str = key("stream", "stream: windows cut from the concatenated text; documents: whole documents in each "
                        "window", group="data", choices=("stream", "documents"))
@@ -150,7 +150,7 @@ class Config:
     memory_snapshot: bool = key(False, "record CUDA's allocator and write memory_snapshot.pickle at the end or when "
                                 "out of memory, for pytorch.org/memory_viz", group="logging")
     wandb_log: bool = key(False, "send the log to Weights & Biases too", group="logging")
-    wandb_project: str = key("blockgpt", "its project", group="logging", example="mine")
+    wandb_project: str = key("blockgpt", "project on Weights & Biases", group="logging", example="mine")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -377,7 +377,7 @@ def load_config(argv: Sequence[str], restarted: str | None = None) -> Config:
     if resuming:
         default_location = run_dir / "run.json"
         recorded = recorded_config(default_location, explicit["run_name"], KEYS, TYPES, RENAMED_KEYS)
-        # The run has its vocabulary: the dataset does not decide it again.
+        # The run keeps its vocab_size, whatever the dataset needs now.
         explicit.setdefault("vocab_size", explicit["run_name"])
     try:
         config = make_config({**recorded, **given}, explicit)
@@ -395,7 +395,7 @@ def make_config(given: Mapping[str, Any], explicit: dict[str, str]) -> Config:
     values = {**LAPTOP_SIZE, **given}
     model = model_config.apply_preset({k: v for k, v in values.items() if k in architecture})
     if "activation" in explicit and model.activation and len(model.implied().get("activation", "ab")) == 1:
-        raise model.incompatible_key("activation")  # even if it is the same: who sets it expects a choice
+        raise model.incompatible_key("activation")  # even if the value is the same: the user expects an effect
     return Config(model=model, explicit=explicit, **{k: v for k, v in values.items() if k not in architecture})
 
 
@@ -440,7 +440,7 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]
     flags, files = key_parser().parse_flags(argv)
     for word in files:
         if word.startswith("-") or not word.endswith(".py"):
-            name = word.lstrip("-–—").partition("=")[0]  # an editor's dash is no --, but shows what is meant
+            name = word.lstrip("-–—").partition("=")[0]  # also – and —, which editors write for --
             if word.startswith("--") and name:
                 raise unknown_key(f"--{name}", name)
             hint = f" (did you mean --{name}=…?)" if name in KEYS else ""

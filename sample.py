@@ -44,7 +44,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def load_model(run_dir: Path, which: str, device: "torch.device") -> "tuple[GPT, Tokenizer]":
     """(model on `device`, tokenizer) of a run, from its best or newest checkpoint, verified.
 
-    Without a usable checkpoint, as when they were deleted to free disk space, from the weights exported at its end.
+    If no checkpoint is usable (they may have been deleted to free disk space): the weights exported at the end.
 
     Args:
         run_dir: the run directory; the run may be running, finished or failed.

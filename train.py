@@ -13,8 +13,8 @@ from configurator import load_config
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        config = load_config(sys.argv[1:])  # before torch loads, so that a typo is answered at once
-        import torch  # Ctrl-C during its seconds of loading is answered, too
+        config = load_config(sys.argv[1:])  # before torch loads, so that a typo is reported at once
+        import torch  # inside the block, so that Ctrl-C while torch loads is handled too
 
 from pathlib import Path
 
@@ -55,12 +55,12 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
     header = run_header(config, model, objective, runtime, meter)
     log = RunLog(run_dir, header, config, quiet=not runtime.is_rank_zero)
     runtime.on_rank_zero(lambda: check_disk_space(run_dir, header["parameters"]["total"], config))
-    run_dir = Path(runtime.on_rank_zero(log.open))  # another one, if a run of the same second took that name
+    run_dir = Path(runtime.on_rank_zero(log.open))  # run_dir may have been taken by another run
     checkpoints.open(run_dir, log)
     watchdog.on_peer_lost = log.peer_lost
 
     def evaluate() -> bool:
-        """Log the validation metrics; whether they are the best so far."""
+        """Log the validation metrics; returns whether they are the best so far."""
         watchdog.enter_phase("evaluation")
         metrics = objective.evaluate(wrapped)
         is_best = progress.is_best(metrics)
@@ -75,7 +75,7 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
         if progress.step >= config.max_iters:
             log.info(f"step {progress.step} of max_iters={config.max_iters}: no steps left (raise it to continue)")
             watchdog.enter_phase("save")
-            checkpoints.save(final=True)  # the export may be what failed, or was deleted
+            checkpoints.save(final=True)  # the export may have failed, or was deleted
 
         # ------------------------------------------------------------ the loop
         first = progress.step
@@ -99,7 +99,7 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
             scaler.unscale_(optimizer)
             grad_norm = clip_gradients(model, config.grad_clip)
 
-            # All ranks now learn the same status, and decide from it alone, so that all decide alike.
+            # All ranks get the same status. Later decisions depend on it alone, so they are the same on all ranks.
             memory_peak = (runtime.memory()["peak"] or 0) if to_log else 0
             status = watchdog.gather_status(torch.stack(micro_losses).tolist(), meter.elapsed(), memory_peak,
                                             checkpoints.save_finished, grad_norm)
@@ -148,7 +148,7 @@ def main(config: Config) -> None:
             train(config, runtime, watchdog)
     except ConfigError as error:
         raise with_location(error, config.explicit) from None
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, a CPU's has no name
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         raise out_of_memory_error(error, config) or error from None
     launch.shutdown()
 

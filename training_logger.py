@@ -87,7 +87,7 @@ def find_restarted_run(config: Config, runtime: Runtime) -> str | None:
 
 def run_header(config: Config, model: GPT, objective: LanguageModeling, runtime: Runtime,
                meter: StepMeter) -> dict[str, Any]:
-    """What run.json says of a run beside its status and results."""
+    """The content of run.json without status and results."""
     inferred = model.infer_config()
     return {
         "arch_name": inferred.arch_name(), "config": config.flat(), "model": inferred.flat(),
@@ -117,10 +117,10 @@ def environment() -> dict[str, Any]:
 
 
 class RunLog:
-    """The log of one run, a context manager: whatever ends the block is recorded as the run's status.
+    """The log of one run, a context manager: how the block ends is recorded as the run's status.
 
     Attributes:
-        dir: the run directory; another one than asked for if a run that began in the same second took that name.
+        dir: the run directory. Not the requested one if a run that started in the same second has taken that name.
     """
 
     def __init__(self, run_dir: Path, header: dict[str, Any], config: Config, quiet: bool = False) -> None:
@@ -155,7 +155,7 @@ class RunLog:
         except OSError as error:
             raise UserError(f"{self.dir}: cannot be written: {error.strerror} (--out_dir=…)") from None
         if self.config.wandb_log:
-            self.record.setdefault("wandb_id", uuid.uuid4().hex[:8])  # ours, so that nobody waits for wandb's
+            self.record.setdefault("wandb_id", uuid.uuid4().hex[:8])  # not chosen by wandb, which could block
             self._update_record()
             self.tracker = WandbTracker(self.config, self.dir, finite(self.record), self.warning)
         return str(self.dir)
@@ -168,8 +168,8 @@ class RunLog:
                 self.dir = run_directory(self.config)
 
     def _take_over(self, header: dict[str, Any]) -> dict[str, Any]:
-        """Keep what stays true of the run.json of a resumed run; returns the header."""
-        self._end_torn_line()
+        """Keep the entries of a resumed run's run.json that stay valid; returns the header."""
+        self._end_incomplete_line()
         for stale in self.dir.glob(".run.json.*.tmp"):  # of a killed process
             stale.unlink()
         before = json.loads((self.dir / "run.json").read_bytes())
@@ -198,7 +198,7 @@ class RunLog:
         if self.line_open:
             echo("")
         self._update_record()
-        with contextlib.suppress(OSError):  # the disk may be what ended the run
+        with contextlib.suppress(OSError):  # a full disk may have ended the run
             self.metrics.close()
         if self.tracker:
             self.tracker.finish(finite(self.record))
@@ -224,7 +224,7 @@ class RunLog:
         self._update_record()
 
     def interrupted(self, reason: str, step: int) -> None:
-        """Record that `reason`, a signal say, stopped the run after `step` steps, with its state saved."""
+        """Record that `reason`, such as a signal, stopped the run after `step` steps, with its state saved."""
         if self.quiet:
             return
         self.record |= {"status": "interrupted", "status_reason": f"{reason} at step {step}"}
@@ -232,7 +232,7 @@ class RunLog:
                   f"--run_name={self.dir.name})")
 
     def peer_lost(self, reason: str) -> None:
-        """Record the run as failed, from whatever thread, as the process is about to exit."""
+        """Record the run as failed, from any thread, just before the process exits."""
         if not self.quiet:
             self.record |= {"status": "failed", "status_reason": reason}
             self._update_record()
@@ -245,7 +245,7 @@ class RunLog:
 
         Args:
             step, tokens: how many are done.
-            status: what all ranks know of the step.
+            status: of the step, from all ranks.
             speed: see `StepMeter.report`.
             memory: this process's {allocated, peak, reserved}, in bytes.
             consumed: {source: tokens}.
@@ -361,8 +361,8 @@ class RunLog:
         if self.tracker:
             self.tracker.log(record_type, finite(values))
 
-    def _end_torn_line(self) -> None:
-        """End half a line that a killed run may have left, so that the next record is not appended to it."""
+    def _end_incomplete_line(self) -> None:
+        """End an incomplete line that a killed run may have left, so that the next record is not appended to it."""
         if self.metrics.seek(0, os.SEEK_END):
             self.metrics.seek(-1, os.SEEK_END)
             if self.metrics.read(1) != b"\n":
@@ -388,7 +388,7 @@ class RunLog:
 
 def rank_statistics(step_times: Sequence[float], memory_peaks: Sequence[float],
                     communication: Sequence[dict[str, float] | None] | None) -> dict[str, Any]:
-    """What a step's record says of several processes.
+    """The entries of a step's record for several processes.
 
     Args:
         step_times: seconds, by rank.

@@ -1,7 +1,7 @@
-"""How a user's mistake ends the program: one line on stderr and an exit code, never a traceback.
+"""Errors of the user: one line on stderr and an exit code, never a traceback.
 
-Raise a subclass of `UserError` for what the user can fix. Use `assert` for what only we can fix. A new exit code is a
-new subclass. This module imports nothing of ours, so that every module may use it.
+Raise a subclass of `UserError` for what the user can fix. Use `assert` for internal invariants. A new exit code
+is a new subclass. This module imports no other module of the project, so that every module can use it.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class DataError(UserError):
 
 
 class CheckpointError(UserError):
-    """No usable checkpoint where one was asked for."""
+    """No usable checkpoint where one is required."""
 
     exit_code = 3
 
@@ -79,7 +79,7 @@ class PeerLostError(UserError):
 
 
 def did_you_mean(word: object, names: Iterable[object]) -> str:
-    """The hint behind an unknown word: ' (did you mean X?)' for a near miss, else ' (one of …)'.
+    """The hint after an unknown word: ' (did you mean X?)' for a near miss, else ' (one of …)'.
 
     Of 20 names or more it is always the nearest one. Without names it is empty.
     """
@@ -128,7 +128,7 @@ def exit_on_user_error(exit_process: Callable[[int], Any] = sys.exit) -> Iterato
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `| head` closed our stdout: nobody reads on
+    except BrokenPipeError:  # the reader of stdout closed the pipe, as `| head` does
         sys.stderr.close()
         sys.exit(141)
 

@@ -30,7 +30,7 @@ class PreallocatedFile:
     A context manager.
 
     Raises:
-        OSError: the disk refuses; for want of space it does so here, before the first byte is written.
+        OSError: the file cannot be written. A lack of space is detected here, before the first byte is written.
     """
 
     def __init__(self, path: str | Path, size: int) -> None:
@@ -78,7 +78,7 @@ def preallocate(descriptor: int, size: int) -> None:
 
 
 def drop_page_cache(path: str | Path) -> None:
-    """Let the system drop its cached pages of a file, so that the next read is from the disk."""
+    """Ask the kernel to drop its cached pages of a file, so that the next read is from the disk."""
     if hasattr(os, "posix_fadvise"):
         descriptor = os.open(path, os.O_RDONLY)
         try:

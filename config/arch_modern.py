@@ -1,2 +1,2 @@
-"""The strongest small model that docs/BENCHMARKS.md found: LLaMA, tied, with QK-norm."""
+"""The best small model in docs/BENCHMARKS.md: LLaMA with a tied head and QK-norm."""
 arch_preset = "modern"

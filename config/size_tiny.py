@@ -1,4 +1,4 @@
-"""A run of seconds, to try an idea or for a test."""
+"""A run of a few seconds, to try an idea or for a test."""
 n_layer = 2
 n_head = 2
 n_embd = 64

@@ -1,4 +1,4 @@
-"""What several tests share: a small dataset of text, and train.py run as a user runs it."""
+"""Fixtures of several tests: a small dataset of text, and train.py run as a user runs it."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from blockgpt.data.sources import SHAKESPEARE
 from blockgpt.data.tokenizer import ByteTokenizer, load_tokenizer
 from tools.train_tokenizer import main as train_tokenizer
 
-settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's affair
+settings.register_profile("untimed", deadline=None)  # how long an example takes depends on the machine
 settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +35,7 @@ def sources():
 
 @pytest.fixture(scope="session")
 def sentencepiece_model(tmp_path_factory, sources):
-    """The path of a small SentencePiece BPE model trained on the project's sources; beside it its .tiktoken form."""
+    """The path of a SentencePiece BPE model trained on the project's sources; its .tiktoken form is next to it."""
     folder = tmp_path_factory.mktemp("tokenizer")
     for i, text in enumerate(sources):
         (folder / f"{i}.txt").write_text(text)
@@ -46,7 +46,7 @@ def sentencepiece_model(tmp_path_factory, sources):
 
 @pytest.fixture(scope="session")
 def gpt2():
-    """GPT-2's tokenizer; the test is skipped where no cache of tiktoken's is named, as it may not fetch anything."""
+    """GPT-2's tokenizer; the test is skipped without a cache of tiktoken, since tests download nothing."""
     if not os.path.isdir(os.environ.get("TIKTOKEN_CACHE_DIR", "")):
         pytest.skip("GPT-2's BPE is not cached here (set TIKTOKEN_CACHE_DIR)")
     return load_tokenizer("gpt2")
@@ -72,7 +72,7 @@ def data_dir(tmp_path_factory):
 
 
 def environment(**more):
-    """For a process of ours: the project importable, and always as many threads, on which the last bits depend."""
+    """The environment of a child process: the project is importable; one thread, since results depend on the number."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 

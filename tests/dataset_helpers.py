@@ -1,4 +1,4 @@
-"""Small datasets for tests, in memory or written by hand, and what tests of several modules do with them.
+"""Small datasets for tests, in memory or on disk, and functions that tests of several modules use with them.
 
 Not named `datasets`, since that would hide Hugging Face's package.
 """

@@ -501,7 +501,7 @@ def test_runs_with_different_learning_rates_are_not_repeats(tmp_path):
 
 def test_the_table_has_one_line_of_numbers_and_the_architecture_per_run(tmp_path):
     make_run(tmp_path / "llama")
-    make_run(tmp_path / "a-run-with-a-name-that-nobody-would-want-to-read-to-its-end", preset="gpt2",
+    make_run(tmp_path / "a-run-with-a-name-that-is-far-too-long-to-be-printed-to-its-end", preset="gpt2",
              losses=(2.25, 2.125))
     table = tool.render(compared(*sorted(tmp_path.iterdir())))
     lines = table.splitlines()

@@ -48,7 +48,7 @@ def opened(*args):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, data_dir):
-    """A short run that tells no tracker: its directory and its output."""
+    """A short run without a tracker: its directory and its output."""
     folder = tmp_path_factory.mktemp("plain")
     done = run_python(ROOT / "train.py", *SHORT, f"--data_dir={data_dir}", cwd=folder)
     assert done.returncode == 0 and done.stderr == ""
@@ -132,7 +132,7 @@ def test_other_processes_write_nothing(tmp_path, capsys):
 
 # ---- what it says
 
-def test_numbers_that_are_none_are_null(new_log, capsys):
+def test_values_that_are_not_finite_are_null(new_log, capsys):
     with new_log() as log:
         log_step(log, loss=float("nan"), grad_norm=float("inf"))
         log.gradients(1, {"blocks.0": {"grad_norm": float("-inf")}})
@@ -174,7 +174,7 @@ def test_the_end_of_a_run_is_its_status(tmp_path, new_log):
     assert status_after() == ("finished", None)
 
 
-def test_a_resumed_log_appends_after_a_torn_line_and_keeps_its_origin(tmp_path, new_log, monkeypatch):
+def test_a_resumed_log_appends_after_an_incomplete_line_and_keeps_its_origin(tmp_path, new_log, monkeypatch):
     monkeypatch.setattr(training_logger.time, "time", lambda: 1000.0)
     log = new_log()
     monkeypatch.setattr(training_logger.time, "time", lambda: 1060.0)
@@ -301,7 +301,7 @@ def test_durations_read_naturally():
 
 # ---- several processes
 
-def test_what_each_rank_took_is_logged_and_the_slowest_is_named(new_log, capsys):
+def test_the_step_time_of_each_rank_is_logged_and_the_slowest_is_named(new_log, capsys):
     with new_log() as log:
         log_step(log, step_times=[0.1, 0.2, 0.1], peaks=[7, 9, 8])
         log_step(log, 2, step_times=[0.1, 0.101, 0.1], peaks=[0, 1, 2])

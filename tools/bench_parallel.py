@@ -1,4 +1,4 @@
-"""Parallel modes on this host's CPU, by gloo processes: do all compute the same, and what does each process hold?
+"""Parallel modes on this host's CPU, with gloo: whether all compute the same, and what each process holds.
 
     python -m tools.bench_parallel agreement            every mode × preset: the largest relative difference of a step's
                                                         loss from that of a single process, over 50 steps in float32
@@ -36,7 +36,7 @@ MODES: dict[str, tuple[int, list[str]]] = {  # name: (processes, flags)
     "DDP 4": (4, []),
     "ZeRO-1 4": (4, ["--use_zero1=True"]),
     "FSDP 4": (4, ["--use_fsdp=True"]),
-    "FSDP, 2 copies": (4, ["--use_fsdp=True", "--dp_replicate=2"]),
+    "FSDP, 2 replicas": (4, ["--use_fsdp=True", "--dp_replicate=2"]),
     "FSDP × TP": (4, ["--use_fsdp=True", "--tensor_parallel=2"]),
 }
 SIZE = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=32", "--batch_size=2", "--eval_tokens=512",

@@ -4,7 +4,7 @@
     python data/files/prepare.py --name mine --input 'docs/**/*.txt' --tokenizer mine.model
 
 --input is that of data/files/prepare.py. Text is not normalised, and unseen characters are encoded as bytes, so that
-decoding gives every text back. --export_bpe also writes OUTPUT.tiktoken, which splits text in the same way, but faster.
+decoding restores every text. --export_bpe also writes OUTPUT.tiktoken, which splits text in the same way, but faster.
 """
 
 import argparse

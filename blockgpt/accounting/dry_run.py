@@ -61,7 +61,7 @@ def dry_run(config: Any, build_model: Callable[[Any], nn.Module]) -> int:
 
     Raises:
         UserError: what would stop the run at its start, such as a missing dataset. With an explicit vocab_size, a
-            dataset that is not prepared is reported and no error.
+            dataset that is not prepared is reported, but is not an error.
     """
     if int(os.environ.get("RANK", "0")):
         return 0  # rank zero prints
@@ -217,7 +217,7 @@ def advice(account: MemoryAccount, config: Any, budget: int, rows: list[TableRow
     mode, _ = chosen_mode(config)
     fitting = [row for row in rows if row.largest and (row.mode is not SINGLE or config.processes == 1)]
     if not fitting:
-        return f"nothing makes it fit on {config.processes} of these: change to {SMALLER}"
+        return f"no mode fits on {config.processes} of these devices: use {SMALLER}"
     row = min(fitting, key=lambda row: row.mode != mode)  # another checkpointing mode, then the first other mode
     return (f"no batch_size fits; {mode_name(row)} does, up to batch_size={row.largest}: --use_zero1={row.mode.zero1} "
             f"--use_fsdp={row.mode.fsdp} --activation_checkpointing={row.checkpointing}")

@@ -1,4 +1,4 @@
-"""What a device can do: the table of GPUs with their peak FLOP/s, memory and power, and the measured peak of a CPU.
+"""Device capabilities: a table of GPUs with peak FLOP/s, memory and power, and the measured peak of a CPU.
 
 To add a GPU: one line in `GPUS`, with the dense peaks of the vendor's data sheet.
 """
@@ -70,7 +70,7 @@ def find_gpu(device_name: str) -> GPU | None:
 
 
 def find_gpu_by_alias(text: str) -> GPU | None:
-    """The row that a person means: its name, some words of it ('H100', 'A100 40GB', '4090'), or torch's device name."""
+    """The row of a GPU that a user names: its name, some words of it ('H100', 'A100 40GB', '4090'), or torch's name."""
     def words(name: str) -> set[str]:
         return set(re.split(r"[\s-]+", name.lower())) - {"nvidia", "geforce", "tesla", "amd", "instinct"}
 

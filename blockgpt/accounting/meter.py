@@ -14,8 +14,8 @@ class StepMeter:
 
     Attributes:
         flops: FLOPs per token, as `flops_per_token` gives them.
-        peak: FLOP/s of one device that MFU divides by, None where it is not known.
-        peak_source: where `peak` is from, in words.
+        peak: FLOP/s of one device that MFU divides by; None if unknown.
+        peak_source: how `peak` was determined, as text.
     """
 
     def __init__(self, model: Any, config: Any, runtime: Runtime, tokens_per_step: int) -> None:
@@ -49,7 +49,7 @@ class StepMeter:
         achieved = self.flops["train"] * speed
         mfu = achieved / (self.peak * self.runtime.world_size) if self.peak else None
         if mfu is not None and self.peak and mfu > 1:
-            warn(f"MFU of {mfu:.0%}: the peak, {self.peak / 1e12:.4g} TFLOP/s ({self.peak_source}), cannot be right; "
-                 "no MFU from here on (set one with --mfu_peak=TFLOPS)")
+            warn(f"MFU of {mfu:.0%}: the peak, {self.peak / 1e12:.4g} TFLOP/s ({self.peak_source}), is too low; "
+                 "MFU is not reported from here on (set a peak with --mfu_peak=TFLOPS)")
             self.peak = mfu = None
         return {"step_time": step_time, "tokens_per_sec": speed, "tflops": achieved / 1e12, "mfu": mfu}

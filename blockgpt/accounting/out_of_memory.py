@@ -1,4 +1,4 @@
-"""What to change when a run is out of memory."""
+"""The error of a run that is out of memory, with a hint how to reduce its memory."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ def out_of_memory_hint(batch_size: int, accumulation: int, processes: int, check
                        fsdp: bool) -> str:
     """One line that says what to change, the cheapest change first. Options already in use are left out.
 
-    A smaller batch_size with more accumulation keeps the step, and so the losses of the run, as they are.
+    A smaller batch_size with more accumulation does not change the step, so the losses stay the same.
 
     Args:
         batch_size: sequences per micro-batch (batch_size).
         accumulation: micro-batches per step (gradient_accumulation_steps).
-        processes: those that share the data of a step.
+        processes: data-parallel processes (dp_size).
         checkpointing: activation_checkpointing.
         zero1: use_zero1.
         fsdp: use_fsdp.
@@ -38,7 +38,7 @@ def out_of_memory_hint(batch_size: int, accumulation: int, processes: int, check
 
 
 def out_of_memory_error(error: Exception, config: Any) -> UserError | None:
-    """The `UserError` with that line, if `error` says that memory ran out; None if it says something else.
+    """The `UserError` with that line, if `error` is an out-of-memory error; else None.
 
     torch.OutOfMemoryError is CUDA's; on a CPU torch raises a plain RuntimeError.
     """

@@ -1,4 +1,4 @@
-"""What the prepare.py scripts share: their flags, and what they do with them."""
+"""The flags that the prepare.py scripts share, and the functions that prepare a dataset from them."""
 
 import argparse
 import collections
@@ -29,9 +29,9 @@ def command_parser(description: str | None, out_dir: Path | None, tokenizer: str
     parser.add_argument("--tokenizer", default=tokenizer,
                         help="byte, char, gpt2, cl100k_base, o200k_base, or a file: *.model, *.tiktoken, *.json")
     parser.add_argument("--val_fraction", type=float, default=val_fraction,
-                        help="fraction of the documents that is for validation")
+                        help="fraction of the documents for validation")
     parser.add_argument("--workers", type=int, help="processes; None: one per core")
-    parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens per file, about")
+    parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="approximate tokens per file")
     parser.add_argument("--filter", action="append", metavar="NAME=VALUE",
                         help="keep only documents that pass, e.g. min_chars=200, language=en, "
                              "callable=module:function; repeatable")
@@ -71,16 +71,16 @@ def prepare_from_hub(description: str | None, script: str, source: str, *, val_f
     Args:
         script: the prepare.py's __file__; the dataset goes into its folder.
         source: the name on the hub.
-        splits: (the hub's split, ours) each; None: decided for each document by its hash.
+        splits: (split on the hub, split here) pairs; None: decided for each document by its hash.
         samples: {value of --sample: its name on the hub}, the default first.
     """
     usage = ("Streamed through `datasets`; each process reads one of its files at a time. After an interruption, also "
              "of the network, the same command continues. --source: another name on the hub, or a local copy of the "
              "repository.")
     parser = command_parser(f"{description} {usage}", Path(script).resolve().parent, val_fraction=val_fraction)
-    parser.add_argument("--source", default=source, help="on the hub, or a local folder")
+    parser.add_argument("--source", default=source, help="name on the hub, or a local folder")
     if samples:
-        parser.add_argument("--sample", choices=samples, default=next(iter(samples)), help="how much of it")
+        parser.add_argument("--sample", choices=samples, default=next(iter(samples)), help="size of the sample")
     args = parse_and_check(parser)
     name = samples[args.sample] if samples else None
     partitions = [p for split, into in splits for p in hub_partitions(args.source, name, split, into=into)]

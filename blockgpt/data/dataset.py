@@ -1,4 +1,4 @@
-"""A dataset on disk: its directory, its meta.json and its shards. Both sides of the data use it, writing and reading.
+"""A dataset on disk: directory, meta.json and shards. The modules that write datasets and those that read them use it.
 
     <data_dir>/<dataset>/meta.json                        written last: a dataset without it is not complete
     <data_dir>/<dataset>/train*.bin, val*.bin             shards: token ids, one after the other, little-endian
@@ -47,7 +47,7 @@ class Dataset:
 
     Attributes:
         shards: {split: 1-d read-only arrays of token ids, in the order of the file names}.
-        hint: what to do if a shard turns out to be damaged later; the end of an error message.
+        hint: how to repair a shard that is found to be damaged later; the end of an error message.
     """
 
     name: str
@@ -88,7 +88,7 @@ def dataset_dir(dataset: str, data_dir: str | Path | None = None) -> Path:
 
 
 def prepare_command(dataset: str, data_dir: str | Path | None = None) -> str:
-    """The command that makes a dataset, as typed in the project's folder."""
+    """The command that prepares a dataset, as typed in the project's folder."""
     out_dir = f" --out_dir {shlex.quote(str(dataset_dir(dataset, data_dir)))}" if data_dir else ""
     return f"python data/{dataset}/prepare.py{out_dir}"
 
@@ -157,7 +157,7 @@ def open_dataset(dataset: str, data_dir: str | Path | None = None, tokenizer: st
         raise not_prepared(dataset, data_dir)
     try:
         meta = read_meta(directory / "meta.json")
-        if type(meta.get("command")) is str:  # of a dataset that data/files/prepare.py made
+        if type(meta.get("command")) is str:  # data/files/prepare.py records it
             hint = f"(run {meta['command']} again)"
         files = [(split, name, entry) for split in SPLITS for name, entry in meta["splits"][split]["files"].items()]
         verify = sum(entry["size"] for _, _, entry in files) <= VERIFY_BYTES
@@ -185,8 +185,8 @@ def open_bare(dataset: str, directory: Path, tokenizer: Tokenizer | None = None,
     if tokenizer:
         vocab_size = tokenizer.vocab_size
     elif vocab_size is None:
-        raise DataError(f"{directory}: has train.bin and val.bin and no meta.json: say what they hold, "
-                        "--tokenizer=gpt2 or --vocab_size=N (python -m tools.convert_nanogpt_meta writes meta.json)")
+        raise DataError(f"{directory}: has train.bin and val.bin and no meta.json: give --tokenizer=gpt2 "
+                        "or --vocab_size=N (python -m tools.convert_nanogpt_meta writes meta.json)")
     assert vocab_size is not None
     dtype, hint = DTYPES[dtype_for(vocab_size)], "(another --tokenizer or --vocab_size?)"
     shards, splits = {}, {}
@@ -305,7 +305,7 @@ def memory_map(path: str | Path, dtype: np.dtype | str) -> np.ndarray:
 
 
 def madvise(tokens: np.ndarray, advice: str) -> None:
-    """Tell the system how a memory-mapped array will be accessed, if the platform has that advice.
+    """Advise the kernel how a memory-mapped array will be accessed, if the platform has that advice.
 
     Without MADV_RANDOM the system reads ahead, which makes a read at a random position of a large file some hundred
     times as expensive.

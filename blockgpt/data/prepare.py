@@ -94,7 +94,7 @@ def prepare(out_dir: str | Path, tokenizer: Tokenizer, partitions: Sequence[Part
 
     Args:
         workers: processes; None: one per core.
-        shard_tokens: tokens per file, about.
+        shard_tokens: approximate tokens per file.
 
     Other arguments, result and errors as `write_dataset`.
     """
@@ -193,7 +193,7 @@ def assemble(out_dir: Path, work: Path, paths: Sequence[Path], tokenizer: Tokeni
 
 # ---- several processes ----
 
-SPAWN = multiprocessing.get_context("spawn")  # the same on every system; nothing is inherited by accident
+SPAWN = multiprocessing.get_context("spawn")  # the same on every system; no state is inherited
 worker_state: dict[str, Any] = {}  # of a worker process: tokenizer, recipe, counters
 
 

@@ -1,7 +1,7 @@
 """Text sources: local files and datasets on the Hugging Face hub, as partitions.
 
 A source is a list of `Partition`s; a partition is what one process reads at a time. Partitions are streamed, never
-loaded into memory as one. To add a file format: a generator of texts, a line in `READERS` and its suffix in
+loaded into memory whole. To add a file format: a generator of texts, a line in `READERS` and its suffix in
 `file_format`. To add a source: a function that returns partitions.
 """
 

@@ -3,7 +3,7 @@
 A tokenizer is a subclass of `Tokenizer`: `encode`, `decode` and `to_meta`. What `to_meta` returns is saved in meta.json
 and in checkpoints, and `from_meta` builds the tokenizer from it: a trained tokenizer is saved complete, so that a run
 can be sampled without its dataset. `decode(encode(text))` is `text`, or `encode` raises a `DataError`: bits per byte
-would otherwise count bytes that no token stands for.
+would otherwise count bytes that no token represents.
 To add one: a subclass and a line in `TOKENIZERS`. Torch is never imported.
 """
 
@@ -22,7 +22,7 @@ from blockgpt.errors import DataError, UserError, did_you_mean, first_line, requ
 ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")  # tiktoken's, downloaded once, then cached
 # How an exported SentencePiece BPE splits text before merging: before spaces, which its tokens do not cross.
 SPACES_AND_WORD = r" *[^ ]+| +"
-UNNAMED = "unnamed"  # the tokenizer of bare token files of which only the vocabulary size is known
+UNNAMED = "unnamed"  # the tokenizer of bare token files, if only their vocabulary size is known
 # The names of the end-of-text token in tokenizer.json files, the most specific first.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 
@@ -170,8 +170,8 @@ class RoundTripTokenizer(Tokenizer):
         if decoded != text:
             at = next((i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b),
                       min(len(text), len(decoded)))
-            raise DataError(f"the tokenizer does not give the text back: at character {at}, {text[at:at + 20]!r} comes "
-                            f"back as {decoded[at:at + 20]!r} (use one without normalisation and with byte fallback)")
+            raise DataError(f"the tokenizer changes the text: at character {at}, {text[at:at + 20]!r} is decoded as "
+                            f"{decoded[at:at + 20]!r} (use one without normalisation and with byte fallback)")
         return ids
 
 
@@ -275,7 +275,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
     Args:
         spec: "byte", one of `ENCODINGS`, or a file: *.model (SentencePiece), *.json (Hugging Face), *.tiktoken (ranks,
-            split by `SPACES_AND_WORD`). "char" is not accepted: it needs text from which to take its characters.
+            split by `SPACES_AND_WORD`). "char" is not accepted: its characters are taken from the text.
 
     Raises:
         DataError: there is no such tokenizer, or its file cannot be read.

@@ -8,10 +8,10 @@
                               manifest.json                size and sha256 of the others, written last
 
 checkpoint_saver.py writes them. Nothing is unpickled, and nothing but the manifest is read before it is verified. An
-error on one rank is raised on all ranks. Random numbers need no saving: batches and dropout are functions of (seed,
-step). All processes see one file system.
+error on one rank is raised on all ranks. There is no generator state to save: batches and dropout are functions of
+(seed, step). All processes see one file system.
 
-A new entry of the state needs no change here. A new file per checkpoint belongs into JSON_FILES or TENSOR_FILE.
+A new entry of the state needs no change here. A new file per checkpoint is added to JSON_FILES or TENSOR_FILE.
 """
 
 import json
@@ -279,7 +279,7 @@ def export(run_dir: str | Path, path: Path, description: Mapping[str, Any], runt
     Rank zero writes them, one tensor in memory at a time.
 
     Raises:
-        OSError: the disk refuses, on all ranks.
+        OSError: a write failed; raised on all ranks.
     """
     def write() -> None:
         if runtime.rank == 0:

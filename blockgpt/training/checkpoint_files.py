@@ -45,12 +45,12 @@ class LocalChunk(NamedTuple):
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` is a DTensor; its class is not asked for, since torch needs a second to import it."""
+    """Whether `tensor` is a DTensor; `isinstance` is avoided, since torch needs a second to import the class."""
     return hasattr(tensor, "placements")
 
 
 def local_chunk(tensor: Any) -> LocalChunk:
-    """The chunk of `tensor`, a DTensor or not, that this process holds; of a plain tensor the whole.
+    """The chunk of `tensor`, a DTensor or not, that this process holds; a plain tensor is one chunk.
 
     Where two mesh dimensions shard one dimension (FSDP over tensor parallelism, torch's _StridedShard), the later mesh
     dimension shards first; each shards as torch.chunk does. torch's compute_local_shape_and_global_offset (2.11 to
@@ -146,7 +146,7 @@ def own_chunks(model: torch.nn.Module, optimizer: torch.optim.Optimizer, runtime
 # ---- writing
 
 class TensorFile(PreallocatedFile):
-    """A new safetensors file of `layout` {key: (dtype, shape)}, preallocated. OSError where the disk refuses."""
+    """A new safetensors file of `layout` {key: (dtype, shape)}, preallocated. OSError if it cannot be written."""
 
     def __init__(self, path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
         # The widest dtype first, so that every tensor is aligned to its elements.

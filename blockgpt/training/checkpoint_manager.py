@@ -1,7 +1,7 @@
-"""A run's checkpoints as the training loop sees them: resume from the newest, save, remember the best and the last.
+"""The checkpoints of one run, for the training loop: resume from the newest, save, track the best and the last.
 
-train.py knows no files: it calls `CheckpointManager.restore` once before the loop, and `save` after the steps for which
-`is_due` says so. Files and formats belong to checkpoint.py, checkpoint_saver.py and checkpoint_files.py.
+train.py handles no files: it calls `CheckpointManager.restore` once before the loop, and `save` after the steps for
+which `is_due` is true. Files and formats belong to checkpoint.py, checkpoint_saver.py and checkpoint_files.py.
 """
 
 import time
@@ -27,7 +27,7 @@ class CheckpointLog(Protocol):
 
 @dataclass
 class Progress:
-    """How far a run is: what changes from step to step besides weights and optimizer state."""
+    """Progress of a run: what changes from step to step, in addition to weights and optimizer state."""
 
     step: int = 0  # optimizer steps done
     tokens: int = 0  # that these steps were trained on, over all processes
@@ -37,7 +37,7 @@ class Progress:
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Whether an evaluation of the current step is the best so far; it is then remembered."""
         best = float("inf") if self.best is None else self.best["val_loss"]
-        if not metrics["val_loss"] < best:  # nor is nan
+        if not metrics["val_loss"] < best:  # False for nan too
             return False
         self.best = {"step": self.step, **metrics}
         return True
@@ -75,7 +75,7 @@ class CheckpointManager:
         self.last_saved: int | None = None
 
     def restore(self, run_dir: Path) -> Progress:
-        """Fill model, optimizer and loss scaler from the run's newest usable checkpoint, if the run is a resumed one.
+        """Fill model, optimizer and loss scaler from the run's newest usable checkpoint, if the run is resumed.
 
         Raises:
             CheckpointError: there is no usable checkpoint, or it was made on other data.
@@ -105,14 +105,14 @@ class CheckpointManager:
         return self.progress
 
     def open(self, run_dir: Path, log: CheckpointLog) -> None:
-        """Prepare for saves into `run_dir`: what killed saves left there is removed. Called once, by all ranks."""
+        """Prepare for saves into `run_dir`; removes what killed saves left there. Called once, by all ranks."""
         self.run_dir, self.log = run_dir, log
         self.runtime.on_rank_zero(lambda: checkpoint.clean(run_dir))
         self.saver = checkpoint_saver.CheckpointSaver(run_dir, self.runtime, self.config.keep_last,
                                                       self.config.checkpoint_async)
 
     def is_due(self, is_best: bool) -> bool:
-        """Whether the current step is one to save, beside the last one of the run."""
+        """Whether to save after the current step. The last step is saved in any case."""
         interval = (self.config.eval_interval if self.config.checkpoint_interval is None
                     else self.config.checkpoint_interval)
         return bool(interval and (self.progress.step % interval == 0 or is_best))

@@ -43,7 +43,7 @@ class CheckpointSaver:
     Args:
         asynchronous: `save` copies the tensors to CPU memory and returns; a thread writes them, and `poll` returns its
             outcome.
-        group: a gloo group for the thread's all_gathers alone; made if it is needed and missing.
+        group: a gloo group for the thread's all_gathers only; created if it is needed and None.
     """
 
     def __init__(self, run_dir: str | Path, runtime: Runtime = SINGLE_PROCESS, keep: int = 2,
@@ -73,7 +73,7 @@ class CheckpointSaver:
             the checkpoint's directory; None if it is written in the background, where `poll` returns the outcome
 
         Raises:
-            OSError: the disk refuses, on all ranks.
+            OSError: a write failed; raised on all ranks.
         """
         self._join()
         chunks: dict[str, LocalChunk] = {}
@@ -156,7 +156,7 @@ class CheckpointSaver:
         return run_on_all_ranks(self.runtime, work, self.group)
 
     def _on_rank_zero(self, work: Callable[[], Any]) -> Any:
-        """What `work()` returns on rank zero, on all ranks; its error, too."""
+        """Run `work()` on rank zero; returns its result, or raises its error, on all ranks."""
         return self._on_all_ranks(lambda: work() if self.runtime.is_rank_zero else None)[0]
 
     def _prepare(self, final: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What a step says about its health: whether it is finite, loss spikes, gradient statistics."""
+"""Health checks of a training step: finite values, loss spikes, gradient statistics."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ from blockgpt.training.optimizers import full_tensor
 
 
 def is_usable(status: StepStatus, scaler: torch.amp.GradScaler) -> bool:
-    """Whether a step's loss and gradients are finite, or a float16 loss scale above 1 may be to blame.
+    """Whether a step's loss and gradients are finite, or a float16 loss scale above 1 may be the cause.
 
     The scaler skips the update of such a step and lowers the scale.
     """

@@ -1,8 +1,8 @@
 """Faults from outside: signals, a rank that dies or hangs, a loss that is not finite on one rank.
 
 Every process has a `Watchdog`, a background thread. It sends a heartbeat to torchrun's store twice a second, and reads
-those of the other ranks only when something is wrong. What all ranks decide together, they decide on the `StepStatus`
-of each step. A new value to decide on is a column of `gather_status` and a field of `StepStatus`.
+those of the other ranks only when something is wrong. Decisions that all ranks must share depend only on the
+`StepStatus` of each step. A decision on another value needs a column in `gather_status` and a field in `StepStatus`.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from blockgpt.training.launch import FIRST_CALL_TIMEOUT, Runtime, connect_store,
 HEARTBEAT_SECONDS = 0.5  # between two heartbeats
 SILENCE_SECONDS = 4 * HEARTBEAT_SECONDS  # without a heartbeat, after which a rank counts as silent
 SIGNAL_GRACE_SECONDS = 10 * HEARTBEAT_SECONDS  # without progress after a signal, before the others' heartbeats are read
-SIGNAL_REPEAT_SECONDS = 1.0  # a second signal within it is the first one, passed on by torchrun
-LAUNCHER_EXIT = 1000  # in place of a signal's number: torchrun is gone
+SIGNAL_REPEAT_SECONDS = 1.0  # a second signal within this time is the first one, forwarded by torchrun
+LAUNCHER_EXIT = 1000  # in place of a signal's number: torchrun has exited
 LAUNCHER_EXIT_NAME = "the exit of torchrun"
 
 
@@ -65,7 +65,7 @@ class Watchdog:
 
     Within `training`, SIGINT (Ctrl-C), SIGTERM and SIGUSR1 ask for a stop: all ranks stop after the same step. A second
     signal ends the process at once, unless it arrives within a second: a scheduler signals torchrun and its workers,
-    and torchrun passes the signal on. The exit of torchrun asks for a stop too.
+    and torchrun forwards the signal. The exit of torchrun asks for a stop too.
 
     A process of several ends with exit code 6 if it makes no progress for `rank_timeout` seconds (`save_timeout` in a
     save, FIRST_CALL_TIMEOUT in a phase that it enters for the first time) or if its communication breaks. It prints
@@ -284,11 +284,11 @@ class Watchdog:
                           for peer in lost[:4])
         more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
         return (f"rank {self.runtime.rank} at step {self.step} in phase {self.phase}: {reason}: "
-                + (f"lost {peers}{more}" if lost else "no rank is silent or behind (is it the network?)")
+                + (f"lost {peers}{more}" if lost else "no rank is silent or behind (check the network)")
                 + " (continue with --resume=auto)")
 
     def _exit_peer_lost(self, lost: list[Peer], reason: str) -> None:
-        """End the process: print the error and all stacks, tell the log."""
+        """End the process: print the error and all stacks, notify the log."""
         message = self._lost_message(lost, reason)
         print(f"error: {message}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):  # stderr may not be a file
@@ -311,7 +311,7 @@ def connect_watchdog_store(launch_id: str | None) -> dist.Store | None:
 
 
 def is_broken_connection(error: BaseException) -> bool:
-    """Whether an exception means that another rank is gone."""
+    """Whether an exception means that another rank has exited."""
     words = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError)
                                                  and any(word in str(error) for word in words))

@@ -1,6 +1,6 @@
-"""The processes of a run: joining them, what all ranks exchange, and the exit.
+"""The processes of a run: start-up, collectives, exit.
 
-`init` gives each process its `Runtime`, which every other module is handed. What all ranks must agree on goes through
+`init` gives each process its `Runtime`, which is passed to every other module. Values that all ranks share go through
 the runtime's collectives. These run on the CPU (gloo), so they never wait for a GPU; all ranks must call them in the
 same order.
 """
@@ -207,8 +207,8 @@ def agree_on_launch_id(store: dist.Store, rank: int, world_size: int,
     """Agree on an id that all processes of this launch share, and those of no other launch.
 
     torchrun keeps one store over its restarts, and torch stores its keys without naming the launch: a process would
-    read the address of one that was killed. So each process draws an id. Rank 0 answers every rank it finds with its
-    own id, until all have confirmed it; processes of an earlier launch are dead and never confirm.
+    read the address of one that was killed. So each process generates an id. Rank 0 sends its own id to every rank
+    that it finds, until all have confirmed it; processes of an earlier launch are dead and never confirm.
 
     Returns:
         The id of this launch, and that of the first launch in this store.
@@ -270,7 +270,7 @@ def run_on_all_ranks(runtime: Runtime, work: Callable[[], T], group: dist.Proces
     result: T | None = None
     try:
         result = work()
-    except Exception as error:  # raising it here would let the other ranks wait
+    except Exception as error:  # raising it here would leave the other ranks waiting
         own_error, own_failure = error, (type(error).__name__, " ".join(str(error).split()) or type(error).__name__)
     outcomes = runtime.all_gather_object((own_failure, result), group)
     if own_error is not None and (runtime.world_size == 1 or not isinstance(own_error, (OSError, UserError))):

@@ -12,7 +12,7 @@ FUSED_DEVICES = ("cuda", "cpu", "mps")  # where torch.optim.AdamW has a fused st
 def build_optimizer(model: Any, config: Any, device: torch.device) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019): matrices decay, norms and biases do not.
 
-    There is one group for each learning-rate multiplier that the model's initialisation asks for (muP). A smaller lr
+    There is one group for each learning-rate multiplier that the model's initialisation sets (muP). A smaller lr
     does not mean less decay: lr × weight decay is the same in all groups that decay. With use_zero1, each process holds
     the optimizer state of some parameters and updates these for all (ZeRO stage 1, Rajbhandari et al. 2020).
     """
@@ -60,7 +60,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def clip_gradients(model: torch.nn.Module, max_norm: float) -> float:
-    """Scale all gradients so that their norm is at most `max_norm` (0: leave them); returns the norm before.
+    """Scale all gradients so that their norm is at most `max_norm` (0: no clipping); returns the norm before.
 
     The norm is that of the whole model, however it is sharded.
     """

@@ -1,4 +1,4 @@
-"""Where the time and the memory of a step go: traces, the cost of communication, the allocator's history.
+"""Profiling of time and memory: traces, the cost of communication, the history of the allocator.
 
 The profilers are torch's. This module decides which steps they record, and reports what they recorded; other steps cost
 nothing. If a profiler or the disk fails, there is one warning, and the run continues.

@@ -65,9 +65,9 @@ def apply_fsdp(model: Any, config: Any, runtime: Runtime, mesh: DeviceMesh) -> N
 def tp_styles() -> dict[str, ParallelStyle]:
     """The styles that a module's `tp_plan` gives its submodules.
 
-    colwise: each rank computes its own outputs (its heads, its part of d_ff); rowwise: from its own inputs, summed over
-    the ranks; headwise: on its own heads, with replicated parameters; embedding_rowwise, colwise_rep: the embedding and
-    the head, sharded by vocabulary, with replicated inputs and outputs.
+    colwise: each rank computes its own outputs (its heads, its shard of d_ff); rowwise: from its own inputs, summed
+    over the ranks; headwise: on its own heads, with replicated parameters; embedding_rowwise, colwise_rep: the
+    embedding and the head, sharded by vocabulary, with replicated inputs and outputs.
     """
     return {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel(), "headwise": HeadwiseParallel(),
             "embedding_rowwise": RowwiseParallel(input_layouts=Replicate()),
@@ -89,7 +89,7 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
 
 
 def shard_alibi_slopes(position: Any, mesh: DeviceMesh) -> None:
-    """Have `position.alibi_slopes` return the slopes of this rank's heads only."""
+    """Make `position.alibi_slopes` return the slopes of this rank's heads only."""
     all_alibi_slopes, tp_rank = position.alibi_slopes, mesh.get_local_rank()
 
     def local_alibi_slopes(device: torch.device | None = None) -> torch.Tensor | None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from blockgpt.errors import first_line
 
 WANDB_SETTINGS = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off",  # the console belongs to the run's own log
-                  "WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "60"}  # a dead network must not hold the run
+                  "WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "60"}  # a dead network must not block the run
 QUEUE_SIZE = 1000  # records that may wait for the tracker; further ones are dropped and counted
 FINISH_TIMEOUT_FACTOR = 1.25  # × WANDB_FINISH_TIMEOUT seconds, after which the run ends without its tracker
 
@@ -52,7 +52,7 @@ class WandbTracker:
         self.final_record: dict[str, Any] | None = None
         for name, value in WANDB_SETTINGS.items():
             os.environ.setdefault(name, value)
-        # A daemon thread, so that one that hangs does not hold the interpreter.
+        # A daemon thread, so that one that hangs does not block the exit of the interpreter.
         self.thread = threading.Thread(target=self._run, args=(config, run_dir, record), name="wandb", daemon=True)
         self.thread.start()
 

@@ -180,7 +180,7 @@ def test_if_no_batch_fits_another_mode_is_proposed_or_none():
     code, text = run(*large, *EIGHT_GPUS, *change[2].split())
     assert code == 0 and f"fits: {change[1]}, batch_size=1 needs" in text
     code, text = run(*large)
-    assert code == 1 and "nothing makes it fit on 1 of these: change to a smaller n_layer" in text
+    assert code == 1 and "no mode fits on 1 of these devices: use a smaller n_layer" in text
 
 
 def test_checkpointing_is_proposed_before_another_mode():

@@ -72,12 +72,12 @@ def check_round_trip(t, text):
 
 
 @given(text=TEXT)
-def test_text_comes_back_or_is_refused(tokenizer, text):
+def test_text_round_trips_or_is_refused(tokenizer, text):
     check_round_trip(tokenizer, text)
 
 
 @pytest.mark.parametrize("text", AWKWARD)
-def test_awkward_text_comes_back(tokenizer, text):
+def test_unusual_text_round_trips(tokenizer, text):
     check_round_trip(tokenizer, text)
 
 
@@ -182,7 +182,7 @@ def test_text_that_a_normaliser_changes_is_refused():
     assert t.decode(t.encode("lower")) == "lower"
     with pytest.raises(DataError) as raised:
         t.encode("lower UPPER")
-    assert "at character 6, 'UPPER' comes back as 'upper'" in one_line(raised)
+    assert "at character 6, 'UPPER' is decoded as 'upper'" in one_line(raised)
 
 
 def test_truncation_and_padding_of_a_tokenizer_json_are_off():

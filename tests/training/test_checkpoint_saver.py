@@ -126,7 +126,7 @@ while killed:
 
 
 @pytest.mark.slow
-def test_a_save_killed_before_any_of_its_operations_leaves_a_usable_checkpoint_and_no_litter(tmp_path):
+def test_a_save_killed_before_any_of_its_operations_leaves_a_usable_checkpoint_and_no_temporary(tmp_path):
     done = run_python("-c", KILLED_ANYWHERE, tmp_path, ROOT / "tests")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     found = done.stdout.split()

@@ -99,7 +99,7 @@ def test_a_single_process_raises_its_errors_unchanged():
         assert raised.value is error
 
 
-def test_a_broken_connection_is_told_from_other_errors():
+def test_a_broken_connection_is_distinguished_from_other_errors():
     assert is_broken_connection(RuntimeError("[…/gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
     assert is_broken_connection(torch.distributed.DistBackendError("NCCL error"))
     assert not is_broken_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -42,7 +42,7 @@ def test_tensor_parallel_neighbours_have_the_same_dp_rank():
     assert {runtime.dp_size for runtime in runtimes} == {3}
 
 
-def test_one_process_exchanges_with_itself():
+def test_the_collectives_of_one_process_return_its_own_values():
     runtime = single_process()
     assert runtime.all_reduce_sum(1, 0.5) == [1.0, 0.5] and runtime.all_gather([1, 2]) == [[1.0, 2.0]]
     assert runtime.all_gather_object({"a": (1,)}) == [{"a": (1,)}]

@@ -81,10 +81,11 @@ def test_clipping_is_torchs():
         return m
 
     for max_norm in (0, 0.5, 1e9):
-        ours, theirs = model(), model()
-        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm or math.inf)
-        assert clip_gradients(ours, max_norm) == norm.item()
-        assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+        clipped, reference = model(), model()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), max_norm or math.inf)
+        assert clip_gradients(clipped, max_norm) == norm.item()
+        pairs = zip(clipped.parameters(), reference.parameters(), strict=True)
+        assert all(torch.equal(a.grad, b.grad) for a, b in pairs)
 
 
 # ---- the schedule
@@ -111,7 +112,7 @@ def test_the_cosine_goes_from_the_peak_to_the_floor_and_stays():
     assert learning_rate(10, config) == 1.0 and learning_rate(30, config) == pytest.approx(0.6)
     assert learning_rate(20, config) == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
     assert rates(config)[50:] == [0.2] * 50 and learning_rate(49, config) > 0.2
-    assert learning_rate(100, schedule()) == 0.1  # a tenth of the peak, at max_iters, unless told otherwise
+    assert learning_rate(100, schedule()) == 0.1  # by default a tenth of the peak, at max_iters
 
 
 def test_constant_is_constant_after_the_warm_up():
