@@ -36,7 +36,6 @@ from blockgpt.errors import DataError, UserError, did_you_mean, exit_on_user_err
 
 ROOT = Path(__file__).resolve().parent.parent
 
-MODEL_TESTS = ("tests/model", "tests/test_sample.py")
 CHECKPOINT_TESTS = ("tests/training/test_checkpoint.py", "tests/training/test_checkpoint_files.py",
                     "tests/training/test_checkpoint_manager.py", "tests/training/test_checkpoint_saver.py")
 # module: the tests that are to notice a wrong line in it, those most likely to come first.
@@ -52,11 +51,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "blockgpt/data/loader.py": ("tests/data/test_loader.py", "tests/data/test_dataset.py"),
     "blockgpt/data/writer.py": ("tests/data/test_writer.py", "tests/data/test_prepare.py"),
     "blockgpt/data/tokenizer.py": ("tests/data/test_tokenizer.py", "tests/tools/test_train_tokenizer.py"),
-    "model_components.py": ("tests/model/test_components.py", *MODEL_TESTS),
-    "model_attention.py": ("tests/model/test_attention.py", *MODEL_TESTS),
-    "model_positions.py": ("tests/model/test_positions.py", *MODEL_TESTS),
-    "model_init.py": ("tests/model/test_init.py", *MODEL_TESTS),
-    "model_builder.py": ("tests/model/test_builder.py", *MODEL_TESTS, "tests/test_golden_run.py"),
+    "model_components.py": ("tests/model/test_components.py", "tests/model/test_presets.py"),
+    "model_attention.py": ("tests/model/test_attention.py", "tests/model/test_presets.py"),
+    "model_positions.py": ("tests/model/test_positions.py", "tests/model/test_presets.py"),
+    "model_init.py": ("tests/model/test_init.py", "tests/model/test_builder.py"),
+    "model_builder.py": ("tests/test_golden_run.py", "tests/test_sample.py", "tests/model/test_components.py",
+                         "tests/model/test_builder.py"),
 }
 MARKERS = "not long and not slow"  # the tests of a mutant, as `make test-quick` selects them
 SLOW_MARKERS = "slow and not long"  # with --slow, the tests of a mutant that survives these
