@@ -206,6 +206,10 @@ def test_the_end_of_text_token_can_be_named():
 # Loading
 
 
+def test_byte_is_a_tokenizer_that_a_user_can_name():
+    assert load_tokenizer("byte").to_meta() == ByteTokenizer().to_meta()
+
+
 @pytest.mark.parametrize("meta, word", [({"name": "bite"}, "did you mean byte?"), ({}, "None"),
                                         ({"name": "char"}, "char"), ({"name": "byte", "merges": []}, "merges"),
                                         ({"name": "char", "characters": 3}, "characters"),
