@@ -1,15 +1,17 @@
-"""Attention: projections, masks, the backends that compute the products, the KV cache.
+"""Attention: the mask, the backends that compute the products, the attention modules, the KV cache.
 
-All backends compute the same: softmax(cap(scale * q k^T) + ALiBi bias, over the visible keys) v. `AttentionMaskSpec`
-says which keys are visible. A backend turns it into the mask that its kernel takes (`mask`, once per forward pass for
-all layers with the same window) and computes the products (`attend`). To add a backend: a subclass of `ManualAttention`
-with these two methods, and a line in its table that names the keys it does not support. Shapes as in
-model_components.py.
+A backend is a stateless object. It turns an `AttentionMaskSpec`, which says which keys are visible, into the mask that
+its kernel takes (`mask`, once per forward pass for all layers with the same window), and computes
+softmax(cap(scale * q k^T) + ALiBi bias, over the visible keys) v (`attend`). An attention module has projections and a
+cache, states its FLOPs, and holds any backend. To add a backend: a subclass of `ManualBackend` with `mask`, `attend`
+and `computed_keys`, and a line in its table with the keys it does not support. To add an attention: a module with the
+public methods of `StandardAttention`, and a line in its table. Shapes as in model_components.py.
 """
 
 import functools
 import typing
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -19,8 +21,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from model_components import ResidualProjection, build_norm, component, softcap
 from model_config import ModelConfig
+from model_positions import apply_rotary_emb
 
-ApplyRotaryEmb = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 AlibiArguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 # ---------------------------------------------------------------- masks
@@ -82,11 +84,188 @@ class AttentionMaskSpec(typing.NamedTuple):
 # ---------------------------------------------------------------- the backends
 
 
-class ManualAttention(nn.Module):
-    """Self-attention written out: the readable reference, and the base of the other backends.
+class ManualBackend:
+    """Attention written out: the readable reference, and the base of the other backends.
 
-    With n_kv_head < n_head, n_head / n_kv_head query heads use one key/value head (Ainslie 2023).
-    window: tokens that this layer sees (`ModelConfig.window`). Keys outside it are masked, not skipped.
+    Backends have no state and no parameters, so one object may serve every layer. With fewer key/value heads G than
+    query heads H, H / G query heads use one of them (Ainslie 2023). The width of v may differ from that of q and k.
+    """
+
+    def mask(self, spec: AttentionMaskSpec) -> typing.Any:
+        """What `attend` takes as its mask; each backend has its own. Here (bool mask, bias)."""
+        return spec.bool_mask(), spec.bias()
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: typing.Any, scale: float,
+               cap: float | None = None, dropout_p: float = 0.0) -> torch.Tensor:
+        """The attention product.
+
+        Args:
+            q, k, v: (B, H, T, D), (B, G, S, D), (B, G, S, D_v).
+            mask: of this backend, for a spec of T queries and S keys.
+            scale: factor on q k^T.
+            cap: softcap of the scaled scores.
+            dropout_p: dropout on the attention weights.
+
+        Returns:
+            (B, H, T, D_v).
+        """
+        bool_mask, bias = mask
+        if k.shape[1] != q.shape[1]:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        scores = softcap(q @ k.transpose(-2, -1) * scale, cap)  # (B, H, T, S)
+        if bias is not None:
+            scores = scores + bias
+        if bool_mask is not None:
+            scores = scores.masked_fill(~bool_mask, float("-inf"))
+        p = scores.softmax(dim=-1).to(v.dtype)
+        return F.dropout(p, dropout_p) @ v
+
+    def kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: typing.Any, scale: float,
+               dropout_p: float = 0.0) -> str | None:
+        """The name of the kernel that torch chooses for these arguments of `attend`; None if there is only one."""
+        return None
+
+    def computed_keys(self, seq_len: int, window: int | None, causal: bool) -> float:
+        """Keys per query that this backend computes, on average, masked ones included."""
+        return seq_len
+
+
+class SDPABackend(ManualBackend):
+    """torch's scaled_dot_product_attention; torch chooses one of its fused kernels. Does not support a softcap."""
+
+    def mask(self, spec: AttentionMaskSpec) -> tuple[torch.Tensor | None, bool]:
+        """(attn_mask or None, is_causal) of scaled_dot_product_attention."""
+        bias = spec.bias()
+        if spec.is_causal_only() and bias is None:
+            return None, True
+        bool_mask = spec.bool_mask()
+        if bias is None:
+            return bool_mask, False
+        bias = bias[None]  # (1, H, T, S): the fused kernels take masks of two or four dimensions, not of three
+        return bias if bool_mask is None else bias.masked_fill(~bool_mask, float("-inf")), False
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: tuple[torch.Tensor | None, bool],
+               scale: float, cap: float | None = None, dropout_p: float = 0.0) -> torch.Tensor:
+        assert cap is None
+        return self._call(F.scaled_dot_product_attention, q, k, v, mask, scale, dropout_p)
+
+    def _call(self, function: Callable[..., typing.Any], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+              mask: tuple[torch.Tensor | None, bool], scale: float, dropout_p: float) -> typing.Any:
+        """`function` with the arguments of scaled_dot_product_attention."""
+        attn_mask, is_causal = mask
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(q.dtype)
+        return function(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p,
+                        enable_gqa=k.shape[1] != q.shape[1])
+
+    def kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: tuple[torch.Tensor | None, bool],
+               scale: float, dropout_p: float = 0.0) -> str:
+        name: str = SDPBackend(self._call(torch._fused_sdp_choice, q, k, v, mask, scale, dropout_p)).name
+        return name.lower()
+
+
+class FlexBackend(ManualBackend):
+    """torch's flex_attention (Dong et al. 2024). It skips masked blocks. No dropout; trains only on CUDA."""
+
+    BLOCK = 128  # flex_attention's default
+
+    def mask(self, spec: AttentionMaskSpec) -> tuple[BlockMask | None, AlibiArguments]:
+        """(block mask, or None if every query sees every key; the spec's queries, keys and alibi_slopes)."""
+        alibi = (spec.queries, spec.keys, spec.alibi_slopes)
+        if spec.is_full():
+            return None, alibi
+        T, S, device = len(spec.queries), len(spec.keys), spec.queries.device
+        if spec.documents is None:
+            return cached_block_mask(T, S, spec.window, spec.causal, device), alibi
+        documents = spec.documents
+
+        def mask_mod(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+            return spec.is_visible(i - j) & (documents[b, i] == documents[b, j])
+
+        return block_mask(mask_mod, documents.shape[0], T, S, device), alibi
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: tuple[BlockMask | None, AlibiArguments],
+               scale: float, cap: float | None = None, dropout_p: float = 0.0) -> torch.Tensor:
+        assert not dropout_p
+        blocks, (queries, keys, alibi_slopes) = mask
+
+        def score_mod(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, i: torch.Tensor,
+                      j: torch.Tensor) -> torch.Tensor:
+            score = softcap(score, cap)
+            return score if alibi_slopes is None else score - alibi_slopes[h] * (queries[i] - keys[j]).abs()
+
+        needs_score_mod = cap is not None or alibi_slopes is not None
+        kernel: Callable[..., typing.Any] = flex_attention
+        if q.is_cuda:
+            kernel = compile_once(flex_attention)
+        return kernel(q, k, v, score_mod=score_mod if needs_score_mod else None, block_mask=blocks, scale=scale,
+                      enable_gqa=k.shape[1] != q.shape[1])
+
+    def computed_keys(self, seq_len: int, window: int | None, causal: bool) -> float:
+        """Keys in the computed blocks: for a block of queries, every block with a key that one of the queries sees."""
+        blocks = -(-seq_len // self.BLOCK)
+        back = blocks if window is None else -(-(window - 1) // self.BLOCK)
+        computed = sum(min(i, back) + (1 if causal else 1 + min(blocks - 1 - i, back)) for i in range(blocks))
+        return min(seq_len, computed * self.BLOCK / blocks)
+
+
+def block_mask(mask_mod: Callable[..., torch.Tensor], B: int | None, T: int, S: int, device: torch.device) -> BlockMask:
+    """flex_attention's mask of whole blocks, compiled on CUDA."""
+    create = compile_once(create_block_mask) if device.type == "cuda" else create_block_mask
+    return create(mask_mod, B, None, T, S, device=device)
+
+
+@functools.lru_cache(maxsize=32)
+def cached_block_mask(T: int, S: int, window: int | None, causal: bool, device: torch.device) -> BlockMask:
+    """The block mask of T queries that are the last of S tokens. It depends on nothing else, so it is built once."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    spec = AttentionMaskSpec(nothing, nothing, window, causal, None, None)
+
+    def mask_mod(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        return spec.is_visible(i + (S - T) - j)
+
+    return block_mask(mask_mod, None, T, S, device)
+
+
+@functools.cache
+def compile_once(function: Callable[..., typing.Any]) -> Callable[..., typing.Any]:
+    """torch.compile(function), the same object at every call. In a compiled model it is traced as part of the model."""
+    return torch.compile(function)
+
+
+# ---------------------------------------------------------------- what goes down the blocks
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardContext:
+    """What one forward pass gives to every block besides the residual stream.
+
+    positions: (T,) int64, of the tokens.
+    cos_sin: {window: what `NoPositions.cos_sin` gives for the layers with this window}.
+    masks: {window: the backend's mask for the layers with this window}.
+    caches: one cache per layer, made by its attention's `new_cache`, when generating.
+    segment_ids: (B, T) int64, the document of each token, where documents are masked from each other.
+    x0: (B, T, C), the embeddings, for x0_mix.
+    value_embeddings: (B, T, G D) for each table.
+    """
+
+    positions: torch.Tensor
+    cos_sin: dict[int | None, typing.Any] = field(default_factory=dict)
+    masks: dict[int | None, typing.Any] = field(default_factory=dict)
+    caches: list[typing.Any] | None = None
+    segment_ids: torch.Tensor | None = None
+    x0: torch.Tensor | None = None
+    value_embeddings: list[torch.Tensor] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------- attention modules
+
+
+class StandardAttention(nn.Module):
+    """Multi-head self-attention; n_head / n_kv_head query heads use one key/value head (Vaswani 2017, Ainslie 2023).
+
+    window: tokens that this layer sees (`ModelConfig.window`). backend: computes the products. Another attention has
+    the same public methods, and projections, head widths, a cache and FLOPs of its own.
     """
 
     tp_plan: typing.ClassVar[dict[str, str]] = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise",
@@ -95,176 +274,81 @@ class ManualAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         assert config.n_kv_head is not None and config.head_dim is not None and config.qkv_bias is not None  # resolved
+        self.layer, self.value_table = layer, config.value_table(layer)
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.block_size, self.dropout, self.causal = config.block_size, config.dropout, config.causal
         self.window, self.softcap = config.window(layer), config.attn_softcap
+        self.backend: ManualBackend = component("attention_backend", config)()
         self.scale: float = config.attn_scale or component("init", config)(config).attention_scale()
         kv_dim = self.n_kv_head * self.head_dim
         self.q_proj = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, kv_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, kv_dim, bias=config.qkv_bias)
         self.qk_norm: NoQKNorm = component("qk_norm", config)(config)
-        self.value_mix = None if config.value_table(layer) is None else ValueMix()
+        self.value_mix = None if self.value_table is None else ValueMix()
         self.gate: NoGate = component("attn_gate", config)(config)
         self.o_proj = ResidualProjection(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
 
-    def forward(self, x: torch.Tensor, apply_rotary_emb: ApplyRotaryEmb, mask: typing.Any,
-                cache: "KVCache | None" = None, value_embedding: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C).
-
-        Args:
-            x: (B, T, C).
-            apply_rotary_emb: (q, k) -> (q, k), see `NoPositions.apply_rotary_emb`.
-            mask: what this class's `mask` returns for the layer's `AttentionMaskSpec`.
-            cache: extended by these tokens, when generating.
-            value_embedding: (B, T, G D), if the layer has a table of value embeddings.
-        """
+    def forward(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # -1: all heads, or this rank's under tensor parallelism
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
         q, k = self.qk_norm(q, k)
-        if self.value_mix is not None and value_embedding is not None:
-            v = self.value_mix(v, value_embedding.view(v.shape))
+        if self.value_mix is not None and self.value_table is not None:
+            v = self.value_mix(v, context.value_embeddings[self.value_table].view(v.shape))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D) twice
-        q, k = apply_rotary_emb(q, k)
-        if cache is not None:
-            k, v = cache.append(k, v, self.block_size)  # (B, G, S, D)
-        y = self.attend(q, k, v, mask).transpose(1, 2)  # (B, T, H, D)
-        return self.o_proj(self.gate(y, x).flatten(2))
+        q, k = apply_rotary_emb(q, k, context.cos_sin[self.window])
+        if context.caches is not None:
+            k, v = context.caches[self.layer].append(k, v, self.block_size)  # (B, G, S, D)
+        y = self.backend.attend(q, k, v, context.masks[self.window], self.scale, self.softcap,
+                                self.dropout if self.training else 0.0)
+        return self.o_proj(self.gate(y.transpose(1, 2), x).flatten(2))  # (B, T, H, D) -> (B, T, C)
 
-    @staticmethod
-    def mask(mask_spec: AttentionMaskSpec) -> tuple[typing.Any, typing.Any]:
-        """(bool_mask, bias) of the `AttentionMaskSpec`; each backend has its own pair."""
-        return mask_spec.bool_mask(), mask_spec.bias()
+    def new_cache(self) -> "KVCache":
+        """An empty cache for this layer, for `ForwardContext.caches`."""
+        return KVCache(self.window)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: typing.Any) -> torch.Tensor:
-        """q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D)."""
-        bool_mask, bias = mask
-        if self.n_kv_head != self.n_head:
-            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
-        scores = softcap(q @ k.transpose(-2, -1) * self.scale, self.softcap)  # (B, H, T, S)
-        if bias is not None:
-            scores = scores + bias
-        if bool_mask is not None:
-            scores = scores.masked_fill(~bool_mask, float("-inf"))
-        p = scores.softmax(dim=-1).to(v.dtype)
-        return F.dropout(p, self.dropout, self.training) @ v
-
-    def kernel(self, mask_spec: AttentionMaskSpec, dtype: torch.dtype) -> str | None:
-        """The name of the kernel that torch chooses for training with this mask; None if this backend has only one."""
-        return None
+    def kernel(self, spec: AttentionMaskSpec, dtype: torch.dtype) -> str | None:
+        """The name of the kernel that torch chooses for training with this mask; None if the backend has only one."""
+        q, k = (torch.empty(1, n, len(spec.queries), self.head_dim, dtype=dtype, device=spec.queries.device,
+                            requires_grad=True)  # the choice may depend on gradients
+                for n in (self.n_head, self.n_kv_head))
+        return self.backend.kernel(q, k, k, self.backend.mask(spec), self.scale, self.dropout)
 
     def flops(self, seq_len: int) -> dict[str, float]:
-        """FLOPs per token as this backend computes them, masked scores included."""
+        """FLOPs per token as the backend computes them, masked scores included."""
         projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         return {"attention projections": 2 * sum(p.weight.numel() for p in projections),
-                "attention scores": self.score_flops(self.computed_keys(seq_len))}
+                "attention scores": self._score_flops(self.backend.computed_keys(seq_len, self.window, self.causal))}
 
-    def score_flops(self, keys: float) -> float:
+    def credited_flops(self, seq_len: int, convention: str) -> dict[str, float]:
+        """`flops` with the scores of the keys that a convention counts, see `credited_keys`."""
+        keys = credited_keys(seq_len, self.window, self.causal, convention)
+        return {**self.flops(seq_len), "attention scores": self._score_flops(keys)}
+
+    def _score_flops(self, keys: float) -> float:
         """FLOPs of q k^T and p v for one query and `keys` keys."""
         return 4 * keys * self.n_head * self.head_dim
 
-    def computed_keys(self, seq_len: int) -> float:
-        """Keys per query that this backend computes, on average."""
-        return seq_len
-
-    def needed_keys(self, seq_len: int, convention: str) -> float:
-        """Keys per query by a convention: "PaLM" counts all in the layer's span, "causal" those that are not masked.
-
-        The causal mean omits the half key of the diagonal, as the convention that halves the scores does.
-        """
-        span = min(seq_len, self.window or seq_len)
-        if not self.causal:
-            return min(seq_len, 2 * span - 1) if self.window else seq_len
-        return span if convention == "PaLM" else span - span * span / (2 * seq_len)
+    def config_values(self) -> dict[str, typing.Any]:
+        return {"n_head": self.q_proj.out_features // self.head_dim,
+                "n_kv_head": self.k_proj.out_features // self.head_dim, "head_dim": self.head_dim,
+                "qkv_bias": self.q_proj.bias is not None, "bias": self.o_proj.bias is not None,
+                "attn_softcap": self.softcap, "causal": self.causal, "dropout": self.dropout,
+                "block_size": self.block_size}
 
 
-class SDPAttention(ManualAttention):
-    """torch's fused kernels; torch chooses one of them, see `kernel`. Does not support attn_softcap."""
+def credited_keys(seq_len: int, window: int | None, causal: bool, convention: str) -> float:
+    """Keys per query by a convention: "PaLM" counts all in the layer's span, "causal" those that are not masked.
 
-    @staticmethod
-    def mask(mask_spec: AttentionMaskSpec) -> tuple[torch.Tensor | None, bool]:
-        """(attn_mask or None, is_causal) of scaled_dot_product_attention."""
-        bias = mask_spec.bias()
-        if mask_spec.is_causal_only() and bias is None:
-            return None, True
-        bool_mask = mask_spec.bool_mask()
-        if bias is None:
-            return bool_mask, False
-        bias = bias[None]  # (1, H, T, S): the fused kernels take masks of two or four dimensions, not of three
-        return bias if bool_mask is None else bias.masked_fill(~bool_mask, float("-inf")), False
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               mask: tuple[torch.Tensor | None, bool]) -> torch.Tensor:
-        return self._call(F.scaled_dot_product_attention, q, k, v, mask)
-
-    def _call(self, function: Callable[..., typing.Any], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-              mask: tuple[torch.Tensor | None, bool]) -> typing.Any:
-        """`function` with the arguments of scaled_dot_product_attention."""
-        attn_mask, is_causal = mask
-        if attn_mask is not None and attn_mask.is_floating_point():
-            attn_mask = attn_mask.to(q.dtype)
-        return function(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=self.scale,
-                        dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head)
-
-    def kernel(self, mask_spec: AttentionMaskSpec, dtype: torch.dtype) -> str:
-        q, k = (torch.empty(1, n, len(mask_spec.queries), self.head_dim, dtype=dtype, device=mask_spec.queries.device,
-                            requires_grad=True)  # the choice may depend on gradients
-                for n in (self.n_head, self.n_kv_head))
-        name: str = SDPBackend(self._call(torch._fused_sdp_choice, q, k, k, self.mask(mask_spec))).name
-        return name.lower()
-
-
-class FlexAttention(ManualAttention):
-    """torch's flex_attention (Dong et al. 2024). It skips masked blocks. No dropout; trains only on CUDA."""
-
-    BLOCK = 128  # flex_attention's default
-
-    @staticmethod
-    def mask(mask_spec: AttentionMaskSpec) -> tuple[BlockMask | None, AlibiArguments]:
-        """(block mask, or None if every query sees every key; the mask spec's queries, keys and alibi_slopes)."""
-        s = mask_spec
-        alibi = (s.queries, s.keys, s.alibi_slopes)
-        if s.is_full():
-            return None, alibi
-
-        def mask_mod(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-            visible = s.is_visible(s.queries[i] - s.keys[j])
-            return visible if s.documents is None else visible & (s.documents[b, i] == s.documents[b, j])
-
-        B = None if s.documents is None else s.documents.shape[0]
-        create = compile_once(create_block_mask) if s.queries.is_cuda else create_block_mask
-        return create(mask_mod, B, None, len(s.queries), len(s.keys), device=s.queries.device), alibi
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               mask: tuple[BlockMask | None, AlibiArguments]) -> torch.Tensor:
-        block_mask, (queries, keys, alibi_slopes) = mask
-
-        def score_mod(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, i: torch.Tensor,
-                      j: torch.Tensor) -> torch.Tensor:
-            score = softcap(score, self.softcap)
-            return score if alibi_slopes is None else score - alibi_slopes[h] * (queries[i] - keys[j]).abs()
-
-        needs_score_mod = self.softcap is not None or alibi_slopes is not None
-        kernel: Callable[..., typing.Any] = flex_attention
-        if q.is_cuda:
-            kernel = compile_once(flex_attention)
-        return kernel(q, k, v, score_mod=score_mod if needs_score_mod else None, block_mask=block_mask,
-                      scale=self.scale, enable_gqa=self.n_kv_head != self.n_head)
-
-    def computed_keys(self, seq_len: int) -> float:
-        """Keys in the computed blocks: for a block of queries, every block with a key that one of the queries sees."""
-        blocks = -(-seq_len // self.BLOCK)
-        back = blocks if self.window is None else -(-(self.window - 1) // self.BLOCK)
-        computed = sum(min(i, back) + (1 if self.causal else 1 + min(blocks - 1 - i, back)) for i in range(blocks))
-        return min(seq_len, computed * self.BLOCK / blocks)
-
-
-@functools.cache
-def compile_once(function: Callable[..., typing.Any]) -> Callable[..., typing.Any]:
-    """torch.compile(function), the same object at every call. In a compiled model it is traced as part of the model."""
-    return torch.compile(function)
+    The causal mean omits the half key of the diagonal, as the convention that halves the scores does.
+    """
+    span = min(seq_len, window or seq_len)
+    if not causal:
+        return min(seq_len, 2 * span - 1) if window else seq_len
+    return span if convention == "PaLM" else span - span * span / (2 * seq_len)
 
 
 # ---------------------------------------------------------------- QK norm, gates, value embeddings
@@ -365,7 +449,7 @@ class ValueMix(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens so far, for one layer: (B, G, S, D) each.
+    """Keys and values of the tokens so far, for one layer: (B, G, S, D) and (B, G, S, D_v).
 
     Without a window they fill a buffer of max_len from the left. With one, only the last window - 1 are stored: those
     that the next token sees. length: tokens seen so far.
@@ -390,7 +474,7 @@ class KVCache:
         else:
             if self.k is None or self.v is None:
                 self.k = k.new_empty(*k.shape[:2], max_len, k.shape[3])
-                self.v = torch.empty_like(self.k)
+                self.v = v.new_empty(*v.shape[:2], max_len, v.shape[3])
             self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
             k, v = self.k[:, :, :end], self.v[:, :, :end]
         self.length = end

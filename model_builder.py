@@ -5,16 +5,14 @@ Components are looked up in the axis tables. Nothing here depends on which optio
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from blockgpt.errors import UserError
-from model_attention import ApplyRotaryEmb, AttentionMaskSpec, KVCache, ManualAttention
-from model_components import OutputHead, PreNorm, StandardFFN, Sublayer, SwiGLU, X0Mix, build_norm, component
+from model_attention import AttentionMaskSpec, ForwardContext, StandardAttention
+from model_components import OutputHead, PreNorm, Sublayer, X0Mix, build_norm, component
 from model_config import AXES, ModelConfig
 from model_init import NormalInit, init_role, init_weights, named_parameters_with_module
 from model_positions import NoPositions
@@ -26,29 +24,29 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         residual = component("norm_position", config)
-        self.value_table = config.value_table(layer)
         self.x0_mix = X0Mix() if config.x0_mix else None
         self.attn_residual: PreNorm = residual(config)
-        self.attn: ManualAttention = component("attention_backend", config)(config, layer)
+        self.attn: StandardAttention = component("attention_type", config)(config, layer)
         self.ffn_residual: PreNorm | None = residual(config)
-        self.ffn: StandardFFN | SwiGLU = component("ffn_type", config)(config)
+        self.ffn: nn.Module = component("ffn_type", config)(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, x0: torch.Tensor | None, apply_rotary_emb: ApplyRotaryEmb, mask: Any,
-                cache: KVCache | None = None, value_embedding: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, T, C), the residual stream, after this block.
-
-        x0 (B, T, C): the embeddings, for x0_mix. The other arguments are those of `ManualAttention.forward`.
-        """
+    def forward(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """x (B, T, C), the residual stream, after this block."""
         if self.x0_mix is not None:
-            x = self.x0_mix(x, x0)
-        return self.combine(x, lambda h: self.dropout(self.attn(h, apply_rotary_emb, mask, cache, value_embedding)),
-                            lambda h: self.dropout(self.ffn(h)))
+            assert context.x0 is not None
+            x = self.x0_mix(x, context.x0)
+        return self.combine(x, lambda h: self.dropout(self.attn(h, context)), lambda h: self.dropout(self.ffn(h)))
 
     def combine(self, x: torch.Tensor, attn: Sublayer, ffn: Sublayer) -> torch.Tensor:
         """x (B, T, C) with both sublayers joined to it."""
         assert self.ffn_residual is not None
-        return self.ffn_residual(self.attn_residual(x, attn), ffn)
+        x, pending = self.attn_residual(x, attn)
+        x, pending = self.ffn_residual(x, ffn, pending)
+        return x if pending is None else x + pending
+
+    def config_values(self) -> dict[str, Any]:
+        return {"x0_mix": self.x0_mix is not None, "dropout": self.dropout.p}
 
 
 class ParallelBlock(Block):
@@ -67,7 +65,8 @@ class ParallelBlockOneNorm(Block):
         self.ffn_residual = None
 
     def combine(self, x: torch.Tensor, attn: Sublayer, ffn: Sublayer) -> torch.Tensor:
-        return self.attn_residual(x, lambda h: attn(h) + ffn(h))
+        x, pending = self.attn_residual(x, lambda h: attn(h) + ffn(h))
+        return x if pending is None else x + pending
 
 
 class GPT(nn.Module):
@@ -91,135 +90,185 @@ class GPT(nn.Module):
         block: type[Block] = component("parallel_block", config)
         self.blocks = cast(Sequence[Block], nn.ModuleList(block(config, i) for i in range(config.n_layer)))
         self.windows = tuple(dict.fromkeys(b.attn.window for b in self.blocks))  # the different ones
+        self.mask_documents = config.mask_documents
         needs_norm = component("norm_position", config).final_norm
         self.final_norm = build_norm(config) if needs_norm else nn.Identity()
         self.lm_head = OutputHead(config, self.init.logit_scale)
         if config.weight_tying:
             self.lm_head.weight = self.token_embedding.weight
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, caches: list[KVCache] | None = None,
-                documents: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits of every position, and the loss if there are targets.
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None,
+                segment_ids: torch.Tensor | None = None, caches: list[Any] | None = None, reduction: str = "mean",
+                head: Callable[["GPT", torch.Tensor], Any] | None = None) -> Any:
+        """Logits; with targets the loss alone, so that training never returns logits.
 
         Args:
-            idx: (B, T) int64, token ids.
+            tokens, segment_ids, caches: see `hidden`.
             targets: (B, T) int64; -1 is ignored.
-            caches: one `KVCache` per layer, when generating.
-            documents: (B, T) int64, the id of each token's document. Read only with mask_documents; without it a
-                sequence is one document.
+            reduction: see `OutputHead.loss`. To the mean in training, the components' auxiliary losses are added.
+            head: computes the result from (model, hidden states) instead. What goes through `forward` works under DDP,
+                FSDP and torch.compile; `hidden` alone does not.
 
         Returns:
-            Logits (B, T, V) and the mean cross-entropy in nats per target, None without targets.
+            Logits (B, T, V); or the cross-entropy in nats; or what `head` returns.
+        """
+        h = self.hidden(tokens, segment_ids, caches)
+        if head is not None:
+            return head(self, h)
+        if targets is None:
+            return self.lm_head(h)
+        loss = self.lm_head.loss(h, targets, reduction)
+        aux_loss = self.aux_loss() if self.training and reduction == "mean" else None
+        return loss if aux_loss is None else loss + aux_loss
+
+    def hidden(self, tokens: torch.Tensor, segment_ids: torch.Tensor | None = None, caches: list[Any] | None = None
+               ) -> torch.Tensor:
+        """The residual stream after the last norm, (B, T, C), which the output head reads.
+
+        Args:
+            tokens: (B, T) int64.
+            segment_ids: (B, T) int64, the document of each token. Read only with mask_documents; without it a sequence
+                is one document.
+            caches: one per layer, of its attention's `new_cache`, when generating.
         """
         cached = caches[0].length if caches else 0
-        positions = torch.arange(cached, cached + idx.shape[1], device=idx.device)  # (T,)
-        x = self.token_embedding(idx)  # (B, T, C)
+        positions = torch.arange(cached, cached + tokens.shape[1], device=tokens.device)  # (T,)
+        x = self.token_embedding(tokens)  # (B, T, C)
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
         x = self.dropout(self.embedding_norm(self.position.embed(x, positions)))
-        x0 = x if self.config.x0_mix else None
-        values = [table(idx) for table in self.value_embeddings]  # (B, T, G D) each
-        by_window = {window: self.rotary_and_mask(window, positions, cached, documents) for window in self.windows}
-        for i, block in enumerate(self.blocks):
-            value = None if block.value_table is None else values[block.value_table]
-            x = block(x, x0, *by_window[block.attn.window], caches[i] if caches else None, value)
-        logits = self.lm_head(self.final_norm(x))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        context = ForwardContext(
+            positions, {window: self.position.cos_sin(positions, window) for window in self.windows},
+            self.masks(positions, cached, segment_ids), caches, segment_ids,
+            x if self.blocks[0].x0_mix is not None else None, [table(tokens) for table in self.value_embeddings])
+        for block in self.blocks:
+            x = block(x, context)
+        return self.final_norm(x)
 
-    def rotary_and_mask(self, window: int | None, positions: torch.Tensor, cached: int = 0,
-                        documents: torch.Tensor | None = None) -> tuple[ApplyRotaryEmb, Any]:
-        """(apply_rotary_emb, mask) for the layers with `window`; positions (T,) follow `cached` tokens in a cache."""
-        apply_rotary_emb = partial(self.position.apply_rotary_emb, cos_sin=self.position.cos_sin(positions, window))
-        return apply_rotary_emb, self.blocks[0].attn.mask(self.mask_spec(window, positions, cached, documents))
+    def masks(self, positions: torch.Tensor, cached: int = 0, segment_ids: torch.Tensor | None = None
+              ) -> dict[int | None, Any]:
+        """{window: the backend's mask}; positions (T,) follow `cached` tokens in a cache."""
+        backend = self.blocks[0].attn.backend
+        return {window: backend.mask(self.mask_spec(window, positions, cached, segment_ids)) for window in self.windows}
 
     def mask_spec(self, window: int | None, positions: torch.Tensor, cached: int = 0,
-                  documents: torch.Tensor | None = None) -> AttentionMaskSpec:
+                  segment_ids: torch.Tensor | None = None) -> AttentionMaskSpec:
         """The `AttentionMaskSpec` of the layers with `window`; positions (T,) follow `cached` tokens in a cache."""
         in_window = cached if window is None else min(cached, window - 1)  # what a cache with this window has stored
         first = cached - in_window
         keys = torch.arange(first, cached + len(positions), device=positions.device) if in_window else positions
         return AttentionMaskSpec(positions, keys, window, self.config.causal,
-                                 documents if self.config.mask_documents else None,
+                                 segment_ids if self.mask_documents else None,
                                  self.position.alibi_slopes(positions.device))
 
     def attention_kernels(self, dtype: torch.dtype) -> dict[str, str]:
         """{"full" or the window: the kernel that torch chooses at block_size}; empty if the backend has only one."""
         positions = torch.arange(self.config.block_size, device=self.lm_head.weight.device)
-        documents = torch.zeros_like(positions)[None]  # (1, T)
+        segment_ids = torch.zeros_like(positions)[None]  # (1, T)
         attn = self.blocks[0].attn
-        kernels = {str(w or "full"): attn.kernel(self.mask_spec(w, positions, documents=documents), dtype)
+        kernels = {str(w or "full"): attn.kernel(self.mask_spec(w, positions, segment_ids=segment_ids), dtype)
                    for w in self.windows}
         return {window: kernel for window, kernel in kernels.items() if kernel}
 
-    @torch.no_grad()
-    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+    @torch.inference_mode()
+    def generate(self, tokens: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None, vocab_size: int | None = None, stop: int | None = None,
                  generator: torch.Generator | None = None, use_cache: bool = True) -> torch.Tensor:
-        """Append up to max_new_tokens sampled tokens to idx (B, T). Returns prompt and new tokens, (B, T + new).
+        """Append up to max_new_tokens sampled tokens to tokens (B, T). Returns prompt and new tokens, (B, T + new).
 
         Beyond block_size the context slides: one full forward pass per token, because every position changes.
 
         Args:
-            idx: (B, T) int64, the prompt.
+            tokens: (B, T) int64, the prompts.
             max_new_tokens: tokens to append at most.
             temperature: divides the logits; 0 takes the likeliest token.
             top_k: sample from the k likeliest tokens.
             top_p: sample from the likeliest tokens that together have this probability (Holtzman 2020).
             vocab_size: ids from here on are never sampled (padded rows of the embedding).
-            stop: end after this token; only for a batch of one.
-            generator: source of randomness, on idx's device.
+            stop: a row that has sampled this token gets only this token from then on; generation ends when all have.
+            generator: source of randomness, on tokens' device.
             use_cache: with a KV cache, or a full forward pass per token.
 
         Raises:
             UserError: the model is not causal.
         """
-        was_training = self.training
-        self.eval()
-        block_size = self.config.block_size
         if not self.config.causal:
             raise UserError("causal=False: a model whose tokens see later ones cannot generate text")
-        caches = [KVCache(block.attn.window) for block in self.blocks] if use_cache else None
-        for _ in range(max_new_tokens):
-            if caches and idx.shape[1] <= block_size:
-                logits = self(idx[:, caches[0].length:], caches=caches)[0][:, -1]  # (B, V)
-            else:
-                caches = None
-                logits = self(idx[:, -block_size:])[0][:, -1]
-            token = sample_token(logits.float(), temperature, top_k, top_p, vocab_size, generator)  # (B, 1)
-            idx = torch.cat((idx, token), dim=1)
-            if stop is not None and idx.shape[0] == 1 and token.item() == stop:
-                break
-        self.train(was_training)
-        return idx
+        was_training, block_size = self.training, self.config.block_size
+        self.eval()
+        try:
+            caches = [block.attn.new_cache() for block in self.blocks] if use_cache else None
+            stopped = torch.zeros_like(tokens[:, :1], dtype=torch.bool)
+            for _ in range(max_new_tokens):
+                if caches and tokens.shape[1] <= block_size:
+                    h = self.hidden(tokens[:, caches[0].length:], caches=caches)
+                else:
+                    caches = None
+                    h = self.hidden(tokens[:, -block_size:])
+                logits = self.lm_head(h[:, -1:])[:, 0].float()  # (B, V)
+                token = sample_token(logits, temperature, top_k, top_p, vocab_size, generator)  # (B, 1)
+                if stop is not None:
+                    token = token.masked_fill(stopped, stop)
+                    stopped |= token == stop
+                tokens = torch.cat((tokens, token), dim=1)
+                if stop is not None and bool(stopped.all()):
+                    break
+            return tokens
+        finally:
+            self.train(was_training)
 
     def infer_config(self) -> ModelConfig:
-        """The config of this model as its modules and parameters show it; the rest is copied from `self.config`.
+        """The config of this model as its components report it, in `config_values` and by their classes.
 
-        Read back: the option of every axis, from the classes of the modules; n_layer, n_embd, vocab_size, d_ff, n_head
-        and n_kv_head (for the configured head_dim), bias, qkv_bias, weight_tying, value_embeddings, x0_mix and
-        embedding_norm, from the modules and the shapes of the parameters; norm_eps, dropout, residual_scale,
-        attn_softcap and logit_softcap, from the attributes that the first block and the head compute with. A class that
-        is in no table (FSDP replaces the class of every block) leaves its axis as configured.
+        What no component reports is copied from `self.config`: arch_preset, ffn_multiple_of, which only derives d_ff,
+        and what `init` was given.
         """
-        classes = {type(module) for module in (*self.modules(), self.init)}
-        chosen: dict[str, Any] = {axis: name for axis, table in AXES.items() for name, option in table.items()
-                                  if option.load_class() in classes}
-        block = self.blocks[0]
-        attn, ffn = block.attn, block.ffn
-        return dataclasses.replace(
-            self.config, **chosen,
-            n_layer=len(self.blocks), n_embd=self.token_embedding.weight.shape[1],
-            vocab_size=self.lm_head.weight.shape[0], d_ff=ffn.down_proj.in_features,
-            n_head=attn.q_proj.out_features // attn.head_dim, n_kv_head=attn.k_proj.out_features // attn.head_dim,
-            qkv_bias=attn.q_proj.bias is not None, bias=attn.o_proj.bias is not None,
-            weight_tying=self.lm_head.weight is self.token_embedding.weight,
-            value_embeddings=len(self.value_embeddings), x0_mix=block.x0_mix is not None,
-            embedding_norm=not isinstance(self.embedding_norm, nn.Identity),
-            norm_eps=getattr(block.attn_residual.norm, "eps", self.config.norm_eps),  # DynamicTanh has none
-            dropout=block.dropout.p, residual_scale=block.attn_residual.scale,
-            attn_softcap=attn.softcap, logit_softcap=self.lm_head.softcap)
+        values: dict[str, Any] = {}
+        for module in (*self.modules(), self.init, self.blocks[0].attn.backend):
+            values |= getattr(module, "config_values", dict)()
+            for axis, table in AXES.items():
+                options = {option.load_class(): name for name, option in table.items()}
+                # FSDP gives a module a subclass of its class.
+                name = next((options[cls] for cls in type(module).__mro__ if cls in options), None)
+                if name is not None:
+                    values[axis] = name
+        return dataclasses.replace(self.config, **values)
+
+    def config_values(self) -> dict[str, Any]:
+        config, attn = self.config, self.blocks[0].attn
+        windows = [block.attn.window for block in self.blocks]
+        sizes = {window for window in windows if window is not None}
+        letters = "".join("L" if window is None else "S" for window in windows)
+        pattern = (config.window_pattern * len(windows))[:len(windows)]
+        is_sqrt = config.embedding_scale == "sqrt" and self.embedding_scale == config.n_embd**0.5
+        derived = dataclasses.replace(config, attn_scale=None)
+        default_scale = component("init", derived)(derived).attention_scale()
+        return {"n_layer": len(self.blocks), "n_embd": self.token_embedding.weight.shape[1],
+                "weight_tying": self.lm_head.weight is self.token_embedding.weight,
+                "value_embeddings": len(self.value_embeddings),
+                "embedding_norm": not isinstance(self.embedding_norm, nn.Identity),
+                "embedding_scale": "sqrt" if is_sqrt else self.embedding_scale,
+                "mask_documents": self.mask_documents,
+                "attn_scale": None if attn.scale == default_scale else attn.scale,
+                "sliding_window": next(iter(sizes)) if sizes else config.sliding_window,
+                "window_pattern": config.window_pattern if letters == pattern or not sizes else letters}
+
+    def aux_loss(self) -> torch.Tensor | None:
+        """The sum of the components' auxiliary losses of the last forward pass; None if there are none."""
+        losses = [report() for report in self._reports("aux_loss")]
+        return torch.stack(losses).sum() if losses else None
+
+    def _reports(self, method: str) -> list[Callable[[], Any]]:
+        """The bound `method` of every component that has it."""
+        return [getattr(module, method) for module in self.modules() if module is not self and hasattr(module, method)]
+
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """{name: mean over the components that report it} of the last forward pass."""
+        values: dict[str, list[torch.Tensor]] = {}
+        for report in self._reports("metrics"):
+            for name, value in report().items():
+                values.setdefault(name, []).append(value)
+        return {name: torch.stack(tensors).mean() for name, tensors in values.items()}
 
     def lr_multipliers(self) -> dict[str, float]:
         """{parameter name: factor on its learning rate}, as `init` says; 1 for vectors."""
@@ -227,10 +276,16 @@ class GPT(nn.Module):
                 for name, p, module in named_parameters_with_module(self)}
 
     def parameter_counts(self) -> dict[str, int]:
-        """{total, trainable, non_embedding}. Tied weights count once; non_embedding omits every embedding table."""
+        """{total, active, trainable, non_embedding}, each parameter once.
+
+        active: those that one token uses; a component that uses only some of its own reports `inactive_parameters`.
+        non_embedding omits every embedding table.
+        """
         embeddings = {id(m.weight): m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding)}
         total = sum(p.numel() for p in self.parameters())
-        return {"total": total, "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
+        inactive = sum(report() for report in self._reports("inactive_parameters"))
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return {"total": total, "active": total - inactive, "trainable": trainable,
                 "non_embedding": total - sum(embeddings.values())}
 
 
@@ -266,13 +321,14 @@ def build_model(config: ModelConfig, seed: int = 1337, device: torch.device | st
         parallelize: called with the model on the meta device, to shard it over the ranks. Each rank then allocates
             only its shards, and `init_weights` generates only these.
     """
+    device = torch.device(device) if device else torch.get_default_device()
     with torch.device("meta"):
-        model = GPT(config.resolve())
+        model = GPT(config.resolve(device.type))
     if torch.get_default_device().type == "meta":
         return model
     if parallelize:
         parallelize(model)
-    model.to_empty(device=device or torch.get_default_device())
+    model.to_empty(device=device)
     if config.weight_tying:  # to_empty unties
         model.lm_head.weight = model.token_embedding.weight
     init_weights(model, seed)
@@ -289,8 +345,9 @@ def load_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: 
     missing, unexpected = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     if missing or unexpected:
         raise UserError(f"{source}: is not of this architecture (missing {missing[:3]}, unexpected {unexpected[:3]})")
+    for name, p in parameters.items():  # all of them before the first is copied
+        if p.shape != tensors[name].shape:
+            raise UserError(f"{source}: {name} is {tuple(tensors[name].shape)}, this model has {tuple(p.shape)}")
     with torch.no_grad():
         for name, p in parameters.items():
-            if p.shape != tensors[name].shape:
-                raise UserError(f"{source}: {name} is {tuple(tensors[name].shape)}, this model has {tuple(p.shape)}")
             p.copy_(tensors[name])

@@ -5,18 +5,24 @@ output head. Position encodings, attention and initialisation are in `model_posi
 `model_init.py`. Each axis has one call signature:
 
     norm          Norm(config, dim)(x)                    -> x
-    norm_position Residual(config)(x, sublayer)           -> x      (owns its norms; `final_norm`: one more at the end?)
+    norm_position Residual(config)(x, sublayer, pending)  -> (x, pending)  (owns its norms; `final_norm`: one more norm
+                                                                            before the head?)
     activation    Activation()(x)                         -> x
     ffn           FFN(config)(x)                          -> x
-    position      Position(config): .embed(x, positions), .cos_sin(positions, window),
-                  .apply_rotary_emb(q, k, cos_sin), .alibi_slopes(device)
-    attention     Attention(config, layer)(x, apply_rotary_emb, mask, cache, value_embedding) -> x
+    position      Position(config): .embed(x, positions), .cos_sin(positions, window), .alibi_slopes(device)
+    attention     Attention(config, layer)(x, context)    -> x      (context: `model_attention.ForwardContext`)
 
 Shapes: B batch, T time, S keys, C channels = n_embd, H query heads, G key/value heads, D head_dim, F d_ff,
 V vocab_size.
 
-A component that multiplies matrices returns its forward cost from `flops(seq_len)`: {label: FLOPs per token}, where a
-multiply-add counts as two. `model_init.py` initialises the parameters, except those with a constant in the component's
+A component says of itself, in methods that are all optional:
+
+    config_values()   {key: value} of the configuration keys it was built from, read from what it computes with
+    flops(seq_len)    {label: forward FLOPs per token}; a multiply-add counts as two, inactive experts not at all
+    inactive_parameters()   how many of its parameters one token does not use, such as those of other experts
+    aux_loss()        a scalar to be added to the loss of the last forward pass
+    metrics()         {name: scalar tensor} of the last forward pass
+ `model_init.py` initialises the parameters, except those with a constant in the component's
 `init_constants`. Linear layers that write to the residual stream are `ResidualProjection`s. `tp_plan` says how tensor
 parallelism shards a component (see blockgpt/training/sharding.py); without a plan, every rank does the same work.
 To add a component: write its class here, add a line to the axis table, test it in tests/model/test_components.py.
@@ -54,6 +60,9 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__(dim, eps=config.norm_eps)
 
+    def config_values(self) -> dict[str, Any]:
+        return {"norm_eps": self.eps}
+
 
 class LayerNormNoBias(nn.LayerNorm):
     """LayerNorm without the bias."""
@@ -61,12 +70,18 @@ class LayerNormNoBias(nn.LayerNorm):
     def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__(dim, eps=config.norm_eps, bias=False)
 
+    def config_values(self) -> dict[str, Any]:
+        return {"norm_eps": self.eps}
+
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x²) + eps) * weight over the last dimension. Zhang & Sennrich 2019."""
 
     def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__(dim, eps=config.norm_eps)
+
+    def config_values(self) -> dict[str, Any]:
+        return {"norm_eps": self.eps}
 
 
 class GemmaRMSNorm(nn.RMSNorm):
@@ -79,6 +94,9 @@ class GemmaRMSNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.rms_norm(x, self.normalized_shape, 1.0 + self.weight, self.eps)
+
+    def config_values(self) -> dict[str, Any]:
+        return {"norm_eps": self.eps}
 
 
 class DynamicTanh(nn.Module):
@@ -116,13 +134,28 @@ class PreNorm(nn.Module):
         self.scale = config.residual_scale
 
     def branch(self, x: torch.Tensor, sublayer: Sublayer) -> torch.Tensor:
+        """What `sublayer` adds to the stream x, before residual_scale."""
         return sublayer(self.norm(x))
 
     def join(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return x + (y if self.scale == 1.0 else y * self.scale)
+        return x + self.scaled(y)
 
-    def forward(self, x: torch.Tensor, sublayer: Sublayer) -> torch.Tensor:
-        return self.join(x, self.branch(x, sublayer))
+    def scaled(self, y: torch.Tensor) -> torch.Tensor:
+        return y if self.scale == 1.0 else y * self.scale
+
+    def add_norm(self, x: torch.Tensor, pending: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + pending, its norm): one operation, so that a kernel may fuse the two."""
+        x = x if pending is None else x + pending
+        return x, self.norm(x)
+
+    def forward(self, x: torch.Tensor, sublayer: Sublayer, pending: torch.Tensor | None = None
+                ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The stream is x + pending: a sum may be left to the next norm. Returns the new stream as such a pair."""
+        x, h = self.add_norm(x, pending)
+        return x, self.scaled(sublayer(h))
+
+    def config_values(self) -> dict[str, Any]:
+        return {"residual_scale": self.scale}
 
 
 class PostNorm(PreNorm):
@@ -136,6 +169,11 @@ class PostNorm(PreNorm):
     def join(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return self.norm(super().join(x, y))
 
+    def forward(self, x: torch.Tensor, sublayer: Sublayer, pending: torch.Tensor | None = None
+                ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x = x if pending is None else x + pending
+        return self.join(x, self.branch(x, sublayer)), None
+
 
 class SandwichNorm(PreNorm):
     """x + norm_after(sublayer(norm(x))). Ding et al. 2021; Gemma 2."""
@@ -147,12 +185,22 @@ class SandwichNorm(PreNorm):
     def branch(self, x: torch.Tensor, sublayer: Sublayer) -> torch.Tensor:
         return self.norm_after(sublayer(self.norm(x)))
 
+    def forward(self, x: torch.Tensor, sublayer: Sublayer, pending: torch.Tensor | None = None
+                ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x, h = self.add_norm(x, pending)
+        return x, self.scaled(self.norm_after(sublayer(h)))
+
 
 class ReorderedNorm(PreNorm):
     """x + norm(sublayer(x)). OLMo 2 (2025), after Swin v2."""
 
     def branch(self, x: torch.Tensor, sublayer: Sublayer) -> torch.Tensor:
         return self.norm(sublayer(x))
+
+    def forward(self, x: torch.Tensor, sublayer: Sublayer, pending: torch.Tensor | None = None
+                ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x = x if pending is None else x + pending
+        return x, self.scaled(self.branch(x, sublayer))
 
 
 class X0Mix(nn.Module):
@@ -204,6 +252,9 @@ class StandardFFN(nn.Module):
     def flops(self, seq_len: int) -> dict[str, float]:
         return {"ffn": 2 * (self.up_proj.weight.numel() + self.down_proj.weight.numel())}
 
+    def config_values(self) -> dict[str, Any]:
+        return {"d_ff": self.down_proj.in_features, "bias": self.down_proj.bias is not None}
+
 
 class SwiGLU(nn.Module):
     """down(activation(gate(x)) * up(x)) with SiLU as the activation. Shazeer 2020."""
@@ -219,11 +270,18 @@ class SwiGLU(nn.Module):
         self.down_proj = ResidualProjection(config.d_ff, config.n_embd, bias=config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))  # (B, T, F) inside
+        return self.down_proj(self.gate(self.gate_proj(x), self.up_proj(x)))  # (B, T, F) twice inside
+
+    def gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """activation(gate) * up, (B, T, F) each: the place of a fused kernel."""
+        return self.activation(gate) * up
 
     def flops(self, seq_len: int) -> dict[str, float]:
         return {"ffn": 2 * (self.gate_proj.weight.numel() + self.up_proj.weight.numel()
                             + self.down_proj.weight.numel())}
+
+    def config_values(self) -> dict[str, Any]:
+        return {"d_ff": self.down_proj.in_features, "bias": self.down_proj.bias is not None}
 
 
 class GEGLU(SwiGLU):
@@ -251,8 +309,23 @@ class OutputHead(nn.Linear):
         logits = super().forward(x if self.scale == 1.0 else x * self.scale)  # (B, T, C) -> (B, T, V)
         return softcap(logits, self.softcap)
 
+    def loss(self, h: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """Cross-entropy in nats, computed in float32; a kernel may replace it and never hold the logits.
+
+        Args:
+            h: (B, T, C).
+            targets: (B, T) int64; -1 is ignored.
+            reduction: "mean" over the targets that are not ignored, "sum", or "none": (B, T), 0 where ignored.
+        """
+        losses = nn.functional.cross_entropy(self(h).flatten(0, 1).float(), targets.flatten(), ignore_index=-1,
+                                             reduction=reduction)
+        return losses.view(targets.shape) if reduction == "none" else losses
+
     def flops(self, seq_len: int) -> dict[str, float]:
         return {"output head": 2 * self.weight.numel()}
+
+    def config_values(self) -> dict[str, Any]:
+        return {"vocab_size": self.weight.shape[0], "logit_softcap": self.softcap}
 
 
 def softcap(x: torch.Tensor, cap: float | None) -> torch.Tensor:

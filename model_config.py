@@ -54,6 +54,8 @@ class Option(typing.NamedTuple):
     implies: {key: the values allowed with this option, the first by default}.
     unsupported: the keys that must be unset or 0 with this option.
     trains_on: the device types on which it has a backward pass; empty: all.
+    masks_fast_on: the device types on which an attention backend needs no mask or score tensor, whatever the mask.
+    changes_scores: whether it adds to the attention scores.
     """
 
     load_class: Callable[[], type[typing.Any]]
@@ -63,6 +65,8 @@ class Option(typing.NamedTuple):
     implies: Mapping[str, tuple[str, ...]] = types.MappingProxyType({})
     unsupported: tuple[str, ...] = ()
     trains_on: tuple[str, ...] = ()
+    masks_fast_on: tuple[str, ...] = ()
+    changes_scores: bool = False
 
     @property
     def class_name(self) -> str:
@@ -129,7 +133,7 @@ POSITION_ENCODING = {
     "rope": Option(lambda: model_positions.RotaryPositions, "RoPE", "queries and keys rotated by position (Su 2021)",
                    keys=("rope_theta", "rope_theta_local", "rope_fraction", "rope_scaling")),
     "alibi": Option(lambda: model_positions.AlibiPositions, "ALiBi",
-                    "scores fall with distance, each head at its own rate (Press 2022)"),
+                    "scores fall with distance, each head at its own rate (Press 2022)", changes_scores=True),
     "none": Option(lambda: model_positions.NoPositions, "NoPE", "only the causal mask tells the order (Haviv 2022)"),
 }
 ROPE_SCALING = {
@@ -143,14 +147,17 @@ ROPE_SCALING = {
                    "by turns over the original context, and scores scaled up (Peng 2023)",
                    keys=("rope_scaling_factor", "rope_original_context")),
 }
-ATTENTION_BACKEND = {  # `auto` takes the first that supports the other keys
-    "sdpa": Option(lambda: model_attention.SDPAttention, "",
+ATTENTION_TYPE = {
+    "standard": Option(lambda: model_attention.StandardAttention, "", "multi-head or grouped-query attention"),
+}
+ATTENTION_BACKEND = {  # `auto`: see `ModelConfig.auto_backend`
+    "sdpa": Option(lambda: model_attention.SDPABackend, "",
                    "torch's fused scaled_dot_product_attention", unsupported=("attn_softcap",)),
-    "manual": Option(lambda: model_attention.ManualAttention, "",
+    "manual": Option(lambda: model_attention.ManualBackend, "",
                      "softmax(q k^T) v written out: the readable reference"),
-    "flex": Option(lambda: model_attention.FlexAttention, "",
+    "flex": Option(lambda: model_attention.FlexBackend, "",
                    "torch's flex_attention: masks and score changes compiled into one kernel",
-                   unsupported=("dropout",), trains_on=("cuda",)),
+                   unsupported=("dropout",), trains_on=("cuda",), masks_fast_on=("cuda",)),
 }
 QK_NORM = {
     "none": Option(lambda: model_attention.NoQKNorm, "", "queries and keys unchanged"),
@@ -182,6 +189,7 @@ AXES: dict[str, dict[str, Option]] = {
     "ffn_type": FFN_TYPE,
     "position_encoding": POSITION_ENCODING,
     "rope_scaling": ROPE_SCALING,
+    "attention_type": ATTENTION_TYPE,
     "attention_backend": ATTENTION_BACKEND,
     "qk_norm": QK_NORM,
     "attn_gate": ATTN_GATE,
@@ -316,9 +324,10 @@ class ModelConfig:
                                      label="x{}", example=4.0)
     rope_original_context: int | None = key(None, "tokens of the original context; None: block_size / "
                                             "rope_scaling_factor", group="architecture", minimum=1, label="ctx{}",
-                                             example=8192)
-    attention_backend: str = key("auto", "implementation of attention, same mathematics; auto: the first that supports "
-                                 "the other keys", group="architecture", choices=("auto", *ATTENTION_BACKEND))
+                                            example=8192)
+    attention_type: str = axis("attention_type", "standard", "the attention module: its projections and its cache")
+    attention_backend: str = key("auto", "implementation of attention, same mathematics; auto: by device, mask and "
+                                 "scores", group="architecture", choices=("auto", *ATTENTION_BACKEND))
     qk_norm: str = axis("qk_norm", "none", "norm of queries and keys, of the type that normalization names")
     attn_gate: str = axis("attn_gate", "none", "gate on the output of attention")
     attn_scale: float | None = key(None, "factor on q k^T; None: 1 / sqrt(head_dim), with init=mup times "
@@ -419,7 +428,7 @@ class ModelConfig:
 
     def check_trainable_on(self, device_type: str) -> None:
         """Raise `ConfigError` if the attention backend has no backward pass on `device_type` ("cpu", "cuda", "mps")."""
-        trains_on = self.options()["attention_backend"].trains_on
+        trains_on = ATTENTION_BACKEND[self.resolve(device_type).attention_backend].trains_on
         if trains_on and device_type not in trains_on:
             others = [name for name in self.supported_backends() if not ATTENTION_BACKEND[name].trains_on]
             raise ConfigError("attention_backend", f"{self.attention_backend!r} has no backward pass on {device_type}, "
@@ -439,6 +448,20 @@ class ModelConfig:
         from_the_end = self.n_layer - 1 - layer
         return next((i for i in (layer, from_the_end) if i < self.value_embeddings), None)
 
+    def auto_backend(self, device_type: str) -> str:
+        """The attention backend that `auto` means on a device: the first of the table that supports the other keys.
+
+        Where the mask is more than the causal triangle, or scores are changed, a backend comes first that needs no
+        tensor of the size of the scores for it on this device.
+        """
+        able = [name for name in self.supported_backends()
+                if not ATTENTION_BACKEND[name].trains_on or device_type in ATTENTION_BACKEND[name].trains_on]
+        windows = [self.window(layer) for layer in range(self.n_layer)]
+        changes_scores = POSITION_ENCODING[self.position_encoding].changes_scores or self.attn_softcap is not None
+        if changes_scores or self.mask_documents or any(w is not None and w < self.block_size for w in windows):
+            able.sort(key=lambda name: device_type not in ATTENTION_BACKEND[name].masks_fast_on)
+        return able[0]
+
     def is_gated(self) -> bool:
         """Whether the FFN has a gate, and so three matrices."""
         return "activation" in FFN_TYPE[self.ffn_type].implies
@@ -453,8 +476,8 @@ class ModelConfig:
         thirds = 8 * n_embd if self.is_gated() else 12 * n_embd
         return -(-thirds // (3 * multiple)) * multiple
 
-    def derived(self) -> dict[str, typing.Any]:
-        """{key: the value that None (or auto) means} of the keys that follow from others."""
+    def derived(self, device_type: str = "cpu") -> dict[str, typing.Any]:
+        """{key: the value that None (or auto) means} of the keys that follow from others, on a type of device."""
         context = max(1, int(self.block_size / self.rope_scaling_factor))
         reads_context = "rope_original_context" in ROPE_SCALING[self.rope_scaling].keys
         return {
@@ -465,12 +488,15 @@ class ModelConfig:
             "ffn_multiple_of": self.default_ffn_multiple(),
             "d_ff": self.default_d_ff(self.n_embd),
             "qkv_bias": self.bias,
-            "attention_backend": next(iter(self.supported_backends())),
+            "attention_backend": self.auto_backend(device_type),
         }
 
-    def resolve(self) -> "ModelConfig":
-        """The same model with every derived key filled in: `build_model` builds it and the log records it."""
-        unset = {k: v for k, v in self.derived().items() if getattr(self, k) in (None, "auto")}
+    def resolve(self, device_type: str = "cpu") -> "ModelConfig":
+        """The same model with every derived key filled in: `build_model` builds it and the log records it.
+
+        device_type: where it runs ("cpu", "cuda", "mps"), for attention_backend=auto.
+        """
+        unset = {k: v for k, v in self.derived(device_type).items() if getattr(self, k) in (None, "auto")}
         return dataclasses.replace(self, **unset)
 
     def options(self) -> dict[str, Option]:
@@ -553,10 +579,13 @@ class ModelConfig:
 
 
 def example_values() -> dict[str, tuple[typing.Any, ...]]:
-    """{key: values of it for tests and tables}: all options of an axis; for other keys the default and an example."""
+    """{key: values of it for tests and tables}: all options of an axis; for other keys the default and an example.
+
+    An axis that has one option only is left out.
+    """
     accepted = key_types(ModelConfig)
     return {f.name: tuple(AXES[f.name]) if f.name in AXES else (f.default, example_value(f, accepted[f.name]))
-            for f in dataclasses.fields(ModelConfig)}
+            for f in dataclasses.fields(ModelConfig) if len(AXES.get(f.name, "..")) > 1}
 
 
 def apply_preset(overrides: Mapping[str, typing.Any]) -> ModelConfig:

@@ -1,17 +1,20 @@
 """Position encodings, one class for each option of `position_encoding` and of `rope_scaling`.
 
 A position encoding acts at one of three points and overrides that method of `NoPositions`: on the embeddings
-(`embed`), on queries and keys (`cos_sin`, `apply_rotary_emb`), on the scores (`alibi_slopes`). To add one: see
+(`embed`), on queries and keys (`cos_sin`), on the scores (`alibi_slopes`). To add one: see
 model_components.py.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from model_components import component
 from model_config import ModelConfig
+
+CosSin = tuple[torch.Tensor, torch.Tensor]  # (T, R/2) each
 
 
 class NoPositions(nn.Module):
@@ -24,17 +27,12 @@ class NoPositions(nn.Module):
         """x (B, T, C), the token embeddings, with what this encoding adds; positions (T,) int64."""
         return x
 
-    def cos_sin(self, positions: torch.Tensor, window: int | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def cos_sin(self, positions: torch.Tensor, window: int | None = None) -> CosSin | None:
         """The rotation of positions (T,) int64 as (T, R/2) float32 cosines and sines; None: no rotation.
 
         It is computed once per forward pass for all layers with the same `window` (see `ModelConfig.window`).
         """
         return None
-
-    def apply_rotary_emb(self, q: torch.Tensor, k: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor] | None
-                         ) -> tuple[torch.Tensor, torch.Tensor]:
-        """q (B, H, T, D) and k (B, G, T, D), rotated."""
-        return q, k
 
     def alibi_slopes(self, device: torch.device | None = None) -> torch.Tensor | None:
         """(H,) float32, how fast each head's scores fall with distance; None: they do not."""
@@ -91,10 +89,11 @@ class RotaryPositions(NoPositions):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.theta, self.theta_local, self.rotary_dim = config.rope_theta, config.rope_theta_local, config.rotary_dim()
+        self.theta, self.theta_local = config.rope_theta, config.rope_theta_local
+        self.fraction, self.rotary_dim = config.rope_fraction, config.rotary_dim()
         self.scaling: NoScaling = component("rope_scaling", config)(config)
 
-    def cos_sin(self, positions: torch.Tensor, window: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def cos_sin(self, positions: torch.Tensor, window: int | None = None) -> CosSin:
         pair = torch.arange(0, self.rotary_dim, 2, device=positions.device, dtype=torch.float32)  # (R/2,)
         if window is not None and self.theta_local is not None:
             frequencies, attention_factor = self.theta_local ** (-pair / self.rotary_dim), 1.0
@@ -104,17 +103,25 @@ class RotaryPositions(NoPositions):
         angles = torch.outer(positions.float(), frequencies)  # (T, R/2)
         return angles.cos() * attention_factor, angles.sin() * attention_factor
 
-    def apply_rotary_emb(self, q: torch.Tensor, k: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor] | None
-                         ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert cos_sin is not None
-        cos, sin = (t.to(q.dtype) for t in cos_sin)
-        return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+    def config_values(self) -> dict[str, Any]:
+        return {"rope_theta": self.theta, "rope_theta_local": self.theta_local, "rope_fraction": self.fraction}
 
-    def _rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        a, b = x[..., : self.rotary_dim].chunk(2, dim=-1)  # (B, H, T, R/2) each
-        rotated = (a * cos - b * sin, b * cos + a * sin)
-        rest = () if self.rotary_dim == x.shape[-1] else (x[..., self.rotary_dim:],)
-        return torch.cat((*rotated, *rest), dim=-1)
+
+def apply_rotary_emb(q: torch.Tensor, k: torch.Tensor, cos_sin: CosSin | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """q (B, H, T, D) and k (B, G, T, D) with their first R channels rotated by `cos_sin`; unchanged if it is None."""
+    if cos_sin is None:
+        return q, k
+    cos, sin = (t.to(q.dtype) for t in cos_sin)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x (B, H, T, D), its pairs (x_i, x_{i + R/2}) rotated by cos and sin (T, R/2)."""
+    rotary_dim = 2 * cos.shape[-1]
+    a, b = x[..., :rotary_dim].chunk(2, dim=-1)  # (B, H, T, R/2) each
+    rotated = (a * cos - b * sin, b * cos + a * sin)
+    rest = () if rotary_dim == x.shape[-1] else (x[..., rotary_dim:],)
+    return torch.cat((*rotated, *rest), dim=-1)
 
 
 # ---------------------------------------------------------------- RoPE for a longer context
@@ -135,6 +142,9 @@ class NoScaling(nn.Module):
 
     def forward(self, frequencies: torch.Tensor) -> torch.Tensor:
         return frequencies
+
+    def config_values(self) -> dict[str, Any]:
+        return {"rope_scaling_factor": self.factor, "rope_original_context": self.original_context}
 
 
 class LinearScaling(NoScaling):

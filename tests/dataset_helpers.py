@@ -86,4 +86,4 @@ def exact_losses(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> to
     double = build_model(model.config).double()
     double.load_state_dict(model.state_dict())
     with torch.no_grad():
-        return -double.eval()(x)[0].log_softmax(-1).gather(-1, y[..., None])[..., 0]
+        return -double.eval()(x).log_softmax(-1).gather(-1, y[..., None])[..., 0]

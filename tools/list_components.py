@@ -62,7 +62,7 @@ class StepTimer:
     def step(self) -> float:
         """Seconds of one step."""
         started = time.perf_counter()
-        loss: torch.Tensor = self.model(self.idx, self.idx, documents=self.documents)[1]
+        loss: torch.Tensor = self.model(self.idx, self.idx, self.documents)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -15,8 +15,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch.nn as nn
 
-ATTENTION_SCORES = "attention scores"  # the name under which attention backends report q k^T and p v
-
 
 @runtime_checkable
 class HasFlops(Protocol):
@@ -26,12 +24,10 @@ class HasFlops(Protocol):
 
 
 @runtime_checkable
-class HasScoreFlops(Protocol):
-    """An attention backend: FLOPs of the scores for a number of keys per query, and that number by convention."""
+class HasCreditedFlops(Protocol):
+    """A module, such as an attention, whose FLOPs depend on the convention; the names are those of `flops`."""
 
-    def score_flops(self, keys: float) -> float: ...
-
-    def needed_keys(self, seq_len: int, convention: str) -> float: ...
+    def credited_flops(self, seq_len: int, convention: str) -> dict[str, float]: ...
 
 
 def forward_flops(model: nn.Module, seq_len: int) -> dict[str, float]:
@@ -51,10 +47,9 @@ def flops_per_token(model: nn.Module, seq_len: int) -> dict[str, Any]:
         and by the causal one. convention: the one that MFU uses.
     """
     forward = forward_flops(model, seq_len)
-    without_scores = sum(forward.values()) - forward[ATTENTION_SCORES]
-    attention = [module for module in model.modules() if isinstance(module, HasScoreFlops)]
 
     def train(convention: str) -> float:
-        return 3 * (without_scores + sum(a.score_flops(a.needed_keys(seq_len, convention)) for a in attention))
+        return 3 * sum(sum((m.credited_flops(seq_len, convention) if isinstance(m, HasCreditedFlops)
+                            else m.flops(seq_len)).values()) for m in model.modules() if isinstance(m, HasFlops))
 
     return {"forward": forward, "train": train("PaLM"), "train_causal": train("causal"), "convention": "PaLM"}

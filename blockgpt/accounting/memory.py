@@ -173,7 +173,7 @@ class MemoryAccount:
     def _build_fake(self, build_model: Callable[[Any], nn.Module], config: Any) -> nn.Module:
         """The model with fake tensors. Tied parameters stay tied."""
         with torch.device("meta"):
-            model = build_model(config)
+            model = build_model(config.resolve("cuda" if self.gpu else "cpu"))
         fakes: dict[torch.Tensor, torch.Tensor] = {}
         with self.fake_mode:
             for module in model.modules():
@@ -244,7 +244,7 @@ class MemoryAccount:
         idx = torch.zeros(sequences, self.block_size, dtype=torch.long)
         autocast = self.dtype != torch.float32
         with torch.autocast("cpu", dtype=self.dtype) if autocast else contextlib.nullcontext():
-            return self.model(idx, idx, documents=idx)[1]
+            return self.model(idx, idx, idx)
 
     @cached_property
     def saved(self) -> list[SavedTensor]:

@@ -160,7 +160,7 @@ class LanguageModeling:
         """
         x, y = batch
         targets = y.numel() if self.config.packing == "stream" else (y != IGNORE_INDEX).sum()
-        return model(x, y, documents=self.document_ids(x))[1] * (targets / self.step_targets)
+        return model(x, y, self.document_ids(x)) * (targets / self.step_targets)
 
     def document_ids(self, x: torch.Tensor) -> torch.Tensor | None:
         """(B, T) int64, the index within its sequence of each token's document; None without mask_documents."""
@@ -212,7 +212,7 @@ class LanguageModeling:
             targets = int((batch[1] != IGNORE_INDEX).sum())
             x, y = to_device(batch, self.runtime.device)
             with self.runtime.autocast():
-                loss = model(x, y, documents=self.document_ids(x))[1].item()
+                loss = model(x, y, self.document_ids(x)).item()
             if targets:  # a batch of padding has no mean
                 total, count = total + loss * targets, count + targets
         total, count = self.runtime.all_reduce_sum(total, count)

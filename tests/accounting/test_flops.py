@@ -34,7 +34,7 @@ def count(model: GPT, T: int, B: int = 2) -> tuple[int, int]:
     # The counter does not know the CPU's fused attention. The MATH backend consists of products that it sees.
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
-            loss = model(idx, idx, documents=documents)[1]
+            loss = model(idx, idx, segment_ids=documents)
         with FlopCounterMode(display=False) as backward:
             loss.backward()
     return forward.get_total_flops(), backward.get_total_flops()
@@ -80,18 +80,18 @@ def test_flops_of_full_size_presets_equal_torchs_count():
 def test_windows_are_credited_by_convention(T, window, causal):
     shape = dict(n_layer=1, n_head=2, n_embd=16, vocab_size=8, block_size=T, causal=causal)
     windowed, full = (build_model(ModelConfig(**shape, sliding_window=w)) for w in (window, None))
-    attn = windowed.blocks[0].attn
+    keys = {c: model_attention.credited_keys(T, window, causal, c) for c in ("PaLM", "causal")}
     positions = torch.arange(T)
     mask_spec = model_attention.AttentionMaskSpec(positions, positions, window, causal, None, None)
     visible = mask_spec.is_visible(positions[:, None] - positions).sum().item() / T
     if causal:  # the convention leaves out half a key on the diagonal
-        assert attn.needed_keys(T, "PaLM") == min(T, window)
-        assert abs(attn.needed_keys(T, "causal") + 0.5 - visible) <= 0.5
+        assert keys["PaLM"] == min(T, window)
+        assert abs(keys["causal"] + 0.5 - visible) <= 0.5
     else:
-        assert visible <= attn.needed_keys(T, "causal") == attn.needed_keys(T, "PaLM") <= T
+        assert visible <= keys["causal"] == keys["PaLM"] <= T
     a, b = flops_per_token(windowed, T), flops_per_token(full, T)
     assert a["forward"] == b["forward"]  # the backend computes what it masks
-    assert b["train"] - a["train"] == 3 * 4 * 16 * (T - attn.needed_keys(T, "PaLM"))
+    assert b["train"] - a["train"] == 3 * 4 * 16 * (T - keys["PaLM"])
 
 
 @pytest.mark.parametrize("T, window, causal", [(1000, None, True), (1000, 1, True), (1000, 129, True),
@@ -99,12 +99,12 @@ def test_windows_are_credited_by_convention(T, window, causal):
 def test_flex_computes_the_blocks_of_torchs_block_mask(T, window, causal):
     model = build_model(ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=8, block_size=T, sliding_window=window,
                                     attention_backend="flex", causal=causal))
-    attn = model.blocks[0].attn
+    backend = model.blocks[0].attn.backend
     positions = torch.arange(T)
-    block_mask, _ = attn.mask(model_attention.AttentionMaskSpec(positions, positions, window, causal, None, None))
+    block_mask, _ = backend.mask(model_attention.AttentionMaskSpec(positions, positions, window, causal, None, None))
     blocks = block_mask.kv_num_blocks.sum() + (block_mask.full_kv_num_blocks.sum()
                                                if block_mask.full_kv_num_blocks is not None else 0)
-    assert attn.computed_keys(T) == min(T, blocks.item() * 128 / block_mask.kv_num_blocks.numel())
+    assert backend.computed_keys(T, window, causal) == min(T, blocks.item() * 128 / block_mask.kv_num_blocks.numel())
 
 
 def test_gpt2_at_124m_costs_what_palms_formula_says():

@@ -48,7 +48,7 @@ def saved_by_autograd(config, dtype, sequences):
 
     idx = batch(config, sequences)
     with autocast(dtype), torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
-        model(idx, idx, documents=torch.zeros_like(idx))
+        model(idx, idx, segment_ids=torch.zeros_like(idx))
     return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in parameters)
 
 
@@ -61,7 +61,7 @@ def tracked_peak(config, dtype, sequences, accumulating=False, checkpointing="no
 
     def backward():
         with autocast(dtype):
-            loss = model(idx, idx)[1]
+            loss = model(idx, idx)
         loss.backward()
 
     backward()
@@ -96,7 +96,7 @@ def test_parameters_gradients_and_optimizer_state_equal_those_of_a_step(name, ti
     account, model = MemoryAccount(build_model, config, torch.float32, gpu=False), build_model(config)
     optimizer = build_optimizer(model, load_config(["--device=cpu"]), torch.device("cpu"))
     idx = batch(config, 2)
-    model(idx, idx)[1].backward()
+    model(idx, idx).backward()
     optimizer.step()
 
     def size(tensors):
@@ -262,7 +262,7 @@ def test_the_estimate_is_within_a_tenth_of_the_peak_on_a_gpu(name, checkpointing
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         with autocast(torch.bfloat16, "cuda"):
-            loss = model(idx, idx)[1]
+            loss = model(idx, idx)
         loss.backward()
         del loss
         optimizer.step()

@@ -11,7 +11,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from blockgpt.errors import UserError
-from model_attention import AttentionMaskSpec, KVCache
+from model_attention import AttentionMaskSpec, ForwardContext
 from model_builder import build_model
 from model_components import component
 from model_config import ATTENTION_BACKEND
@@ -22,7 +22,17 @@ CPU_TRAINABLE = ("sdpa", "manual")  # flex has no backward pass on the CPU
 def attention(backend, **keys):
     """One layer's attention with random weights, in float64."""
     c = config(**keys, attention_backend=backend)
-    return randomised(component("attention_backend", c)(c, 0))
+    return randomised(component("attention_type", c)(c, 0))
+
+
+def backend_of(name):
+    return ATTENTION_BACKEND[name].load_class()()
+
+
+def context(layer, T):
+    """The context of a forward pass of T tokens through one layer, without rotation."""
+    spec = mask_spec(T, window=layer.window)
+    return ForwardContext(spec.queries, {layer.window: None}, {layer.window: layer.backend.mask(spec)})
 
 
 def mask_spec(T, S=None, window=None, causal=True, documents=None, alibi_slopes=None):
@@ -82,13 +92,13 @@ def test_every_backend_is_attention_by_definition_for_every_mask(causal, window,
         expected, cotangent = by_definition(q, k, v, s, 0.4, cap), draw(*q.shape, seed=3).detach()
         gradients = torch.autograd.grad(expected, (q, k, v), cotangent)
         for backend in config(attn_softcap=cap).supported_backends():
-            layer = attention(backend, n_head=H, n_kv_head=G, head_dim=6, attn_scale=0.4, attn_softcap=cap)
+            chosen = backend_of(backend)
             if backend in CPU_TRAINABLE:
-                y = layer.attend(q, k, v, layer.mask(s))
+                y = chosen.attend(q, k, v, chosen.mask(s), 0.4, cap)
                 for grad, expected_grad in zip(torch.autograd.grad(y, (q, k, v), cotangent), gradients, strict=True):
                     equal(grad, expected_grad)
             else:
-                y = layer.attend(q.detach(), k.detach(), v.detach(), layer.mask(s))
+                y = chosen.attend(q.detach(), k.detach(), v.detach(), chosen.mask(s), 0.4, cap)
             equal(y, expected)
 
 
@@ -96,13 +106,13 @@ def test_every_backend_is_attention_by_definition_for_every_mask(causal, window,
 @pytest.mark.parametrize("window", [None, 1, 7])
 @pytest.mark.parametrize("backend", ATTENTION_BACKEND)
 def test_queries_after_a_cache_see_the_keys_that_their_positions_allow(backend, window, T, S, untraced):
-    layer = attention(backend, n_head=4, n_kv_head=2, head_dim=6)
+    chosen = backend_of(backend)
     q, k, v = (draw(2, n, length, 6, seed=n).detach() for n, length in ((4, T), (2, S), (2, S)))
     for alibi_slopes in (None, alibi_slopes_of(4)):
         cached = S if window is None else min(S, window - 1 + T)
         s = mask_spec(T, S, window, alibi_slopes=alibi_slopes)
         recent = s._replace(keys=s.keys[S - cached:])  # what a bounded cache has stored
-        y = layer.attend(q, k[:, :, S - cached:], v[:, :, S - cached:], layer.mask(recent))
+        y = chosen.attend(q, k[:, :, S - cached:], v[:, :, S - cached:], chosen.mask(recent), 6**-0.5)
         equal(y, by_definition(q, k, v, s, 6**-0.5))
 
 
@@ -122,9 +132,8 @@ def test_flex_has_the_gradients_of_manual_for_every_mask_on_cuda():
         s = mask_spec(T, None, window, causal, documents_of(B, T) if documents else None,
                       alibi_slopes_of(H) if alibi else None)
         s = AttentionMaskSpec(*(x.cuda() if torch.is_tensor(x) else x for x in s))
-        flex, manual = (attention(b, n_head=H, n_kv_head=G, head_dim=32, attn_softcap=cap, block_size=T).float().cuda()
-                        for b in ("flex", "manual"))
-        a, b = (m.attend(q, k, v, m.mask(s)) for m in (flex, manual))
+        a, b = (chosen.attend(q, k, v, chosen.mask(s), 32**-0.5, cap)
+                for chosen in (backend_of("flex"), backend_of("manual")))
         equal_with_gradients(a.double(), b.double(), q, k, v, rtol=1e-2, atol=1e-2)  # products may be tf32
 
 
@@ -143,11 +152,11 @@ def test_all_backends_give_the_same_model(keys, B, T, untraced):
     documents = documents_of(B, T) if keys.get("mask_documents") else None
     keys = {"position_encoding": "rope", **keys}
     sdpa, manual, flex = (model(**keys, attention_backend=b) for b in ("sdpa", "manual", "flex"))
-    expected = manual(idx, documents=documents)[0]
-    a = sdpa(idx, documents=documents)[0]
+    expected = manual(idx, segment_ids=documents)
+    a = sdpa(idx, segment_ids=documents)
     equal(a, expected)
     with torch.no_grad():
-        equal(flex(idx, documents=documents)[0], expected)
+        equal(flex(idx, segment_ids=documents), expected)
     for out in (a, expected):
         out.square().sum().backward()
     for (name, p), q in zip(sdpa.named_parameters(), manual.parameters(), strict=True):
@@ -159,7 +168,7 @@ def test_the_backends_that_support_a_softcap_agree():
     assert config(**keys).supported_backends() == ["manual", "flex"]
     idx = torch.randint(0, 61, (2, 17), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        equal(*(model(**keys, attention_backend=backend)(idx)[0] for backend in ("flex", "manual")))
+        equal(*(model(**keys, attention_backend=backend)(idx) for backend in ("flex", "manual")))
 
 
 @pytest.mark.parametrize("backend", ATTENTION_BACKEND)
@@ -171,7 +180,7 @@ def test_no_token_sees_a_later_one(backend, keys):
     changed = idx.clone()
     changed[0, 12:] = (changed[0, 12:] + 1) % 61
     with torch.no_grad():
-        a, b = m(idx)[0], m(changed)[0]
+        a, b = m(idx), m(changed)
     equal(a[:, :12], b[:, :12])
     assert not torch.isclose(a[:, 12:], b[:, 12:]).all(-1).any()
 
@@ -184,13 +193,13 @@ def test_a_masked_document_has_the_logits_that_it_has_alone(backend, untraced):
         idx = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(1))
         documents = torch.stack((torch.arange(24) // 8, (torch.arange(24) >= 5).long()))
         with torch.no_grad():
-            logits = m(idx, documents=documents)[0]
+            logits = m(idx, segment_ids=documents)
             # RoPE's angles are float32
-            equal(logits[0, 8:16], m(idx[:1, 8:16])[0][0], rtol=1e-5, atol=1e-5)
-            equal(logits[1, 5:], m(idx[1:, 5:])[0][0], rtol=1e-5, atol=1e-5)
-            equal(m(idx, documents=torch.zeros_like(idx))[0], m(idx)[0])
+            equal(logits[0, 8:16], m(idx[:1, 8:16])[0], rtol=1e-5, atol=1e-5)
+            equal(logits[1, 5:], m(idx[1:, 5:])[0], rtol=1e-5, atol=1e-5)
+            equal(m(idx, segment_ids=torch.zeros_like(idx)), m(idx))
             plain = model(position_encoding=position, attention_backend=backend)
-            equal(plain(idx, documents=documents)[0], m(idx)[0])  # without mask_documents the ids are ignored
+            equal(plain(idx, segment_ids=documents), m(idx))  # without mask_documents the ids are ignored
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -210,7 +219,7 @@ def test_only_the_windowed_layers_have_a_window():
     changed[0, 0] += 1
     for layers, visible in ((1, 5), (2, 9), (3, 13)):  # a window of 5 extends 4 tokens further back with every layer
         m = model(n_layer=layers, sliding_window=5, position_encoding="none")
-        differs = ~torch.isclose(m(idx)[0], m(changed)[0], rtol=1e-12, atol=1e-14).all(-1)[0]
+        differs = ~torch.isclose(m(idx), m(changed), rtol=1e-12, atol=1e-14).all(-1)[0]
         assert differs.tolist() == [True] * visible + [False] * (24 - visible)
 
 
@@ -221,10 +230,6 @@ def projected(layer, x):
     """q (B, T, H, D), k, v (B, T, G, D) by matrix products."""
     p, (B, T, _) = dict(layer.named_parameters()), x.shape
     return [(x @ p[f"{n}_proj.weight"].T + p.get(f"{n}_proj.bias", 0.0)).view(B, T, -1, layer.head_dim) for n in "qkv"]
-
-
-def no_rotation(q, k):
-    return q, k
 
 
 def causal_attention(q, k, v, scale):
@@ -243,7 +248,7 @@ def test_a_layer_projects_attends_and_projects_back(n_head, n_kv_head, head_dim,
     assert (layer.q_proj.bias is not None) == (bias if qkv_bias is None else qkv_bias)
     y = causal_attention(*projected(layer, x), (head_dim or 48 // n_head) ** -0.5).flatten(2)
     expected = y @ layer.o_proj.weight.T + (layer.o_proj.bias if bias else 0.0)
-    equal_with_gradients(layer(x, no_rotation, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
+    equal_with_gradients(layer(x, context(layer, 7)), expected, x, *layer.parameters())
 
 
 def test_torch_s_multi_head_attention_agrees():
@@ -254,7 +259,7 @@ def test_torch_s_multi_head_attention_agrees():
                "out_proj.weight": p["o_proj.weight"], "out_proj.bias": p["o_proj.bias"]}
     future = torch.ones(7, 7, dtype=torch.bool).triu(1)
     expected = functional_call(reference, weights, (x, x, x), dict(attn_mask=future, need_weights=False))[0]
-    equal_with_gradients(layer(x, no_rotation, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
+    equal_with_gradients(layer(x, context(layer, 7)), expected, x, *layer.parameters())
 
 
 @pytest.mark.parametrize("qk_norm", ["head", "projection"])
@@ -277,7 +282,7 @@ def test_qk_norm_is_per_head_or_over_the_whole_projection(qk_norm, normalization
     assert norms.k_norm.weight.numel() == (20 if qk_norm == "head" else 20 * n_kv_head)
     y = causal_attention(normed(q, norms.q_norm), normed(k, norms.k_norm), v, 20**-0.5)
     expected = y.flatten(2) @ layer.o_proj.weight.T
-    equal_with_gradients(layer(x, no_rotation, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
+    equal_with_gradients(layer(x, context(layer, 7)), expected, x, *layer.parameters())
     if normalization == "rmsnorm":  # as the models that have it, in float32 inside
         reference = Qwen3RMSNorm if qk_norm == "head" else Olmo2RMSNorm
         expected = functional_call(reference(norms.q_norm.weight.numel(), eps=1e-5), {"weight": norms.q_norm.weight},
@@ -295,12 +300,12 @@ def test_a_gate_multiplies_the_output_of_attention(attn_gate, bias):
     gate = gate.view(2, 7, 4, 20) if attn_gate == "elementwise" else gate[..., None]
     y = causal_attention(*projected(layer, x), 20**-0.5) * gate
     expected = y.flatten(2) @ layer.o_proj.weight.T + (layer.o_proj.bias if bias else 0.0)
-    equal_with_gradients(layer(x, no_rotation, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
+    equal_with_gradients(layer(x, context(layer, 7)), expected, x, *layer.parameters())
 
 
 def test_value_embeddings_join_the_values_of_the_first_and_last_layers():
     m = model(n_layer=5, value_embeddings=2, n_kv_head=2, position_encoding="none")
-    assert [b.value_table for b in m.blocks] == [0, 1, None, 1, 0]
+    assert [b.attn.value_table for b in m.blocks] == [0, 1, None, 1, 0]
     assert [b.attn.value_mix is not None for b in m.blocks] == [True, True, False, True, True]
     idx = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
     x = m.token_embedding.weight[idx]
@@ -310,8 +315,8 @@ def test_value_embeddings_join_the_values_of_the_first_and_last_layers():
         if table is not None:
             v = layer.value_mix.own * v + layer.value_mix.other * m.value_embeddings[table].weight[idx].view(v.shape)
         x = x + causal_attention(q, k, v, 12**-0.5).flatten(2) @ layer.o_proj.weight.T
-        x = block.ffn_residual(x, block.ffn)
-    equal_with_gradients(m(idx)[0], m.final_norm(x) @ m.lm_head.weight.T, *m.parameters())
+        x = x + block.ffn(block.ffn_residual.norm(x))
+    equal_with_gradients(m(idx), m.final_norm(x) @ m.lm_head.weight.T, *m.parameters())
 
 
 def test_value_mix_is_initialised_to_half_of_each():
@@ -324,24 +329,25 @@ def test_value_mix_is_initialised_to_half_of_each():
 
 
 @pytest.mark.parametrize("keys, scale", [
-    (dict(), 12**-0.5), (dict(head_dim=20), 20**-0.5), (dict(attn_scale=0.3), 0.3), (dict(init="mup"), 1 / 12),
+    (dict(), 12**-0.5), (dict(head_dim=20), 20**-0.5), (dict(attn_scale=0.3), 0.3),
+    (dict(init="mup", mup_base_width=48), 12**-0.5), (dict(init="mup", mup_base_width=12), 0.5 * 12**-0.5),
     (dict(init="mup", attn_scale=0.3), 0.3)], ids=str)
 @pytest.mark.parametrize("backend", CPU_TRAINABLE)
 def test_the_attention_scale_is_the_configured_one_or_follows_from_head_dim(backend, keys, scale):
     layer, x = attention(backend, **keys), draw(2, 7, 48)
     expected = causal_attention(*projected(layer, x), scale).flatten(2) @ layer.o_proj.weight.T
-    equal_with_gradients(layer(x, no_rotation, layer.mask(mask_spec(7))), expected, x, *layer.parameters())
+    equal_with_gradients(layer(x, context(layer, 7)), expected, x, *layer.parameters())
 
 
 @pytest.mark.parametrize("backend", CPU_TRAINABLE)
 def test_dropout_keeps_the_mean_of_attention(backend):
     layer, x = attention(backend, dropout=0.5), draw(1, 5, 48)
-    mask = layer.mask(mask_spec(5))
-    without_dropout = layer(x, no_rotation, mask)
+    five = context(layer, 5)
+    without_dropout = layer(x, five)
     layer.train()
     torch.manual_seed(0)
-    mean = torch.stack([layer(x, no_rotation, mask) for _ in range(2000)]).mean(0)
-    assert not torch.equal(layer(x, no_rotation, mask), layer(x, no_rotation, mask))
+    mean = torch.stack([layer(x, five) for _ in range(2000)]).mean(0)
+    assert not torch.equal(layer(x, five), layer(x, five))
     atol = 0.1 * without_dropout.abs().max().item()  # 1 / sqrt(2000) is 0.02
     torch.testing.assert_close(mean, without_dropout, rtol=0, atol=atol)
 
@@ -411,16 +417,16 @@ def test_a_cache_changes_no_token_on_any_backend(backend, name, window, untraced
 def test_a_sequence_in_chunks_has_the_logits_of_the_whole(name, lengths):
     m = model(**{**GENERATING[name], "sliding_window": 6})
     idx = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(1))
-    caches = [KVCache(block.attn.window) for block in m.blocks]
+    caches = [block.attn.new_cache() for block in m.blocks]
     with torch.no_grad():
-        logits = [m(chunk, caches=caches)[0] for chunk in idx.split(lengths, dim=1)]
-        equal(torch.cat(logits, dim=1), m(idx)[0])
+        logits = [m(chunk, caches=caches) for chunk in idx.split(lengths, dim=1)]
+        equal(torch.cat(logits, dim=1), m(idx))
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 24, 100])
 def test_a_windowed_cache_stores_only_what_the_next_token_sees(window):
     m = model(sliding_window=window, window_pattern="SL", n_layer=3, n_kv_head=2, position_encoding="rope")
-    caches = [KVCache(block.attn.window) for block in m.blocks]
+    caches = [block.attn.new_cache() for block in m.blocks]
     idx, length = torch.arange(24)[None], 0
     with torch.no_grad():
         for chunk in idx.split((9, *(1,) * 15), dim=1):

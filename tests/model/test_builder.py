@@ -1,5 +1,6 @@
 """model_builder: every combination builds and learns, from weights that depend on (seed, name) alone."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -53,26 +54,28 @@ def test_all_pairs_of_options_run_forward_and_backward(chunk, untraced):
         model = build_model(ModelConfig(**architectures.TINY | choice))
         trains = not AXES["attention_backend"][choice["attention_backend"]].trains_on
         with torch.set_grad_enabled(trains):  # flex has no backward pass on a CPU
-            logits, loss = model(idx, idx, documents=DOCUMENTS)
+            logits, loss = model(idx, segment_ids=DOCUMENTS), model(idx, idx, segment_ids=DOCUMENTS)
         assert logits.shape == (2, 12, 48) and torch.isfinite(logits).all(), choice
         if trains:
             loss.backward()
             assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters()), choice
 
 
-# The keys that infer_config reads from the modules; its docstring names them.
-READ_BACK = {*AXES, "n_layer", "n_embd", "vocab_size", "d_ff", "n_head", "n_kv_head", "bias", "qkv_bias",
-             "weight_tying", "value_embeddings", "x0_mix", "embedding_norm", "norm_eps", "dropout", "residual_scale",
-             "attn_softcap", "logit_softcap"}
+# The keys that infer_config copies from the config; its docstring names them.
+COPIED = {"arch_preset", "ffn_multiple_of", "init_std", "zero_init_residual", "mup_base_width", "attention_type"}
+READ_BACK = {f.name for f in dataclasses.fields(ModelConfig)} - COPIED
 
 
-def test_infer_config_reads_these_keys_from_the_modules_and_copies_the_others():
-    actual = ModelConfig(n_layer=3, n_embd=32, n_head=4, head_dim=8, n_kv_head=1, vocab_size=48, block_size=12, d_ff=40,
-                        normalization="rmsnorm", norm_position="sandwich", parallel_block="two_norms",
-                        activation="gelu_tanh", ffn_type="geglu", position_encoding="rope", rope_scaling="yarn",
-                        attention_backend="manual", qk_norm="head", attn_gate="headwise", init="mup", bias=True,
-                        qkv_bias=False, weight_tying=False, value_embeddings=1, x0_mix=True, embedding_norm=True,
-                        norm_eps=1e-3, dropout=0.25, residual_scale=0.5, attn_softcap=5.0, logit_softcap=6.0).resolve()
+def test_infer_config_reads_every_key_from_the_components_but_the_copied_ones():
+    actual = ModelConfig(n_layer=3, n_embd=32, n_head=4, head_dim=10, n_kv_head=1, vocab_size=48, block_size=12,
+                         d_ff=40, normalization="rmsnorm", norm_position="sandwich", parallel_block="two_norms",
+                         activation="gelu_tanh", ffn_type="geglu", position_encoding="rope", rope_scaling="yarn",
+                         attention_backend="manual", qk_norm="head", attn_gate="headwise", init="mup", bias=True,
+                         qkv_bias=False, weight_tying=False, value_embeddings=1, x0_mix=True, embedding_norm=True,
+                         norm_eps=1e-3, dropout=0.25, residual_scale=0.5, attn_softcap=5.0, logit_softcap=6.0,
+                         sliding_window=5, window_pattern="SLS", rope_theta=77.0, rope_theta_local=55.0,
+                         rope_fraction=0.6, rope_scaling_factor=3.0, rope_original_context=7, attn_scale=0.3,
+                         causal=False, mask_documents=True, embedding_scale=3.0).resolve()
     declared = ModelConfig(n_layer=4, n_embd=16, n_head=2, vocab_size=7, block_size=5, qkv_bias=True).resolve()
     actual_flat, declared_flat = actual.flat(), declared.flat()
     assert all(actual_flat[key] != declared_flat[key] for key in READ_BACK)
@@ -80,6 +83,19 @@ def test_infer_config_reads_these_keys_from_the_modules_and_copies_the_others():
     model.config = declared  # as if keys had been lost between this config and the modules
     inferred = model.infer_config().flat()
     assert inferred == {key: (actual_flat if key in READ_BACK else declared_flat)[key] for key in actual_flat}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_infer_config_is_the_config_of_every_preset(name):
+    config = get_preset(name, **TINY)
+    assert build_model(config).infer_config() == config.resolve()
+
+
+def test_infer_config_reads_modules_whose_class_fsdp_has_replaced():
+    model = build_model(get_preset("neox", **TINY))
+    for module in (*model.blocks, model):
+        module.__class__ = type(f"FSDP{type(module).__name__}", (type(module),), {})
+    assert model.infer_config() == get_preset("neox", **TINY).resolve()
 
 
 def overfits(choice):
@@ -91,7 +107,7 @@ def overfits(choice):
     for step in range(200):
         for group in optimizer.param_groups:  # post-norm wants a warm-up
             group["lr"] = 1e-2 * min(1.0, (step + 1) / 10)
-        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        loss = model(idx[:, :-1], idx[:, 1:])
         if loss.item() < 1.0:
             return True
         optimizer.zero_grad()
@@ -104,7 +120,7 @@ def overfits(choice):
 LEARNABLE = dict(sliding_window=(None, 5), dropout=(0.0, 0.1), bias=(False, True), weight_tying=(False, True),
                  embedding_norm=(False, True), x0_mix=(False, True), value_embeddings=(0, 1),
                  zero_init_residual=(False, True), logit_softcap=(None, 30.0), attn_softcap=(None, 30.0))
-LEARNING = {**{axis: architectures.SPACE[axis] for axis in AXES}, **LEARNABLE,
+LEARNING = {**{axis: architectures.SPACE[axis] for axis in AXES if axis in architectures.SPACE}, **LEARNABLE,
             "attention_backend": ("sdpa", "manual"), "rope_scaling": ("none",)}
 
 
@@ -176,7 +192,7 @@ def fingerprint(config):
     idx = torch.randint(0, 64, (2, 48), generator=torch.Generator().manual_seed(0))  # longer than every window
     model = build_model(config)
     torch.manual_seed(0)  # of dropout
-    logits = model(idx, documents=torch.stack((torch.arange(48) // 7, torch.zeros(48, dtype=torch.long))))[0]
+    logits = model(idx, segment_ids=torch.stack((torch.arange(48) // 7, torch.zeros(48, dtype=torch.long))))
     return ([(n, tuple(p.shape), p.sum().item()) for n, p in model.named_parameters()],
             [type(m) for m in model.modules()], logits.detach().numpy().tobytes(), model.lr_multipliers())
 
@@ -224,7 +240,7 @@ def test_torch_is_asked_for_the_kernel_of_a_training_step(mask_documents, monkey
     monkeypatch.setattr(F, "scaled_dot_product_attention", recorded(computed, F.scaled_dot_product_attention))
     assert set(model.attention_kernels(torch.float32)) == {"4", "full"}
     idx = torch.zeros(2, TINY["block_size"], dtype=torch.long)
-    model(idx, idx, documents=torch.zeros_like(idx))
+    model(idx, idx, segment_ids=torch.zeros_like(idx))
     assert queried == computed
 
 

@@ -11,6 +11,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import model_components as components
+from model_attention import ForwardContext
 from model_builder import Block, ParallelBlock, ParallelBlockOneNorm, build_model
 from model_config import NORMALIZATION
 
@@ -86,8 +87,13 @@ def test_a_norm_position_is_its_formula(name, scale):
     residual, x = randomised(components.component("norm_position", c)(c)), draw(2, 3, 48)
     after = getattr(residual, "norm_after", None)
     assert (after is not None) == (name == "sandwich")
-    equal_with_gradients(residual(x, torch.tanh), POSITIONS[name](x, torch.tanh, residual.norm, after, scale),
-                         x, *residual.parameters())
+    stream, pending = residual(x, torch.tanh)
+    equal_with_gradients(stream if pending is None else stream + pending,
+                         POSITIONS[name](x, torch.tanh, residual.norm, after, scale), x, *residual.parameters())
+    left = draw(2, 3, 48, seed=1)  # a sum that the sublayer before has left to this norm
+    stream, pending = residual(x, torch.tanh, left)
+    equal_with_gradients(stream if pending is None else stream + pending,
+                         POSITIONS[name](x + left, torch.tanh, residual.norm, after, scale), x, left)
 
 
 @pytest.mark.parametrize("name, cls, norms", [
@@ -165,16 +171,16 @@ def test_x0_mix_is_two_trained_scalars_a_block():
     equal_with_gradients(mix(x, x0), mix.stream * x + mix.first * x0, x, x0, mix.stream, mix.first)
     plain, mixed = (build_model(config(x0_mix=on)).double() for on in (False, True))
     idx = torch.arange(24)[None]
-    equal(plain(idx)[0], mixed(idx)[0])  # the initial mix is the stream alone
+    equal(plain(idx), mixed(idx))  # the initial mix is the stream alone
 
 
 def stream(m, idx, embedded):
     """Logits of model `m` from its blocks, for the stream that begins with `embedded`."""
     x = embedded
-    apply_rotary_emb, mask = m.rotary_and_mask(None, torch.arange(idx.shape[1]))
+    positions = torch.arange(idx.shape[1])
+    context = ForwardContext(positions, {None: None}, m.masks(positions), x0=torch.zeros_like(x))
     for block in m.blocks:
-        x = block(x if block.x0_mix is None else block.x0_mix.stream * x + block.x0_mix.first * embedded, 0.0,
-                  apply_rotary_emb, mask)
+        x = block(x if block.x0_mix is None else block.x0_mix.stream * x + block.x0_mix.first * embedded, context)
     return m.final_norm(x) @ m.lm_head.weight.T
 
 
@@ -187,18 +193,18 @@ def test_embeddings_are_scaled_then_get_positions_then_are_normalised(scale, fac
                   qk_norm="head")
         x = m.position.embed(m.token_embedding.weight[idx] * factor, torch.arange(9))
         expected = stream(m, idx, layer_norm(x, dict(m.embedding_norm.named_parameters()), 1e-5) if norm else x)
-        equal_with_gradients(m(idx)[0], expected, *m.parameters())
+        equal_with_gradients(m(idx), expected, *m.parameters())
 
 
 def test_the_blocks_mix_in_the_normalised_embeddings():
     m = model(x0_mix=True, embedding_norm=True, embedding_scale=2.0, position_encoding="none")
     idx = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
     x = x0 = m.embedding_norm(2.0 * m.token_embedding.weight[idx])
-    rotary_and_mask = m.rotary_and_mask(None, torch.arange(9))
+    context = ForwardContext(torch.arange(9), {None: None}, m.masks(torch.arange(9)))
     for block in m.blocks:
         mixed = block.x0_mix.stream * x + block.x0_mix.first * x0
-        x = block.combine(mixed, lambda h, b=block: b.attn(h, *rotary_and_mask), block.ffn)
-    equal_with_gradients(m(idx)[0], m.final_norm(x) @ m.lm_head.weight.T, *m.parameters())
+        x = block.combine(mixed, lambda h, b=block: b.attn(h, context), block.ffn)
+    equal_with_gradients(m(idx), m.final_norm(x) @ m.lm_head.weight.T, *m.parameters())
 
 
 # ---------------------------------------------------------------- the output head
@@ -221,6 +227,6 @@ def test_dropout_acts_only_in_training(backend):
     m = build_model(config(attention_backend=backend, dropout=0.5))
     idx = torch.randint(0, 61, (2, 24))
     m.train()
-    assert not torch.equal(m(idx)[0], m(idx)[0])
+    assert not torch.equal(m(idx), m(idx))
     m.eval()
-    assert torch.equal(m(idx)[0], m(idx)[0])
+    assert torch.equal(m(idx), m(idx))

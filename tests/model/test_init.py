@@ -38,14 +38,14 @@ def change(width, seed, **overrides):
     generator = torch.Generator().manual_seed(seed)
     idx = torch.randint(0, 64, (4, 17), generator=generator)
     with torch.no_grad():
-        before = model(idx[:, :-1])[0]
+        before = model(idx[:, :-1])
     for _ in range(4):
         set_learning_rate(optimizer, RunConfig.learning_rate)
         optimizer.zero_grad()
-        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        model(idx[:, :-1], idx[:, 1:]).backward()
         optimizer.step()
     with torch.no_grad():
-        return (model(idx[:, :-1])[0] - before).square().mean().sqrt().item()
+        return (model(idx[:, :-1]) - before).square().mean().sqrt().item()
 
 
 def growth(**overrides):
@@ -151,7 +151,7 @@ def test_zero_init_makes_every_initial_block_the_identity():
         m = build_model(config(zero_init_residual=True, init=init, mup_base_width=12)).double()
         idx = torch.arange(24)[None]
         x = m.position.embed(m.token_embedding(idx), torch.arange(24))
-        equal(m(idx)[0], m.lm_head(m.final_norm(x)))
+        equal(m(idx), m.lm_head(m.final_norm(x)))
 
 
 # ---- the generator

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from model_components import component
 from model_config import POSITION_ENCODING, ROPE_SCALING
+from model_positions import apply_rotary_emb
 
 
 def position(**keys):
@@ -54,7 +55,7 @@ def test_a_position_encoding_acts_at_one_point(name):
     if name == "learned_absolute":
         randomised(encoding)
     embeds = not torch.equal(encoding.embed(x, positions), x)
-    rotated = encoding.apply_rotary_emb(q, k, encoding.cos_sin(positions, None))
+    rotated = apply_rotary_emb(q, k, encoding.cos_sin(positions, None))
     rotates = not (torch.equal(rotated[0], q) and torch.equal(rotated[1], k))
     biases = encoding.alibi_slopes() is not None
     point = {"learned_absolute": 0, "sinusoidal": 0, "rope": 1, "alibi": 2, "none": None}[name]
@@ -138,7 +139,7 @@ def test_rope_rotates_queries_and_keys_as_transformers(scaling, T, start):
                                               max_position_embeddings=1024, rope_parameters=parameters))
     encoding = rope(head_dim=20, rope_scaling=scaling, rope_scaling_factor=8.0, rope_original_context=128)
     q, k, positions = draw(2, 4, T, 20), draw(2, 2, T, 20, seed=1), torch.arange(start, start + T)
-    rotated = encoding.apply_rotary_emb(q, k, encoding.cos_sin(positions))
+    rotated = apply_rotary_emb(q, k, encoding.cos_sin(positions))
     expected = apply_rotary_pos_emb(q, k, *reference(q, positions[None]))
     for a, b, leaf in zip(rotated, expected, (q, k), strict=True):
         equal_with_gradients(a, b, leaf, rtol=1e-6, atol=1e-7 * max(16, start + T))  # angles are float32 in both
@@ -156,7 +157,7 @@ def test_rope_rotates_pairs_in_the_complex_plane(head_dim, fraction, R):
         z = torch.complex(x[..., : R // 2], x[..., R // 2 : R]) * turn
         return torch.cat((z.real, z.imag, x[..., R:]), dim=-1)
 
-    for rotated, x in zip(encoding.apply_rotary_emb(q, k, encoding.cos_sin(positions)), (q, k), strict=True):
+    for rotated, x in zip(apply_rotary_emb(q, k, encoding.cos_sin(positions)), (q, k), strict=True):
         equal_with_gradients(rotated, reference(x), x, rtol=1e-5, atol=1e-5)  # our angles are float32
         equal(rotated[..., R:], x[..., R:])
 
@@ -166,14 +167,14 @@ def test_rope_scores_depend_only_on_distance():
     q, k = draw(1, 1, 1, 8), draw(1, 1, 1, 8, seed=1)
 
     def score(i, j):
-        q_turned, _ = encoding.apply_rotary_emb(q, k, encoding.cos_sin(torch.tensor([i])))
-        _, k_turned = encoding.apply_rotary_emb(q, k, encoding.cos_sin(torch.tensor([j])))
+        q_turned, _ = apply_rotary_emb(q, k, encoding.cos_sin(torch.tensor([i])))
+        _, k_turned = apply_rotary_emb(q, k, encoding.cos_sin(torch.tensor([j])))
         return (q_turned * k_turned).sum()
 
     # angles are float32, so agreement is to float32's rounding
     torch.testing.assert_close(score(3, 10), score(103, 110), rtol=1e-4, atol=1e-5)
     assert not torch.isclose(score(3, 10), score(3, 11))
-    equal(encoding.apply_rotary_emb(q, k, encoding.cos_sin(torch.tensor([0])))[0], q)
+    equal(apply_rotary_emb(q, k, encoding.cos_sin(torch.tensor([0])))[0], q)
 
 
 def test_layers_with_a_window_have_a_local_base_and_no_scaling():
@@ -196,7 +197,7 @@ def test_rope_s_angles_are_float32_in_half_precision():
     q = torch.randn(1, 1, 1, 64, generator=torch.Generator().manual_seed(0))
     cos_sin = encoding.cos_sin(torch.tensor([4001]))  # bfloat16 would round it to 4000
     assert all(t.dtype == torch.float32 for t in cos_sin)
-    half, _ = encoding.apply_rotary_emb(q.bfloat16(), q.bfloat16(), cos_sin)
+    half, _ = apply_rotary_emb(q.bfloat16(), q.bfloat16(), cos_sin)
     assert half.dtype == torch.bfloat16
-    full, _ = encoding.apply_rotary_emb(q, q, cos_sin)
+    full, _ = apply_rotary_emb(q, q, cos_sin)
     torch.testing.assert_close(half.float(), full, rtol=0.02, atol=0.05)  # bfloat16: 8 bits

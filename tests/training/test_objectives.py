@@ -93,9 +93,9 @@ def test_masked_documents_give_the_logits_of_each_document_alone(config):
     x[0, [3, 4, 9]] = eot  # a document that is nothing but its end, too
     x[1, BLOCK - 1] = eot
     assert objective.document_ids(x).tolist() == [[0] * 4 + [1] + [2] * 5 + [3] * 6, [0] * BLOCK]
-    logits = model(x, documents=objective.document_ids(x))[0]
+    logits = model(x, segment_ids=objective.document_ids(x))
     for row, first, last in ((0, 0, 4), (0, 4, 5), (0, 5, 10), (0, 10, BLOCK), (1, 0, BLOCK)):
-        alone = model(x[row:row + 1, first:last])[0]
+        alone = model(x[row:row + 1, first:last])
         torch.testing.assert_close(logits[row:row + 1, first:last], alone, rtol=1e-4, atol=1e-5)
     y = x.roll(-1, 1)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()

@@ -25,7 +25,7 @@ def loss_and_gradients(model, dtype=torch.float32):
     for _ in range(2):
         idx = torch.randint(0, model.config.vocab_size, (3, model.config.block_size), generator=generator)
         with torch.autocast("cpu", dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext():
-            loss = model(idx, idx.flip(0), documents=idx.flip(1) // 20)[1]
+            loss = model(idx, idx.flip(0), segment_ids=idx.flip(1) // 20)
         loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters())]
 
@@ -85,7 +85,7 @@ def count_flops(model):
     counters = []
     for backward in (True, False):
         with FlopCounterMode(display=False) as counter:
-            loss = model(idx, idx)[1]
+            loss = model(idx, idx)
             if backward:
                 loss.backward()
         counters.append(counter)
@@ -126,7 +126,7 @@ def test_names_and_evaluation_do_not_change(mode):
 
     def description():
         return (model.infer_config(), [n for n, _ in model.named_modules()], list(model.state_dict()),
-                model.generate(idx, 9, temperature=0).tolist(), model.eval()(idx)[0].tolist())
+                model.generate(idx, 9, temperature=0).tolist(), model.eval()(idx).tolist())
 
     before = description()
     assert recompute(model, mode) is model
