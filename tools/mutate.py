@@ -61,6 +61,7 @@ TESTS: dict[str, tuple[str, ...]] = {
 }
 MARKERS = "not long and not slow"  # the tests of a mutant, as `make test-quick` selects them
 SLOW_MARKERS = "slow and not long"  # with --slow, the tests of a mutant that survives these
+CRASHED = -1
 MIN_TIMEOUT = 20.0  # seconds; a mutant gets four times as long as the unchanged module, and at least this
 
 COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
@@ -250,8 +251,8 @@ def copy_tree(root: Path, target: Path) -> None:
             shutil.copy2(root / name, target / name)
 
 
-def run_tests(tree: Path, tests: Iterable[str], markers: str, output: Path, connection: Connection) -> None:
-    """In a forked process: run the tests in `tree`; sends (exit code, third-party modules loaded), and does not return.
+def run_tests(tree: Path, flags: Iterable[str], output: Path, connection: Connection) -> None:
+    """In a forked process: run pytest in `tree`; sends (exit code, third-party modules loaded), and does not return.
 
     torch is loaded, so train.py's process is a fork of this one, not of a forkserver that would load it again.
     """
@@ -269,8 +270,8 @@ def run_tests(tree: Path, tests: Iterable[str], markers: str, output: Path, conn
         get_context("fork" if method == "forkserver" else method))
     import pytest
 
-    exit_code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "-m", markers,
-                                 "--hypothesis-seed=0", f"--basetemp={tree}.tests", *dict.fromkeys(tests)]))
+    exit_code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line",
+                                 "--hypothesis-seed=0", f"--basetemp={tree}.tests", *flags]))
     modules = [name for name in sys.modules if name.partition(".")[0] not in own | {"__main__", "conftest"}]
     sys.stdout.flush()
     connection.send((exit_code, modules))  # the parent then kills this process
@@ -279,7 +280,7 @@ def run_tests(tree: Path, tests: Iterable[str], markers: str, output: Path, conn
 
 @dataclasses.dataclass
 class Outcome:
-    """exit_code: pytest's; None: the tests ran into the time limit, or their process was killed."""
+    """exit_code: pytest's; CRASHED: its process ended without one; None: it ran into the time limit."""
 
     exit_code: int | None
     seconds: float
@@ -294,19 +295,23 @@ class Outcome:
         return failed[0] if failed else "time limit" if self.exit_code is None else f"pytest's exit {self.exit_code}"
 
 
-def run_forked(tree: Path, tests: Iterable[str], markers: str, timeout: float) -> Outcome:
+def run_forked(tree: Path, tests: Iterable[str], markers: str, timeout: float, *flags: str) -> Outcome:
     """`run_tests` in a forked process, which is killed, with its children, after `timeout` seconds."""
     output, started = Path(f"{tree}.log"), time.perf_counter()
     output.unlink(missing_ok=True)
     receive, send = multiprocessing.Pipe(duplex=False)
     sys.stdout.flush()
-    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(tree, tests, markers, output, send))
+    process = multiprocessing.get_context("fork").Process(target=run_tests,
+                                                         args=(tree, [*flags, "-m", markers, *tests], output, send))
     process.start()
     send.close()
-    exit_code, modules = None, []
+    exit_code: int | None = None
+    modules: list[str] = []
     if receive.poll(timeout):
-        with contextlib.suppress(EOFError):  # the process was killed
+        try:
             exit_code, modules = receive.recv()
+        except EOFError:
+            exit_code = CRASHED
     assert process.pid is not None
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # those that a test left behind, too
@@ -339,6 +344,15 @@ class Runner:
             print(f"{path}: {outcome.seconds:.0f} s without a mutant ({markers})", flush=True)
         return self.timeouts[path, markers]
 
+    def check_environment(self, path: str, markers: str) -> None:
+        """Raise `UserError` if pytest cannot load the tests of the unchanged module any more.
+
+        Otherwise a mutant that pytest cannot load would be no different from a damaged environment.
+        """
+        outcome = run_forked(self.tree, self.tests[path], markers, 600, "--collect-only")
+        if outcome.exit_code not in (0, 5):
+            raise UserError(f"{path}: its tests cannot be loaded any more, without a mutant: {outcome.first_failure}")
+
     def run(self, mutant: Mutant, slow: bool) -> dict[str, Any]:
         """The record of a mutant for the file of results."""
         path, source = self.tree / mutant.path, (self.root / mutant.path).read_bytes()
@@ -354,6 +368,8 @@ class Runner:
             seconds += outcome.seconds
             killed = outcome.exit_code not in (0, 5)
             if killed:
+                if outcome.exit_code not in (1, None):
+                    self.check_environment(mutant.path, markers)
                 break
         return {**dataclasses.asdict(mutant),
                 "status": "survived" if not killed else "killed" if outcome.exit_code is not None else "timeout",
