@@ -3,6 +3,7 @@
 import importlib
 import pickle
 import re
+from collections import Counter
 
 import pytest
 from conftest import ROOT, run_python
@@ -10,6 +11,8 @@ from conftest import ROOT, run_python
 from tools.torture import ranks
 from tools.torture.__main__ import GROUPS
 from tools.torture.files import MALICIOUS, Bomb, files_read, reset_access_times
+from tools.torture.runs import LaunchResult, rank_environments, read_losses
+from tools.torture.trials import Row, run_trials
 
 
 def run_torture(tmp_path, *argv, timeout=600):
@@ -60,7 +63,7 @@ def test_every_wrapped_function_exists():
     assert {*ranks.PHASES} - {"rename"} == ranks.WRAPPED.keys() - {"save"}
 
 
-def test_a_read_is_noticed(tmp_path):
+def test_a_read_is_detected(tmp_path):
     file = tmp_path / "x"
     file.write_bytes(b"x")
     reset_access_times([file])
@@ -70,6 +73,113 @@ def test_a_read_is_noticed(tmp_path):
         pytest.skip("this file system has no access times")
 
 
-def test_the_bomb_goes_off_when_it_is_unpickled(tmp_path):
+def test_the_malicious_pickle_runs_when_it_is_unpickled(tmp_path):
     pickle.loads(pickle.dumps(Bomb(tmp_path / "marker")))
     assert (tmp_path / "marker").exists() and len(MALICIOUS) >= 15
+
+
+# ---- trials, and what a launch reports
+
+class FakeHarness:
+    seed, scale, jobs = 1, 0.5, 2
+
+    def __init__(self):
+        self.ended = []
+
+    def end_trial(self, trial):
+        self.ended.append(trial)
+
+
+class FakeTrial:
+    broken = ()
+
+
+def run_fake_trials(run_trial, target, **options):
+    harness = FakeHarness()
+    (row,) = run_trials(harness, "kills", "ddp", "kills", target, run_trial, **options)
+    return row, harness
+
+
+def test_trials_are_repeated_until_the_target_is_counted():
+    row, harness = run_fake_trials(lambda rng, i: (FakeTrial(), Counter(kills=2, runs=1)), 20, per_trial=3)
+    assert 10 <= row.counts["kills"] <= 12 and row.counts["runs"] == len(harness.ended)  # 20 × scale
+    row, _ = run_fake_trials(lambda rng, i: (FakeTrial(), Counter(kills=0)), 2)
+    assert row.counts["kills"] == 0  # ends although nothing is ever counted
+
+
+def test_trials_draw_the_same_random_numbers_for_the_same_seed():
+    draws = []
+    for _ in range(2):
+        drawn = {}
+
+        def draw(rng, i, drawn=drawn):
+            drawn[i] = rng.random()
+            return FakeTrial(), Counter(kills=1)
+
+        run_fake_trials(draw, 8)
+        draws.append(drawn)
+    assert draws[0] == draws[1] and len(set(draws[0].values())) == 4
+
+
+def test_a_row_counts_its_broken_promises():
+    row = Row("kills", "ddp", Counter(kills=3), [("lost", "a"), ("lost", "b")], 1.0)
+    assert "3 kills, BROKEN: 2 lost" in str(row) and "0 broken" in str(row._replace(broken=[]))
+
+
+def test_a_launch_reports_where_it_resumed_and_what_it_saved():
+    out = "resumed from runs/step_00000004 at step 4\nstep      6   saved in 0.01 s\nstep      8   saved\n"
+    result = LaunchResult([0], out, "warning: a\nerror: b\n", fired=["commit 9 10"])
+    assert result.resumed_at() == 4 and result.newest_saved() == 10
+    assert result.lines("error: ") == ["error: b"]
+    assert LaunchResult([0], "no checkpoint yet\n", "").resumed_at() == 0
+    assert LaunchResult([-9], "", "").resumed_at() is None and LaunchResult([-9], "", "").newest_saved() == 0
+
+
+def test_losses_are_read_up_to_an_incomplete_line(tmp_path):
+    lines = ['{"kind": "step", "step": 1, "loss": 3.0}', '{"kind": "eval", "step": 1}',
+             '{"kind": "step", "step": 1, "loss": 2.0}', '{"kind": "step", "st']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert read_losses(tmp_path) == {1: 2.0}
+
+
+def test_ranks_get_the_variables_of_torchrun():
+    assert rank_environments(1) == [{}]
+    first, second = rank_environments(2)
+    assert first["MASTER_PORT"] == second["MASTER_PORT"] and (first["RANK"], second["LOCAL_RANK"]) == ("0", "1")
+
+
+# ---- faults in a rank
+
+def new_fault(tmp_path, monkeypatch, **spec):
+    monkeypatch.chdir(tmp_path)
+    return ranks.Fault({"run_dir": str(tmp_path), **spec}, rank=0)
+
+
+def write_file(path):
+    with open(path, "wb", buffering=0) as f:
+        f.write(b"x")
+
+
+def test_a_fault_is_injected_at_the_nth_event_of_its_phase(tmp_path, monkeypatch):
+    fault = new_fault(tmp_path, monkeypatch, action="refuse", phase="write", n=2, failures=1)
+    save = fault.wrap("save", fault.wrap("write", write_file))
+    with pytest.raises(OSError, match="No space left"):
+        save("a")  # its second event is the write
+    assert fault.counts == {"write": 2} and (tmp_path / "fired0").read_text() == "write 0 0\n"
+    save("b")  # no more failures are left
+    assert (tmp_path / "b").read_bytes() == b"x" and (tmp_path / "a").read_bytes() == b""
+
+
+def test_events_outside_a_save_are_not_counted(tmp_path, monkeypatch):
+    fault = new_fault(tmp_path, monkeypatch)
+    fault.wrap("write", write_file)("a")
+    assert fault.counts == {} and not fault.fired
+
+
+def test_the_disk_is_filled_to_the_last_byte(tmp_path):
+    script = ("import resource, sys; from tools.torture.ranks import fill_disk; "
+              "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (100_001, 100_001)); fill_disk(sys.argv[1])")
+    done = run_python("-c", script, tmp_path / "ballast")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ballast").stat().st_size == 100_001
