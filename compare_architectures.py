@@ -64,8 +64,10 @@ SAME_TOKENS: dict[str, Callable[[Run], Any]] = {  # runs that are equal in all o
 class Comparison(TypedDict):
     """What `compare` returns.
 
-    runs: in the order of the table, with rank and delta. differences: {key: {run name: value}} of the keys in which
-    the runs differ. warnings, notes: one line each.
+    Attributes:
+        runs: in the order of the table, with rank and delta.
+        differences: {key: {run name: value}} of the keys in which the runs differ.
+        warnings, notes: one line each.
     """
 
     runs: list[Run]
@@ -85,7 +87,11 @@ def human_count(n: float) -> str:
 class Column(NamedTuple):
     """A column of the table.
 
-    key: in JSON, CSV and for --sort. header: in the tables; --sort accepts it too. format: value → text in the tables.
+    Attributes:
+        key: in JSON, CSV and for --sort.
+        header: in the tables; --sort accepts it too.
+        format: value → text in the tables.
+        more_is_better: whether --sort puts the largest value first.
     """
 
     key: str
@@ -299,8 +305,7 @@ def group_by(runs: Iterable[Run], key: Callable[[Run], Hashable]) -> list[list[R
 
 
 def compared_values(run: Run) -> dict[str, Any]:
-    """{key: value} of everything that is reported if runs differ in it: the model as built, some training keys, the
-    hardware."""
+    """{key: value} of what is reported if runs differ in it: the model as built, some training keys, the hardware."""
     config, hardware = run["config"], run["hardware"]
     return {**run["model"], **{key: config.get(key) for key in TRAINING_KEYS},
             "dtype": hardware.get("dtype", config.get("dtype")), "hardware": hardware.get("name"),

@@ -124,7 +124,12 @@ class RunLog:
     """
 
     def __init__(self, run_dir: Path, header: dict[str, Any], config: Config, quiet: bool = False) -> None:
-        """header: see `run_header`. quiet: write nothing, as ranks other than zero."""
+        """Write nothing yet.
+
+        Args:
+            header: see `run_header`.
+            quiet: never write anything, as on ranks other than zero.
+        """
         self.dir, self.config, self.quiet = Path(run_dir), config, quiet
         self.header, self.record = header, dict[str, Any]()
         self.live, self.line_open = is_terminal(), False
@@ -283,7 +288,7 @@ class RunLog:
                              "best_val_bpb": best.get("val_bpb")}
 
     def spike(self, step: int, loss: float, z_score: float, skipped: bool) -> None:
-        """A loss `z_score` standard deviations above its running mean; skipped: its update was left out."""
+        """A loss `z_score` standard deviations above its running mean, and whether its update was skipped."""
         if self.quiet:
             return
         self._append("spike", {"step": step, "loss": loss, "excess": z_score, "skipped": skipped})
@@ -298,7 +303,11 @@ class RunLog:
             self._append("gradients", {"step": step, "layers": layers})
 
     def saved(self, step: int, seconds: float | None) -> None:
-        """A good checkpoint; seconds: how long training waited for it, None for a background save."""
+        """A checkpoint was written.
+
+        Args:
+            seconds: how long training waited for it; None for a background save.
+        """
         if self.quiet:
             return
         self._append("save", {"step": step, "seconds": seconds})

@@ -337,7 +337,12 @@ def table_notes(config: Any, account: MemoryAccount) -> list[str]:
 
 def verdict_lines(account: MemoryAccount, config: Any, target: Target, rows: list[TableRow],
                   row: TableRow) -> list[str]:
-    """Whether the run fits, and how to change it if not. row: that of the run."""
+    """Whether the run fits, and how to change it if not.
+
+    Args:
+        rows: of the printed table.
+        row: the one of the run.
+    """
     text = (f"{mode_name(row)}, batch_size={config.batch_size} needs {human_bytes(row.need.total)} of "
             f"{human_bytes(target.budget)}")
     if row.fits:

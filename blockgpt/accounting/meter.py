@@ -33,7 +33,11 @@ class StepMeter:
         return time.perf_counter() - self.started
 
     def end(self, profiled: bool) -> None:
-        """The step ended. profiled: the profiler slowed it down; it counts only if no other step does."""
+        """The step ended.
+
+        Args:
+            profiled: the profiler slowed the step down. It then counts only if no other step does.
+        """
         self.last = self.elapsed()
         if not profiled:
             self.seconds, self.steps = self.seconds + self.last, self.steps + 1
@@ -41,7 +45,8 @@ class StepMeter:
     def report(self, warn: Callable[[str], None]) -> dict[str, float | None]:
         """{step_time (s), tokens_per_sec, tflops, mfu} over the steps since the last report.
 
-        warn: called with a line if an MFU above 1 shows that the peak is wrong; there is no MFU from then on.
+        Args:
+            warn: called with one line if an MFU above 1 shows that the peak is wrong. There is no MFU from then on.
         """
         step_time = self.seconds / self.steps if self.steps else self.last
         self.seconds, self.steps = 0.0, 0

@@ -45,7 +45,7 @@ SINGLE = ParallelMode("single")
 
 
 def parallel_modes(config: Any) -> list[ParallelMode]:
-    """The modes that the processes of a run can train in, the simplest first. config: the run's configuration."""
+    """The modes that the processes of the run `config` can train in, the simplest first."""
     processes, dp_size, tp_size = config.processes, config.data_processes, config.tensor_parallel
     fsdp = ParallelMode("FSDP", dp_size, fsdp=True, shards=max(1, dp_size // config.dp_replicate),
                         reshard_after_forward=config.fsdp_reshard_after_forward, cpu_offload=config.fsdp_cpu_offload)

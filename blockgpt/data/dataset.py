@@ -278,7 +278,9 @@ def dtype_for(vocab_size: int) -> str:
 def open_shard(path: Path, entry: dict[str, Any], dtype: np.dtype, vocab_size: int, verify: bool) -> np.ndarray:
     """Memory-map a shard and check it against its entry in meta.json: 1-d read-only array.
 
-    verify: check the digest and the token ids too, which reads the whole file.
+    Args:
+        entry: {"sha256", "size"} of the file in meta.json.
+        verify: check the digest and the token ids too, which reads the whole file.
     """
     try:
         size = path.stat().st_size

@@ -45,9 +45,12 @@ class Progress:
 
 @dataclass
 class Resumption:
-    """Where a resumed run continues. path: the checkpoint, None if the run ended before its first save.
+    """Where a resumed run continues.
 
-    changed: {key: [before, now]} of the config, the data and the number of processes.
+    Attributes:
+        path: the checkpoint; None if the run ended before its first save.
+        changed: {key: [before, now]} of the config, the data and the number of processes.
+        forced: the keys of `changed` that only resume_force allows.
     """
 
     path: Path | None

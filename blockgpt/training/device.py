@@ -55,7 +55,15 @@ def choose_gpu(name: str, index: int | None, local_rank: int) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matrix products; name: the key `dtype`. Raises `ConfigError` if `device` does not support it."""
+    """The dtype of the matrix products.
+
+    Args:
+        name: the key `dtype`: auto, float32, bfloat16 or float16.
+        device: that of this process.
+
+    Raises:
+        ConfigError: `device` does not support it.
+    """
     has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" and has_bfloat16 else "float32"

@@ -92,7 +92,12 @@ class Runtime:
         return [row.tolist() for row in rows]
 
     def all_gather_object(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """The value of rank 0, of rank 1, …; group: a gloo process group of all ranks, by default the run's own."""
+        """The value of rank 0, of rank 1, ….
+
+        Args:
+            value: can be pickled.
+            group: a gloo process group of all ranks; default: that of the run.
+        """
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size

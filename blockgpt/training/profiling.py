@@ -54,7 +54,12 @@ class StepProfiler:
     """
 
     def __init__(self, config: Any, runtime: Runtime, log: ProfilerLog) -> None:
-        """config: its key `profile` selects the steps of the trace. log: its directory gets the trace."""
+        """Record nothing yet.
+
+        Args:
+            config: its key `profile` selects the steps of the trace.
+            log: the trace is written to its directory.
+        """
         self.runtime, self.log = runtime, log
         self.traced_steps: Sequence[int] = config.profiled_steps()
         self.trace: Any = None  # torch.profiler.profile while a trace runs
@@ -100,10 +105,12 @@ class StepProfiler:
     def communication(self) -> list[dict[str, float] | None] | None:
         """The cost of communication, {share, exposed} of each rank, in the last measured step.
 
-        share: the fraction of the step's time with a collective under way. exposed: the fraction with a collective
-        under way and no computation, that is, not hidden by computation. None for a rank that failed to measure.
+        Collective if a step was measured since the last call, so all ranks call it after the same steps.
 
-        Collective if a step was measured since the last call, so all ranks call it after the same steps; None if not.
+        Returns:
+            share: the fraction of the step's time with a collective under way. exposed: the fraction with a collective
+            under way and no computation, that is, not hidden by computation. None for a rank that failed to measure;
+            None in place of the list if no step was measured.
         """
         if not self.is_measured:
             return None

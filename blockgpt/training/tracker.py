@@ -66,7 +66,11 @@ class WandbTracker:
         self._print_warnings()
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Wait for the tracker to end, at most its timeout; record: the final content of run.json."""
+        """Wait for the tracker to end, at most its timeout.
+
+        Args:
+            record: the final content of run.json.
+        """
         self.final_record = record
         with contextlib.suppress(queue.Full):
             self.records.put_nowait(None)  # wakes a thread that waits; a busy one looks at `final_record`
