@@ -177,7 +177,7 @@ def test_float16_gradients_are_unscaled_before_clipping_and_an_overflow_skips_th
 
 
 def test_a_skipped_spike_updates_nothing(tmp_path, data_dir):
-    flags = ["--arch_preset=llama", "--spike_threshold=0.01", "--learning_rate=1e-4", "--min_lr=1e-4"]
+    flags = ["--arch_preset=llama", "--spike_threshold=0.01", "--learning_rate=2e-6", "--min_lr=2e-6"]
     run_dir = run_directly(tmp_path, data_dir, *flags, "--skip_spikes", horizon=3)
     skipped = sorted(step for step, record in records(run_dir, "spike").items() if record["skipped"])
     assert 1 <= len(skipped) <= STEPS - 6 and min(skipped) > 3
