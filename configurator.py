@@ -355,7 +355,7 @@ def world_size() -> int:
 
 
 def load_config(argv: Sequence[str], restarted: str | None = None) -> Config:
-    """The `Config` that the command line asks for. `--help` prints every key and exits with code 0.
+    """The `Config` that the command line describes. `--help` prints every key and exits with code 0.
 
     Args:
         argv: the command line without the program's name.

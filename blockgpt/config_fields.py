@@ -17,7 +17,7 @@ import textwrap
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ BOUNDS: tuple[tuple[str, Callable[[Any, Any], bool], str], ...] = (
 
 
 def key(default: Any, help: str, *, group: str, minimum: float | None = None, above: float | None = None,
-        maximum: float | None = None, below: float | None = None, choices: Iterable[str] | None = None,
+        maximum: float | None = None, below: float | None = None, choices: Collection[str] | None = None,
         label: str | None = None, example: Any = None) -> Any:
     """A dataclass field that is a configuration key.
 
@@ -46,12 +46,12 @@ def key(default: Any, help: str, *, group: str, minimum: float | None = None, ab
         group: its heading in `--help`.
         minimum, maximum: inclusive bounds.
         above, below: exclusive bounds.
-        choices: the legal values.
+        choices: the legal values. Those of a table include the entries that it gets later.
         label: what an unusual value adds to the architecture's name, as "FF{}".
         example: a legal value other than the default, for tests and tables. Booleans and choices need none.
     """
     metadata = dict(help=help, group=group, minimum=minimum, above=above, maximum=maximum, below=below,
-                    choices=tuple(choices) if choices else None, label=label, example=example)
+                    choices=choices, label=label, example=example)
     return field(default=default, metadata=metadata)
 
 
@@ -180,7 +180,7 @@ def read_config_file(path: str, root: Path) -> dict[str, Any]:
         code = compile(Path(found).read_bytes(), found, "exec")
         sys.path.insert(0, str(root))  # for `from config.arch_llama import *`
         exec(code, namespace)
-    except (Exception, SystemExit) as error:  # whatever the file does, it is the file's mistake
+    except (Exception, SystemExit) as error:  # any error is the file's
         frames = traceback.extract_tb(error.__traceback__)
         line = next((f"line {frame.lineno}: " for frame in reversed(frames) if frame.filename == found), "")
         raise UserError(f"{path}: {line}{type(error).__name__}: {error}") from None

@@ -107,7 +107,8 @@ def prepare(out_dir: str | Path, tokenizer: Tokenizer, partitions: Sequence[Part
         done = sum(map(is_done, paths))
         if done:
             print(f"continuing: {done} of {len(paths)} partitions are finished", flush=True)
-        encode_partitions(todo, tokenizer, recipe, min(workers or n_cores(), len(todo)), Progress(len(paths), done))
+        progress = ProgressDisplay(len(paths), done)
+        encode_partitions(todo, tokenizer, recipe, min(workers or n_cores(), len(todo)), progress)
         skipped, first_refusal = sum_partition_stats(paths)
         extras = {"recipe": {**asdict(recipe), "filters": {k: str(v) for k, v in recipe.filters.items()}}, **extras}
         try:
@@ -231,7 +232,7 @@ def encode_and_finish(path: Path, partition: Partition, tokenizer: Tokenizer, re
 
 
 def encode_partitions(todo: Mapping[Path, Partition], tokenizer: Tokenizer, recipe: Recipe, workers: int,
-                      progress: "Progress") -> None:
+                      progress: "ProgressDisplay") -> None:
     """Encode partitions; the first failure ends it, after the partitions that are in progress."""
     try:
         if workers > 1:
@@ -250,7 +251,7 @@ def encode_partitions(todo: Mapping[Path, Partition], tokenizer: Tokenizer, reci
 
 
 def encode_in_pool(todo: Mapping[Path, Partition], tokenizer: Tokenizer, recipe: Recipe, workers: int,
-                   progress: "Progress") -> None:
+                   progress: "ProgressDisplay") -> None:
     pool = concurrent.futures.ProcessPoolExecutor(workers, SPAWN, init_worker,
                                                   (tokenizer.to_meta(), recipe, progress.counters))
     with pool:
@@ -266,7 +267,7 @@ def encode_in_pool(todo: Mapping[Path, Partition], tokenizer: Tokenizer, recipe:
             raise
 
 
-class Progress:
+class ProgressDisplay:
     """A tqdm bar over partitions if stderr is a terminal, else a line on stdout every LOG_SECONDS. Silent at first.
 
     Attributes:

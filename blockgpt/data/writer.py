@@ -56,7 +56,7 @@ class Recipe:
         """Assign a document to a split; by_position divides it into two.
 
         Args:
-            split: the split that the source asks for, or None.
+            split: the split that the source assigns, or None.
 
         Returns:
             [(split, text, digest)], one or two entries.

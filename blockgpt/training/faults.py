@@ -38,7 +38,7 @@ class StepStatus(NamedTuple):
     loss: float
     grad_norms: list[float]  # equal on all ranks unless memory or a link is faulty
     nonfinite_micro_steps: list[int]  # the first one whose loss is not finite; 0 if only the gradient is not; else -1
-    stop_reason: str | None  # the signal that asks for the end of the run
+    stop_reason: str | None  # the signal that requests the end of the run
     save_finished: bool  # whether an asynchronous save has ended on all ranks
     step_times: list[float]
     memory_peaks: list[float]  # bytes, where measured
@@ -63,9 +63,9 @@ class Peer(NamedTuple):
 class Watchdog:
     """Watches this process and its peers. A context manager for the whole run; `training` is one for its steps.
 
-    Within `training`, SIGINT (Ctrl-C), SIGTERM and SIGUSR1 ask for a stop: all ranks stop after the same step. A second
+    Within `training`, SIGINT (Ctrl-C), SIGTERM and SIGUSR1 request a stop: all ranks stop after the same step. A second
     signal ends the process at once, unless it arrives within a second: a scheduler signals torchrun and its workers,
-    and torchrun forwards the signal. The exit of torchrun asks for a stop too.
+    and torchrun forwards the signal. The exit of torchrun requests a stop too.
 
     A process of several ends with exit code 6 if it makes no progress for `rank_timeout` seconds (`save_timeout` in a
     save, FIRST_CALL_TIMEOUT in a phase that it enters for the first time) or if its communication breaks. It prints
@@ -153,7 +153,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def training(self) -> Iterator["Watchdog"]:
-        """For the steps of a run: signals ask for a stop, and a lost rank is named while the log is still open."""
+        """For the steps of a run: signals request a stop, and a lost rank is named while the log is still open."""
         self.previous_handlers = {s: signal.signal(s, self._handle_signal) for s in self.SIGNALS}
         # A main thread that waits in a collective runs no Python handler; a byte in this pipe wakes the other thread.
         self.previous_wakeup_fd = signal.set_wakeup_fd(self.write_fd, warn_on_full_buffer=False)

@@ -272,7 +272,7 @@ def write_trace(profiler: Any, path: Path) -> None:
 
 @contextlib.contextmanager
 def memory_history(config: Any, runtime: Runtime, log: ProfilerLog) -> Iterator[None]:
-    """Record the history of CUDA's allocator, if the key `memory_snapshot` asks for it.
+    """Record the history of CUDA's allocator, if the key `memory_snapshot` is set.
 
     However the block ends, also out of memory, the history is written to the run directory: memory_snapshot.pickle, by
     other ranks memory_snapshot-00001.pickle. It is a pickle because the viewer (pytorch.org/memory_viz) reads nothing

@@ -23,7 +23,7 @@ from blockgpt.data import prepare as prepare_module
 from blockgpt.data import sources as sources_module
 from blockgpt.data import writer
 from blockgpt.data.dataset import open_dataset
-from blockgpt.data.prepare import Progress, write_dataset
+from blockgpt.data.prepare import ProgressDisplay, write_dataset
 from blockgpt.data.sources import file_partitions
 from blockgpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, from_meta, load_tokenizer
 from blockgpt.errors import DataError
@@ -434,7 +434,7 @@ def test_short_work_prints_no_progress(tmp_path, capfd):
 def test_progress_in_a_file_is_a_line_every_30_seconds(capsys, monkeypatch):
     clock = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: clock)
-    progress = Progress(10, 2)
+    progress = ProgressDisplay(10, 2)
     progress.advance(500, 800_000)
     clock = 129.0
     progress.update(1)
@@ -456,7 +456,7 @@ def test_progress_on_a_terminal_is_a_bar_that_is_removed_at_the_end(capsys, monk
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(prepare_module, "TERMINAL_SECONDS", 0)
-    progress = Progress(10, 2)
+    progress = ProgressDisplay(10, 2)
     progress.advance(500, 800)
     progress.update(1)
     progress.close()

@@ -7,6 +7,7 @@ from conftest import ROOT
 
 from blockgpt.errors import UserError
 from configurator import RENAMED_KEYS, load_config
+from model_config import ModelConfig
 
 
 def refusal(*argv):
@@ -120,4 +121,5 @@ def test_a_recorded_run_with_keys_of_an_earlier_version_is_read_as_it_is(monkeyp
     assert config.resuming and config.changed == {} and set(RENAMED_KEYS) <= set(old)
     for name, new_name in RENAMED_KEYS.items():
         assert new_name == "resume" or config.flat()[new_name] == old[name]
-    assert config.model.flat().items() <= old.items()
+    model, default = config.model.flat(), ModelConfig().flat()
+    assert model == {**default, **{name: value for name, value in old.items() if name in model}}
