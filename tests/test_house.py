@@ -33,8 +33,11 @@ RETIRED_NAMES = {
     "Sight", "Watch", "Machine", "told_in_one_line", "on_main", "is_main", "exchange", "slopes", "reach", "settle",
     "placed", "boxes", "scramble", "spare", "tallied", "publish", "trust", "facts", "gathered", "middle", "folded",
     "moments", "piece", "pieces", "part", "parts", "kind", "kinds", "room", "rooms", "told", "stands", "mend", "share",
-    "shares", "begun", "home", "all_know", "agree", "beat",
+    "shares", "begun", "home", "all_know", "agree", "beat", "number", "numbers", "machine", "leave", "fill", "locked",
+    "served", "written", "built", "made", "kept", "said", "shown", "mine", "there", "together", "alike", "begun_before",
+    "reckon", "view",
 }
+PER_COMMAND = {"main", "parse_args"}  # every command has these
 
 
 def read_sources(root: Path) -> Sources:
@@ -240,6 +243,22 @@ def definitions(tree: ast.Module) -> Iterator[tuple[str, int]]:
             yield node.name, node.lineno
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             yield from ((alias.asname, node.lineno) for alias in node.names if alias.asname)
+
+
+def shared_names(sources: Sources) -> dict[str, set[str]]:
+    """{name: modules} of the functions and classes that several modules define."""
+    modules: dict[str, set[str]] = {}
+    for path, text in sources.items():
+        for node in parse(text).body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name not in PER_COMMAND:
+                modules.setdefault(node.name, set()).add(module_name(path))
+    return {name: found for name, found in modules.items() if len(found) > 1}
+
+
+def test_a_function_or_class_is_defined_in_one_module(tree):
+    assert shared_names(tree) == {}
+    planted = {**tree, "sample.py": f"{tree['sample.py']}\ndef write_json(): pass\ndef main(): pass\n"}
+    assert shared_names(planted) == {"write_json": {"sample", "blockgpt.files"}}
 
 
 def test_no_definition_has_a_retired_name(tree):

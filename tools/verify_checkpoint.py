@@ -15,7 +15,7 @@ from blockgpt.console import ArgumentParser
 from blockgpt.errors import CheckpointError, UserError, exit_on_user_error
 
 
-def report(path: Path, check: Callable[[], object]) -> bool:
+def check_and_print(path: Path, check: Callable[[], object]) -> bool:
     """Check `path`, a directory or a file, and print the outcome; whether it is good."""
     started = time.perf_counter()
     try:
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
             checks.append((path / "model.safetensors", partial(checkpoint.verify_export, path)))
     if not checks:
         raise CheckpointError(f"{path}: has no checkpoint")
-    if not all([report(target, check) for target, check in checks]):  # a list, so that all are checked
+    if not all([check_and_print(target, check) for target, check in checks]):  # a list, so that all are checked
         sys.exit(CheckpointError.exit_code)
 
 
