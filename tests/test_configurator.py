@@ -60,7 +60,7 @@ def test_files_compose_left_to_right(config_file):
 @pytest.mark.parametrize("order", [["own.py", "config/arch_llama.py"], ["config/arch_llama.py", "own.py"],
                                    ["--normalization=layernorm", "--arch_preset=llama"],
                                    ["--arch_preset=llama", "--normalization=layernorm"]])
-def test_an_explicit_component_beats_the_preset_in_any_order(config_file, order):
+def test_an_explicit_component_overrides_the_preset_in_any_order(config_file, order):
     config_file("own.py", "normalization = 'layernorm'")
     assert load_config(order).model.arch_name().endswith("-RoPE-LN-SwiGLU-PreNorm")
 
@@ -196,7 +196,7 @@ def test_a_mistake_names_the_place_where_it_was_made(config_file):
     assert refusal(path, "--n_embd=12", "--arch_preset=llama").startswith("--n_embd: position_encoding: rope ")
 
 
-def test_a_wrong_value_is_refused_even_where_another_would_beat_it(config_file):
+def test_a_wrong_value_is_refused_even_if_another_overrides_it(config_file):
     assert refusal(config_file("mine.py", "n_layer = '2'"), "--n_layer=2").startswith("mine.py: n_layer: ")
 
 
@@ -300,7 +300,7 @@ def valid_values(key):
     """A strategy for values that are legal for the key alone; in a combination they may be refused."""
     limits, types = KEYS[key].metadata, TYPES[key]
     if limits["choices"]:
-        values = st.sampled_from(limits["choices"])
+        values = st.sampled_from(tuple(limits["choices"]))
     elif bool in types:
         values = st.booleans()
     elif key == "device":
