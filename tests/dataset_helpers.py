@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from blockgpt.data.dataset import Dataset
+from blockgpt.data.loader import Batch
 from blockgpt.errors import DataError, UserError
 from blockgpt.training.launch import Runtime
 
@@ -60,9 +61,20 @@ def set_meta(directory: Path, *path: str, value: Any) -> None:
     (directory / "meta.json").write_text(json.dumps(meta))
 
 
-def equal(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> bool:
-    """Whether two batches are the same tensors."""
-    return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+def equal(a: Batch, b: Batch) -> bool:
+    """Whether two batches have the same tensors."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def concatenate(batches: Iterable[Batch]) -> Batch:
+    """One batch of the rows of all."""
+    batches = list(batches)
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inputs and targets of a batch."""
+    return batch["tokens"], batch["targets"]
 
 
 def refusal(action: Callable, *args: Any, error: type[UserError] = DataError, **kwargs: Any) -> str:

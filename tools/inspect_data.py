@@ -80,8 +80,8 @@ def print_sequences(dataset: Dataset, tokenizer: Tokenizer, block_size: int, n: 
     """Print the inputs of n sequences of the train split, evenly spaced, token by token."""
     reader, eot = SequenceReader(dataset, "train", block_size), dataset.meta["eot"]
     for index in np.linspace(0, reader.count - 1, min(n, reader.count)).astype(np.int64):
-        x, _ = reader.read(np.array([index]))
-        texts = ("⏹" if token == eot else tokenizer.decode([token]) for token in x[0].tolist())
+        tokens = reader.read(np.array([index]))["tokens"][0].tolist()
+        texts = ("⏹" if token == eot else tokenizer.decode([token]) for token in tokens)
         print(f"\nsequence {index:,} of {reader.count:,}:\n" + "|".join(texts))
 
 

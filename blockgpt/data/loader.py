@@ -3,7 +3,8 @@
 A sequence is block_size + 1 consecutive tokens: all but the last are the inputs, all but the first the targets.
 `TrainBatches` reads each sequence of the train split once per epoch, in the order of a keyed permutation that is
 computed on the fly. `val_batches` reads a fixed set of sequences of the val split. Both read memory-mapped shards.
-To form sequences in another way: a subclass of `GlobalBatches`, as in packing.py and mixture.py.
+A batch is a dict of tensors; its keys are listed at `Batch`. To form sequences in another way: a subclass of
+`GlobalBatches`, as in packing.py and mixture.py. A new tensor of a batch needs a key and no other change.
 """
 
 import abc
@@ -19,7 +20,12 @@ import torch
 from blockgpt.data.dataset import Dataset, check_token_ids
 from blockgpt.errors import DataError
 
-Batch = tuple[torch.Tensor, torch.Tensor]  # inputs x and targets y, int64, (B, block_size) each
+# The tensors of a batch by name, each with B rows. `tokens` and `targets`, int64 (B, block_size): inputs, and what
+# follows each of them; IGNORE_INDEX is no target. `segment_ids`, int64 (B, block_size): the index within its sequence
+# of each token's document, where documents are to be kept apart. `loss_weights`, float32 (B, block_size): for an
+# objective whose targets do not all weigh the same.
+Batch = dict[str, torch.Tensor]
+IGNORE_INDEX = -1  # the target that the loss ignores
 
 
 class SequenceReader:
@@ -30,12 +36,15 @@ class SequenceReader:
 
     Args:
         offset_margin: tokens that each shard reserves for the offset, if it can reserve them and still has a sequence.
+        split_documents: give batches `segment_ids`, derived from the end-of-text tokens.
 
     Raises:
-        DataError: no shard of the split is long enough for a sequence.
+        DataError: no shard of the split is long enough for a sequence, or `split_documents` without an end-of-text
+            token.
     """
 
-    def __init__(self, dataset: Dataset, split: str, block_size: int, offset_margin: int = 0) -> None:
+    def __init__(self, dataset: Dataset, split: str, block_size: int, offset_margin: int = 0,
+                 split_documents: bool = False) -> None:
         all_shards = dataset.shards[split]
         shards = [tokens for tokens in all_shards if len(tokens) > block_size]
         if not shards:
@@ -45,6 +54,10 @@ class SequenceReader:
                             f"{dataset.tokens(split)} tokens ({smaller}more data)")
         self.dataset, self.split = dataset, split
         self.block_size = block_size
+        self.eot = dataset.meta["eot"] if split_documents else None
+        if split_documents and self.eot is None:
+            raise DataError(f"dataset {dataset.name!r} has no end-of-text token, so its documents have no boundaries "
+                            "(--mask_documents=False)")
         # For each shard, row i is the block_size + 1 tokens from token i on, without a copy.
         self.shard_rows = [np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1) for tokens in shards]
         shard_ends = np.cumsum([len(tokens) for tokens in all_shards])
@@ -70,7 +83,7 @@ class SequenceReader:
             offset: one for all sequences, or one for each ((B,) int64), modulo the offsets that the shard allows.
 
         Returns:
-            Inputs and targets, int64 (B, block_size) each.
+            `tokens`, `targets`, and with split_documents `segment_ids`.
         """
         shard, first = self.locate(indices, offset)
         if len(self.shard_rows) == 1:
@@ -80,7 +93,17 @@ class SequenceReader:
             for s in np.unique(shard):
                 ids[shard == s] = self.shard_rows[s][first[shard == s]]
         check_token_ids(ids, self.dataset.vocab_size, f"{self.dataset.directory}: {self.split}", self.dataset.hint)
-        return torch.from_numpy(ids[:, :-1].astype(np.int64)), torch.from_numpy(ids[:, 1:].astype(np.int64))
+        batch = {"tokens": torch.from_numpy(ids[:, :-1].astype(np.int64)),
+                 "targets": torch.from_numpy(ids[:, 1:].astype(np.int64))}
+        if self.eot is not None:
+            batch["segment_ids"] = segments_by_eot(batch["tokens"], self.eot)
+        return batch
+
+
+def segments_by_eot(tokens: torch.Tensor, eot: int) -> torch.Tensor:
+    """The index within its row of each token's document; tokens (B, T) -> int64 (B, T). An eot ends its document."""
+    ends = tokens == eot
+    return ends.cumsum(dim=1) - ends.long()
 
 
 class GlobalBatches(abc.ABC):
@@ -98,7 +121,7 @@ class GlobalBatches(abc.ABC):
 
     @abc.abstractmethod
     def read(self, sequence_ids: np.ndarray) -> Batch:
-        """The sequences with these ids ((B,) int64): inputs and targets, int64 (B, block_size) each."""
+        """The sequences with these ids ((B,) int64): a `Batch` with at least `tokens` and `targets`."""
 
     @abc.abstractmethod
     def n_targets(self, sequence_ids: np.ndarray) -> int:
@@ -109,7 +132,7 @@ class GlobalBatches(abc.ABC):
         """Where each sequence begins: [(dataset, token of its train split)]."""
 
     def micro_batch(self, step: int, micro_step: int = 0, rank: int = 0, world_size: int = 1) -> Batch:
-        """Micro-batch `micro_step` of data-parallel rank `rank` in a step: int64 (batch_size, block_size) each.
+        """Micro-batch `micro_step` of data-parallel rank `rank` in a step: batch_size sequences.
 
         The micro-batches of a step go to the ranks in turn, so that all together they are the same global batch.
         """
@@ -135,15 +158,18 @@ class TrainBatches(GlobalBatches):
     the sequences of the split. From the second epoch on they are shifted by an offset, also keyed, so that a token is
     not always predicted from the same context.
 
+    Args:
+        split_documents: see `SequenceReader`.
+
     Raises:
         DataError: no sequence of block_size + 1 tokens fits into the train split.
     """
 
     def __init__(self, dataset: Dataset, seed: int, block_size: int, batch_size: int,
-                 gradient_accumulation_steps: int = 1) -> None:
+                 gradient_accumulation_steps: int = 1, split_documents: bool = False) -> None:
         super().__init__(batch_size, gradient_accumulation_steps)
         # The margin keeps the number of sequences the same in each epoch, whatever the offset.
-        self.reader = SequenceReader(dataset, "train", block_size, offset_margin=block_size - 1)
+        self.reader = SequenceReader(dataset, "train", block_size, block_size - 1, split_documents)
         self.n_sequences = self.reader.count
         self.seed_key = splitmix64(np.array([seed], np.uint64))
 
@@ -166,7 +192,8 @@ class TrainBatches(GlobalBatches):
         return len(sequence_ids) * self.reader.block_size
 
 
-def val_sequences(dataset: Dataset, block_size: int, eval_tokens: int = 0) -> tuple[SequenceReader, np.ndarray]:
+def val_sequences(dataset: Dataset, block_size: int, eval_tokens: int = 0, split_documents: bool = False
+                  ) -> tuple[SequenceReader, np.ndarray]:
     """The sequences that an evaluation reads: (`SequenceReader` of the val split, their indices, int64).
 
     They are evenly spaced over the split and depend on nothing but the arguments. All sequences together are the whole
@@ -174,32 +201,33 @@ def val_sequences(dataset: Dataset, block_size: int, eval_tokens: int = 0) -> tu
 
     Args:
         eval_tokens: rounded down to whole sequences, at least one. 0, or more than the split has: all sequences.
+        split_documents: see `SequenceReader`.
 
     Raises:
         DataError: no sequence fits into the val split.
     """
-    reader = SequenceReader(dataset, "val", block_size)
+    reader = SequenceReader(dataset, "val", block_size, split_documents=split_documents)
     n = max(1, eval_tokens // block_size) if eval_tokens else reader.count
     n = min(n, reader.count)
     return reader, (2 * np.arange(n) + 1) * reader.count // (2 * n)  # the centre of each of n equal intervals
 
 
 def val_batches(dataset: Dataset, block_size: int, eval_tokens: int, batch_size: int, rank: int = 0,
-                world_size: int = 1) -> Iterator[Batch]:
-    """The batches of `val_sequences` that one process evaluates: int64 (at most batch_size, block_size) each.
+                world_size: int = 1, split_documents: bool = False) -> Iterator[Batch]:
+    """The batches of `val_sequences` that one process evaluates, of at most batch_size sequences each.
 
     Each sequence is read by exactly one process; the numbers of sequences of two processes differ by one at most. All
     processes get the same number of batches, since a sharded model computes on all of them at once. If a process has no
-    sequence left for its last batch, that batch is one sequence whose targets are all -1, which the loss ignores.
+    sequence left for its last batch, that batch is one sequence whose targets are all IGNORE_INDEX.
     """
-    reader, indices = val_sequences(dataset, block_size, eval_tokens)
+    reader, indices = val_sequences(dataset, block_size, eval_tokens, split_documents)
     own = indices[rank::world_size]
 
     def batch(first: int) -> Batch:
         if first < len(own):
             return reader.read(own[first:first + batch_size])
-        x, y = reader.read(indices[:1])
-        return x, torch.full_like(y, -1)
+        padding = reader.read(indices[:1])
+        return padding | {"targets": torch.full_like(padding["targets"], IGNORE_INDEX)}
 
     return map(batch, range(0, -(-len(indices) // world_size), batch_size))
 
@@ -237,17 +265,14 @@ class Prefetch:
 
 def pin_memory(batch: Batch) -> Batch:
     """The batch in page-locked memory, from which a GPU copies asynchronously."""
-    x, y = batch
-    return x.pin_memory(), y.pin_memory()
+    return {name: tensor.pin_memory() for name, tensor in batch.items()}
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """The batch on `device`; to a GPU through pinned memory, without waiting for the copy."""
     if torch.device(device).type == "cuda":
-        x, y = pin_memory(batch)
-        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-    x, y = batch
-    return x.to(device), y.to(device)
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in pin_memory(batch).items()}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:

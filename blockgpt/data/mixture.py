@@ -148,8 +148,7 @@ class MixedBatches(GlobalBatches):
         rows = [np.flatnonzero(source == i) for i in range(len(self.sources))]
         batches = [self.sources[i].read(source_ids[r]) for i, r in enumerate(rows) if len(r)]
         order = torch.from_numpy(np.argsort(np.concatenate(rows)))  # puts the rows of all sources back in place
-        x, y = (torch.cat(tensors)[order] for tensors in zip(*batches, strict=True))
-        return x, y
+        return {name: torch.cat([batch[name] for batch in batches])[order] for name in batches[0]}
 
     def offsets(self, sequence_ids: np.ndarray) -> list[tuple[str, int]]:
         source, source_ids = self.mixture.assign(sequence_ids)

@@ -2,7 +2,8 @@
 
 A sequence holds one or more documents, end to end. A document is cut only if it is longer than a sequence: into chunks
 of that length, and its last chunk is packed like a document. The free tokens at the end of a sequence are padding,
-which is never a target. The packing is computed once, at startup, by a scan of the split (20 bytes per document).
+which is never a target. Each batch says which document a token belongs to (`segment_ids`). The packing is computed
+once, at startup, by a scan of the split (20 bytes per document).
 """
 
 from collections.abc import Sequence
@@ -11,10 +12,9 @@ import numpy as np
 import torch
 
 from blockgpt.data.dataset import Dataset, check_token_ids, madvise
-from blockgpt.data.loader import Batch, GlobalBatches, feistel_permute, splitmix64
+from blockgpt.data.loader import IGNORE_INDEX, Batch, GlobalBatches, feistel_permute, splitmix64
 from blockgpt.errors import DataError
 
-IGNORE_INDEX = -1  # the target index that the loss ignores
 SCAN_TOKENS = 2**24  # scanned at a time
 
 
@@ -27,6 +27,8 @@ class PackedBatches(GlobalBatches):
         chunk_starts, chunk_lengths: of each chunk, in tokens of the split, ordered by sequence and then by position.
         chunk_bounds: (n_sequences + 1,) the chunks of sequence i are chunk_bounds[i] … chunk_bounds[i + 1] - 1.
         used: (n_sequences,) tokens of each sequence that are not padding.
+        targets: (n_sequences,) targets of each sequence. A token that follows a document without an end-of-text token,
+            and so cannot be predicted, is not one of them.
 
     Raises:
         DataError: the dataset has no end-of-text token, or no document of two tokens.
@@ -53,6 +55,13 @@ class PackedBatches(GlobalBatches):
         self.chunk_starts, self.chunk_lengths = starts[order], lengths[order].astype(np.int32)
         self.chunk_bounds = np.searchsorted(bins[order], np.arange(self.n_sequences + 1))
         self.used = np.bincount(bins, lengths, self.n_sequences).astype(np.int32)
+        last_of_sequence = np.zeros(len(bins), bool)
+        last_of_sequence[self.chunk_bounds[1:] - 1] = True
+        no_eot = [end for end, tokens in zip(self.shard_ends, self.shards, strict=True)
+                  if len(tokens) and tokens[-1] != self.eot]
+        glued = np.isin(self.chunk_starts + self.chunk_lengths, no_eot) & ~last_of_sequence
+        self.targets = self.used - 1 - np.bincount(bins[order], glued, self.n_sequences).astype(np.int32)
+        self.glued = frozenset(np.flatnonzero(glued).tolist())  # at most one chunk of a file
         self.seed_key = splitmix64(np.array([seed], np.uint64))
 
     def _indices(self, sequence_ids: np.ndarray) -> np.ndarray:
@@ -61,27 +70,36 @@ class PackedBatches(GlobalBatches):
         return feistel_permute(position, self.n_sequences, splitmix64(self.seed_key + epoch.astype(np.uint64)))
 
     def read(self, sequence_ids: np.ndarray) -> Batch:
-        """As `GlobalBatches.read`. The padding is eot in the inputs and IGNORE_INDEX in the targets."""
+        """As `GlobalBatches.read`, with `segment_ids`.
+
+        The padding is eot in the inputs, IGNORE_INDEX in the targets, and a segment of its own.
+        """
         indices = self._indices(sequence_ids)
         ids = np.full((len(sequence_ids), self.block_size + 1), self.eot, np.int64)
-        for row, index in zip(ids, indices, strict=True):
-            end = 0
-            for chunk in range(self.chunk_bounds[index], self.chunk_bounds[index + 1]):
+        segment_ids = np.empty((len(sequence_ids), self.block_size), np.int64)
+        is_target = np.arange(self.block_size) < self.used[indices, None] - 1
+        for row, index in enumerate(indices):
+            end, first_chunk = 0, self.chunk_bounds[index]
+            for chunk in range(first_chunk, self.chunk_bounds[index + 1]):
                 first, n = self.chunk_starts[chunk], self.chunk_lengths[chunk]
                 shard = int(np.searchsorted(self.shard_ends, first, side="right"))
                 first -= self.shard_ends[shard] - len(self.shards[shard])
-                row[end:end + n] = self.shards[shard][first:first + n]
+                ids[row, end:end + n] = self.shards[shard][first:first + n]
+                segment_ids[row, end:] = chunk - first_chunk
                 end += n
+                if chunk in self.glued:
+                    is_target[row, end - 1] = False
+            segment_ids[row, end:] = self.chunk_bounds[index + 1] - first_chunk
         check_token_ids(ids, self.dataset.vocab_size, f"{self.dataset.directory}: train", self.dataset.hint)
-        targets = ids[:, 1:].copy()
-        targets[np.arange(self.block_size) >= self.used[indices, None] - 1] = IGNORE_INDEX
-        return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets)
+        return {"tokens": torch.from_numpy(ids[:, :-1].copy()),
+                "targets": torch.from_numpy(np.where(is_target, ids[:, 1:], IGNORE_INDEX)),
+                "segment_ids": torch.from_numpy(segment_ids)}
 
     def offsets(self, sequence_ids: np.ndarray) -> list[tuple[str, int]]:
         return [(self.dataset.name, int(self.chunk_starts[self.chunk_bounds[i]])) for i in self._indices(sequence_ids)]
 
     def n_targets(self, sequence_ids: np.ndarray) -> int:
-        return int(self.used[self._indices(sequence_ids)].sum() - len(sequence_ids))
+        return int(self.targets[self._indices(sequence_ids)].sum())
 
 
 def document_chunks(shards: Sequence[np.ndarray], eot: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 To add an objective, write a class with the public methods and attributes of `LanguageModeling`.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -13,6 +14,8 @@ import torch
 
 from blockgpt.data.dataset import Dataset, ensure_prepared, open_dataset
 from blockgpt.data.loader import (
+    IGNORE_INDEX,
+    Batch,
     GlobalBatches,
     Prefetch,
     TrainBatches,
@@ -22,12 +25,10 @@ from blockgpt.data.loader import (
     val_sequences,
 )
 from blockgpt.data.mixture import MixedBatches, Mixture, check_epochs, describe_phases, source_seed
-from blockgpt.data.packing import IGNORE_INDEX, PackedBatches
+from blockgpt.data.packing import PackedBatches
 from blockgpt.data.tokenizer import describe_tokenizer
 from blockgpt.errors import ConfigError, DataError
 from blockgpt.training.launch import Runtime
-
-Batch = tuple[torch.Tensor, ...]
 
 
 class LanguageModeling:
@@ -57,10 +58,12 @@ class LanguageModeling:
         self.mixture = Mixture(self.phases, self.sequences_per_step)
         self.datasets = self._open_datasets()
         first = next(iter(self.datasets.values()))
-        self.vocab_size, self.tokenizer, self.eot = first.vocab_size, first.meta["tokenizer"], first.meta["eot"]
+        self.vocab_size, self.tokenizer = first.vocab_size, first.meta["tokenizer"]
         self._check_model()
 
-        batches_of = PackedBatches if config.packing == "documents" else TrainBatches
+        # Packing knows where documents end; in the running text only end-of-text tokens tell.
+        batches_of = (PackedBatches if config.packing == "documents" else
+                      functools.partial(TrainBatches, split_documents=config.model.mask_documents))
         sizes = (config.batch_size, config.gradient_accumulation_steps)
         self.batches: GlobalBatches
         self.sources: dict[str, TrainBatches | PackedBatches]
@@ -139,7 +142,7 @@ class LanguageModeling:
     # ------------------------------------------------------------ training
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
-        """This process's micro-batches of step `step`: (x, y), each (batch_size, block_size) int64 on the device."""
+        """This process's micro-batches of step `step`, on the device."""
         self.step_targets = self.batches.step_targets(step)
         for micro_step in range(self.micro_steps):
             self.runtime.heartbeat()
@@ -158,16 +161,9 @@ class LanguageModeling:
 
         The terms of all micro-batches and processes add up to the mean over the step's targets.
         """
-        x, y = batch
+        y = batch["targets"]
         targets = y.numel() if self.config.packing == "stream" else (y != IGNORE_INDEX).sum()
-        return model(x, y, self.document_ids(x)) * (targets / self.step_targets)
-
-    def document_ids(self, x: torch.Tensor) -> torch.Tensor | None:
-        """(B, T) int64, the index within its sequence of each token's document; None without mask_documents."""
-        if not self.config.model.mask_documents:
-            return None
-        ends = x == self.eot
-        return ends.cumsum(dim=1) - ends.long()  # the end-of-text token belongs to the document that it ends
+        return model(batch["tokens"], y, batch.get("segment_ids")) * (targets / self.step_targets)
 
     def locate(self, step: int, micro_step: int, dp_rank: int) -> str:
         """Where the sequences of a micro-batch of data-parallel rank `dp_rank` are in the dataset, in words."""
@@ -207,12 +203,13 @@ class LanguageModeling:
     def _loss_on(self, model: torch.nn.Module, dataset: Dataset) -> float:
         total, count = 0.0, 0.0
         for batch in val_batches(dataset, self.config.model.block_size, self.config.eval_tokens,
-                                 self.config.batch_size, self.runtime.dp_rank, self.runtime.dp_size):
+                                 self.config.batch_size, self.runtime.dp_rank, self.runtime.dp_size,
+                                 self.config.model.mask_documents):
             self.runtime.heartbeat()
-            targets = int((batch[1] != IGNORE_INDEX).sum())
-            x, y = to_device(batch, self.runtime.device)
+            targets = int((batch["targets"] != IGNORE_INDEX).sum())
+            batch = to_device(batch, self.runtime.device)
             with self.runtime.autocast():
-                loss = model(x, y, self.document_ids(x)).item()
+                loss = model(batch["tokens"], batch["targets"], batch.get("segment_ids")).item()
             if targets:  # a batch of padding has no mean
                 total, count = total + loss * targets, count + targets
         total, count = self.runtime.all_reduce_sum(total, count)

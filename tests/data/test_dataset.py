@@ -22,7 +22,7 @@ def test_shards_are_opened_in_the_order_of_their_names(tmp_path):
     assert [s.tolist() for s in d.shards["train"]] == [list(range(40)), list(range(40, 60))]
     assert d.tokens("train") == 60 and d.bytes_per_token("train") == 5 and d.vocab_size == 100
     assert not d.shards["val"][0].flags.writeable
-    x, _ = TrainBatches(d, 0, 4, 9 + 4).micro_batch(0)
+    x = TrainBatches(d, 0, 4, 9 + 4).micro_batch(0)["tokens"]
     assert sorted(x[:, 0].tolist()) == [*range(0, 36, 4), *range(40, 56, 4)]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dataset_helpers import counting_dataset, equal, refusal, set_meta, write_shards
+from dataset_helpers import concatenate, counting_dataset, equal, pair, refusal, set_meta, write_shards
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +17,7 @@ from blockgpt.data import loader
 from blockgpt.data.dataset import open_dataset
 from blockgpt.data.loader import (
     Prefetch,
+    SequenceReader,
     TrainBatches,
     feistel_permute,
     splitmix64,
@@ -63,8 +64,8 @@ def test_the_permutation_shuffles():
 def test_the_order_is_the_same_in_every_release():
     """Otherwise a run resumed with newer code would read some sequences twice and some never."""
     b = TrainBatches(counting_dataset([1000]), seed=1337, block_size=10, batch_size=8)
-    assert b.read(np.arange(8))[0][:, 0].tolist() == [310, 110, 810, 670, 590, 910, 400, 710]
-    assert b.read(np.arange(99, 107))[0][:, 0].tolist() == [844, 674, 114, 44, 24, 524, 374, 154]  # epoch 1
+    assert b.read(np.arange(8))["tokens"][:, 0].tolist() == [310, 110, 810, 670, 590, 910, 400, 710]
+    assert b.read(np.arange(99, 107))["tokens"][:, 0].tolist() == [844, 674, 114, 44, 24, 524, 374, 154]  # epoch 1
 
 
 @given(SHARD_LENGTHS, BLOCK_SIZES, SEEDS, st.integers(0, 2**40))
@@ -73,7 +74,7 @@ def test_each_epoch_reads_every_sequence_once(lengths, block_size, seed, epoch):
     b = TrainBatches(counting_dataset(lengths), seed, block_size, batch_size=4)
     usable = [n for n in lengths if n > block_size]
     assert b.n_sequences == sum(max(1, (n - block_size) // block_size) for n in usable)
-    x, y = b.read(epoch * b.n_sequences + np.arange(b.n_sequences))
+    x, y = pair(b.read(epoch * b.n_sequences + np.arange(b.n_sequences)))
     assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (b.n_sequences, block_size)
     assert x.is_contiguous() and y.is_contiguous()
     assert torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(block_size))  # consecutive tokens
@@ -96,7 +97,7 @@ def test_each_epoch_reads_every_sequence_once(lengths, block_size, seed, epoch):
 
 def test_later_epochs_have_another_offset_and_another_order():
     b = TrainBatches(counting_dataset([1000]), seed=3, block_size=16, batch_size=1)
-    epochs = [b.read(e * b.n_sequences + np.arange(b.n_sequences))[0][:, 0] for e in range(40)]
+    epochs = [b.read(e * b.n_sequences + np.arange(b.n_sequences))["tokens"][:, 0] for e in range(40)]
     offsets = [int(e.min()) for e in epochs]
     assert offsets[0] == 0 and len(set(offsets)) > 10
     orders = {tuple(((e - o) // 16).tolist()) for e, o in zip(epochs, offsets, strict=True)}
@@ -110,7 +111,7 @@ def test_a_sequence_depends_on_the_seed_and_its_id_alone(seed, other_seed, first
     batch = TrainBatches(counting_dataset(lengths), seed, 8, 4).read(ids)
     again = TrainBatches(counting_dataset(lengths), seed, 8, 1, 16)
     for i in range(n - 1, -1, -1):  # one at a time, from another object, in another order
-        assert torch.equal(again.read(ids[i:i + 1])[0][0], batch[0][i])
+        assert torch.equal(again.read(ids[i:i + 1])["tokens"][0], batch["tokens"][i])
     if seed != other_seed:
         assert not equal(TrainBatches(counting_dataset(lengths), other_seed, 8, 4).read(ids), batch)
 
@@ -119,7 +120,7 @@ def test_a_sequence_depends_on_the_seed_and_its_id_alone(seed, other_seed, first
 def test_the_offset_of_a_sequence_is_its_first_token(seed, first_id):
     b = TrainBatches(counting_dataset([700, 5, 90]), seed, 6, 4)
     ids = first_id + np.arange(8)
-    assert b.offsets(ids) == [("x", token) for token in b.read(ids)[0][:, 0].tolist()]
+    assert b.offsets(ids) == [("x", token) for token in b.read(ids)["tokens"][:, 0].tolist()]
 
 
 @given(st.data(), st.sampled_from([1, 2, 3, 8]), st.integers(1, 4), st.integers(1, 3),
@@ -132,18 +133,18 @@ def test_any_number_of_processes_reads_the_same_global_batch(data, world_size, b
     sharded = TrainBatches(d, 5, 6, batch_size, accumulation)
     micro_batches = [sharded.micro_batch(step, m, rank, world_size)
                      for m in range(per_rank) for rank in range(world_size)]
-    assert equal(map(torch.cat, zip(*micro_batches, strict=True)), whole)
+    assert equal(concatenate(micro_batches), whole)
     divisor = data.draw(st.sampled_from([i for i in range(1, sequences + 1) if sequences % i == 0]))
     other = TrainBatches(d, 5, 6, divisor, sequences // divisor)
     micro_batches = [other.micro_batch(step, m) for m in range(sequences // divisor)]
-    assert equal(map(torch.cat, zip(*micro_batches, strict=True)), whole)
+    assert equal(concatenate(micro_batches), whole)
     assert sharded.step_targets(step) == sequences * 6
 
 
 def test_consecutive_steps_read_consecutive_sequences():
     b = TrainBatches(counting_dataset([500]), 0, 10, batch_size=3, gradient_accumulation_steps=2)
-    x = torch.cat([b.micro_batch(s, m)[0] for s in range(8) for m in range(2)])
-    assert torch.equal(x, b.read(np.arange(48))[0]) and len(set(x[:, 0].tolist())) == 48 < b.n_sequences + 1
+    x = torch.cat([b.micro_batch(s, m)["tokens"] for s in range(8) for m in range(2)])
+    assert torch.equal(x, b.read(np.arange(48))["tokens"]) and len(set(x[:, 0].tolist())) == 48 < b.n_sequences + 1
 
 
 def test_two_terabytes_are_opened_and_read_in_a_few_megabytes(tmp_path):
@@ -159,8 +160,7 @@ def test_two_terabytes_are_opened_and_read_in_a_few_megabytes(tmp_path):
     tracemalloc.start()
     b = TrainBatches(open_dataset("x", tmp_path), 7, 1024, 8)
     for step in (0, 1, 10**9):
-        x, _ = b.micro_batch(step)
-        assert x.shape == (8, 1024)
+        assert b.micro_batch(step)["tokens"].shape == (8, 1024)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert b.n_sequences == (size // 2 - 1024) // 1024 and peak < 2 * 2**20
@@ -176,7 +176,8 @@ def test_a_split_too_short_for_the_block_names_a_size_that_fits():
     assert "val" in refusal(val_sequences, counting_dataset([99], [10]), 10)
     assert "val" in refusal(val_batches, counting_dataset([99], [10]), 10, 0, 1)  # at once, not at the first batch
     assert "--block_size" not in refusal(val_sequences, counting_dataset([99], [1]), 10)
-    assert TrainBatches(counting_dataset([41]), 0, 40, 1).micro_batch(7)[1][0, -1] == 40  # one sequence is enough
+    one_sequence = TrainBatches(counting_dataset([41]), 0, 40, 1)
+    assert one_sequence.micro_batch(7)["targets"][0, -1] == 40
 
 
 @settings(max_examples=20)
@@ -184,8 +185,30 @@ def test_a_split_too_short_for_the_block_names_a_size_that_fits():
 def test_wide_token_ids_survive_the_file(tmp_path_factory, ids):
     root = tmp_path_factory.mktemp("wide")
     write_shards(root / "x", {"train.bin": ids, "val.bin": ids}, "uint32", vocab_size=2**32)
-    x, y = next(val_batches(open_dataset("x", root), len(ids) - 1, 0, 1))
+    x, y = pair(next(val_batches(open_dataset("x", root), len(ids) - 1, 0, 1)))
     assert x[0].tolist() == ids[:-1] and y[0].tolist() == ids[1:]
+
+
+# Documents
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_segment_ids_are_derived_from_end_of_text_tokens_on_request(split):
+    """An end-of-text token belongs to the document that it ends; a document may be nothing but its end."""
+    d, eot = counting_dataset([1], [1]), 9
+    d.meta["eot"] = eot
+    d.shards[split] = [np.array([1, 2, eot, eot, 5, 6, 7, 8, eot], "<u4")]
+    for requested in (True, False):
+        if split == "train":
+            batch = TrainBatches(d, 0, 8, 1, split_documents=requested).micro_batch(0)
+        else:
+            batch = next(val_batches(d, 8, 0, 1, split_documents=requested))
+        assert batch["tokens"].tolist() == [[1, 2, eot, eot, 5, 6, 7, 8]]
+        assert ("segment_ids" in batch) is requested
+        if requested:
+            assert batch["segment_ids"].tolist() == [[0, 0, 0, 1, 2, 2, 2, 2]]
+    d.meta["eot"] = None
+    assert "no end-of-text token" in refusal(SequenceReader, d, split, 8, split_documents=True)
 
 
 # Prefetching
@@ -226,8 +249,8 @@ def test_to_device_does_not_change_the_batch():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_are_copied_to_a_gpu_from_pinned_memory():
     batch = loader.pin_memory(TrainBatches(counting_dataset([99]), 0, 8, 2).micro_batch(0))
-    assert all(t.is_pinned() for t in batch)
-    assert equal([t.cpu() for t in to_device(batch, "cuda")], batch)
+    assert all(t.is_pinned() for t in batch.values())
+    assert equal(to_device(to_device(batch, "cuda"), "cpu"), batch)
 
 
 # Validation
@@ -245,9 +268,10 @@ def test_val_sequences_are_fixed_disjoint_and_evenly_spaced(lengths, block_size,
     gaps = np.diff([-1 - indices[0], *indices, 2 * total - 1 - indices[-1]])  # mirrored at both ends
     assert gaps.max() - gaps.min() <= 2
 
-    x, y = (torch.cat(t) for t in zip(*val_batches(d, block_size, eval_tokens, 1), strict=True))
+    x, y = pair(concatenate(val_batches(d, block_size, eval_tokens, 1)))
     assert x.dtype == torch.int64 and x.shape == (expected, block_size) and torch.equal(y, x + 1)
-    ranks = [list(val_batches(d, block_size, eval_tokens, batch_size, r, world_size)) for r in range(world_size)]
+    ranks = [list(map(pair, val_batches(d, block_size, eval_tokens, batch_size, r, world_size)))
+             for r in range(world_size)]
     assert all(1 <= len(b[0]) <= batch_size for rank in ranks for b in rank)
     assert len({len(rank) for rank in ranks}) == 1  # a sharded model computes on all processes at once
     assert all((y == -1).all() or (y >= 0).all() for rank in ranks for _, y in rank)
@@ -260,7 +284,7 @@ def test_val_sequences_are_fixed_disjoint_and_evenly_spaced(lengths, block_size,
 
 def test_the_whole_val_split_is_read_once():
     d = counting_dataset([99], [101, 5, 57])
-    y = torch.cat([b[1] for b in val_batches(d, 10, 0, 4)])
+    y = concatenate(val_batches(d, 10, 0, 4))["targets"]
     targets = sorted(y.flatten().tolist())
     assert targets == [*range(1, 101), *range(107, 157)]  # without each shard's first token and its remainder
     (more_than_all,), (all_sequences,) = val_batches(d, 10, 10**9, 100), val_batches(d, 10, 0, 100)

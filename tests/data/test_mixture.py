@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, environment, records
-from dataset_helpers import counting_dataset, equal, single_process
+from dataset_helpers import concatenate, counting_dataset, equal, pair, single_process
 from forked import run_train
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,7 +135,7 @@ def test_any_number_of_processes_and_micro_batches_reads_the_same_global_batch(w
     whole = mixed_batches(weights, lengths, 48).micro_batch(step)
     sharded = mixed_batches(weights, lengths, 48 // world_size // 2, 2 * world_size)
     micro_batches = [sharded.micro_batch(step, m, rank, world_size) for m in range(2) for rank in range(world_size)]
-    assert equal(map(torch.cat, zip(*micro_batches, strict=True)), whole)
+    assert equal(concatenate(micro_batches), whole)
     assert sharded.step_targets(step) == 48 * 8
 
 
@@ -143,7 +143,7 @@ def test_each_source_keeps_its_own_epochs():
     b = mixed_batches({"a": 0.5, "b": 0.5}, {"a": 200, "b": 1000})
     n = 2 * max(source.n_sequences for source in b.sources)
     source, _ = b.mixture.assign(np.arange(n))
-    x, y = b.read(np.arange(n))
+    x, y = pair(b.read(np.arange(n)))
     assert torch.equal(y, x + 1)
     assert [token for _, token in b.offsets(np.arange(n))] == x[:, 0].tolist()
     for i, batches in enumerate(b.sources):
@@ -154,7 +154,7 @@ def test_each_source_keeps_its_own_epochs():
 def test_sources_of_the_same_size_are_read_in_different_orders():
     b = mixed_batches({"a": 0.5, "b": 0.5}, {"a": 900, "b": 900})
     source, _ = b.mixture.assign(np.arange(100))
-    x = b.read(np.arange(100))[0]
+    x = b.read(np.arange(100))["tokens"]
     assert x[torch.from_numpy(source == 0), 0].tolist() != x[torch.from_numpy(source == 1), 0].tolist()
 
 

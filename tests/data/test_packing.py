@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from dataset_helpers import counting_dataset, equal, exact_losses, refusal, single_process
+from dataset_helpers import concatenate, counting_dataset, equal, exact_losses, pair, refusal, single_process
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -35,7 +35,7 @@ def unpadded_sequences(batches, epoch=0):
     """The sequences of an epoch without padding, as tuples of tokens."""
     n = batches.n_sequences
     ids = epoch * n + np.arange(n)
-    x, y = batches.read(ids)
+    x, y = pair(batches.read(ids))
     assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (n, batches.block_size)
     used = (y != IGNORE_INDEX).sum(1)
     assert int(used.sum()) == batches.n_targets(ids) and used.min() >= 1
@@ -100,16 +100,39 @@ def test_any_number_of_processes_reads_the_same_global_batch(world_size):
     whole = PackedBatches(d, 3, 16, 24).micro_batch(10**9)
     sharded = PackedBatches(d, 3, 16, 24 // world_size, world_size)
     micro_batches = [sharded.micro_batch(10**9, 0, rank, world_size) for rank in range(world_size)]
-    assert equal(map(torch.cat, zip(*micro_batches, strict=True)), whole)
-    assert sharded.step_targets(10**9) == int((whole[1] != IGNORE_INDEX).sum())
+    assert equal(concatenate(micro_batches), whole)
+    assert sharded.step_targets(10**9) == int((whole["targets"] != IGNORE_INDEX).sum())
 
 
 def test_the_offset_of_a_sequence_is_where_its_first_document_begins():
     d = corpus([3, 9, 30, 2], [5, 5, 17])
     b, tokens = PackedBatches(d, 3, 16, 2), np.concatenate(d.shards["train"])
     ids = np.arange(2 * b.n_sequences)
-    x = b.read(ids)[0]
+    x = b.read(ids)["tokens"]
     assert [tokens[first:first + 2].tolist() for _, first in b.offsets(ids)] == x[:, :2].tolist()
+
+
+def test_each_document_of_a_sequence_is_a_segment_and_so_is_its_padding():
+    d = corpus([3, 4, 2])
+    batch = PackedBatches(d, 0, 11, 1).micro_batch(0)
+    assert batch["tokens"].tolist() == [[1, 2, EOT, 3, 4, 5, EOT, 6, EOT, EOT, EOT]]
+    assert batch["segment_ids"].tolist() == [[0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3]]
+    assert batch["segment_ids"].dtype == torch.int64
+
+
+def test_a_last_document_without_its_end_of_text_is_not_glued_to_the_next():
+    """The packing knows where it ends, the tokens do not: it is a segment, and does not predict the next document."""
+    d = corpus([3, 4], [2])
+    d.shards["train"][0] = d.shards["train"][0][:-1]
+    b = PackedBatches(d, 0, 8, 1)
+    batch = b.micro_batch(0)
+    assert batch["tokens"].tolist() == [[1, 2, EOT, 3, 4, 5, 6, EOT]]
+    assert batch["segment_ids"].tolist() == [[0, 0, 0, 1, 1, 1, 2, 2]]
+    ignored = IGNORE_INDEX
+    assert batch["targets"].tolist() == [[2, EOT, 3, 4, 5, ignored, EOT, ignored]]
+    assert b.step_targets(0) == 6
+    d.shards["train"] = d.shards["train"][:1]  # nothing follows it: every token but the first is a target
+    assert PackedBatches(d, 0, 5, 1).micro_batch(0)["targets"].tolist() == [[2, EOT, 3, 4, 5]]
 
 
 def test_the_order_changes_with_the_epoch_and_the_seed():
@@ -158,11 +181,12 @@ def test_the_loss_is_the_mean_over_the_targets(data_dir):
             f"--gradient_accumulation_steps={accumulation}"]), single_process())
     whole = objective(6, 1)
     model = build_model(whole.config.model)
-    step, x, y = next((step, x, y) for step in range(99) for x, y in whole.micro_batches(step)
-                      if (y == IGNORE_INDEX).any())
+    step, batch = next((step, batch) for step in range(99) for batch in whole.micro_batches(step)
+                       if (batch["targets"] == IGNORE_INDEX).any())
+    x, y = pair(batch)
     mean = exact_losses(model, x, y.clamp(min=0))[y != IGNORE_INDEX].mean().item()
     list(whole.micro_batches(step))
-    assert whole.loss(model, (x, y)).item() == pytest.approx(mean, rel=1e-5)
+    assert whole.loss(model, batch).item() == pytest.approx(mean, rel=1e-5)
     split = objective(2, 3)
     assert sum(split.loss(model, b).item() for b in split.micro_batches(step)) == pytest.approx(mean, rel=1e-5)
     assert whole.fingerprint != whole.datasets["text"].fingerprint  # another order of the same tokens is another run

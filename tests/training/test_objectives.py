@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from dataset_helpers import exact_losses
+from dataset_helpers import concatenate, exact_losses, pair
 
+from blockgpt.data.loader import segments_by_eot
 from blockgpt.errors import DataError
 from blockgpt.training.launch import Runtime
 from blockgpt.training.objectives import LanguageModeling
@@ -49,8 +50,7 @@ def test_the_micro_losses_of_a_step_sum_to_the_mean_over_its_tokens(config):
     one = LanguageModeling(c, runtime())
     batches = list(one.micro_batches(5))
     assert len(batches) == one.micro_steps == 4 and one.tokens_per_step == 4 * 3 * BLOCK
-    x, y = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
-    mean = exact_losses(model, x, y).mean().item()
+    mean = exact_losses(model, *pair(concatenate(batches))).mean().item()
     assert sum(one.loss(model, b).item() for b in batches) == pytest.approx(mean, rel=1e-6)
     micro_losses = []
     for rank in range(2):  # two processes split the same step
@@ -88,20 +88,38 @@ def test_an_evaluation_does_not_depend_on_batches_or_processes(config):
 def test_masked_documents_give_the_logits_of_each_document_alone(config):
     c = config(mask_documents=True, position_encoding="none", n_layer=2, init_std=0.3)
     model, objective = build_model(c.model).eval(), LanguageModeling(c, runtime())
-    eot = objective.eot
+    eot = objective.datasets["text"].meta["eot"]
     x = torch.randint(0, 256, (2, BLOCK), generator=torch.Generator().manual_seed(0))
     x[0, [3, 4, 9]] = eot  # a document that is nothing but its end, too
     x[1, BLOCK - 1] = eot
-    assert objective.document_ids(x).tolist() == [[0] * 4 + [1] + [2] * 5 + [3] * 6, [0] * BLOCK]
-    logits = model(x, segment_ids=objective.document_ids(x))
+    segment_ids = segments_by_eot(x, eot)
+    assert segment_ids.tolist() == [[0] * 4 + [1] + [2] * 5 + [3] * 6, [0] * BLOCK]
+    logits = model(x, segment_ids=segment_ids)
     for row, first, last in ((0, 0, 4), (0, 4, 5), (0, 5, 10), (0, 10, BLOCK), (1, 0, BLOCK)):
         alone = model(x[row:row + 1, first:last])
         torch.testing.assert_close(logits[row:row + 1, first:last], alone, rtol=1e-4, atol=1e-5)
     y = x.roll(-1, 1)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
     objective.step_targets = y.numel()
-    assert objective.loss(model, (x, y)).item() * y.numel() == pytest.approx(expected, rel=1e-6)
-    assert LanguageModeling(config(), runtime()).document_ids(x) is None
+    batch = {"tokens": x, "targets": y, "segment_ids": segment_ids}
+    assert objective.loss(model, batch).item() * y.numel() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_the_boundaries_of_documents_travel_with_the_batches(config, packing, monkeypatch):
+    """Training and validation batches have them with mask_documents, and the model gets those of the batch."""
+    c = config(mask_documents=True, packing=packing, eval_tokens=64, block_size=1500)
+    model, objective = build_model(c.model), LanguageModeling(c, runtime())
+    for batch in objective.micro_batches(0):
+        assert batch["segment_ids"].shape == batch["tokens"].shape
+    seen = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda x, y, s: seen.append((x, s)) or forward(x, y, s))
+    objective.loss(model, batch)
+    objective.evaluate(model)
+    assert seen[0][1] is batch["segment_ids"]
+    eot = objective.datasets["text"].meta["eot"]
+    assert all(torch.equal(s, segments_by_eot(x, eot)) for x, s in seen[1:]) and len(seen) > 1
 
 
 @pytest.mark.parametrize("training", [True, False])
