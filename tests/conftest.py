@@ -16,6 +16,8 @@ from forked import run_train
 from blockgpt.data.prepare import write_dataset
 from blockgpt.data.sources import SHAKESPEARE
 from blockgpt.data.tokenizer import ByteTokenizer, load_tokenizer
+from blockgpt.errors import UserError
+from configurator import load_config
 from tools.train_tokenizer import main as train_tokenizer
 
 settings.register_profile("untimed", deadline=None)  # how long an example takes depends on the machine
@@ -80,6 +82,13 @@ def run_python(*command, cwd=None, timeout=240, env=None):
     """Run `python *command` with the project importable; the finished process, its output as text."""
     return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=environment(**(env or {})),
                           timeout=timeout, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def config_error(*argv):
+    """The message of the `UserError` for these arguments of train.py."""
+    with pytest.raises(UserError) as raised:
+        load_config(argv)
+    return str(raised.value)
 
 
 def records(run_dir, kind="step"):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, config_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,13 +21,6 @@ from model_config import ModelConfig
 
 def value(key, *argv):
     return load_config(argv).flat()[key]
-
-
-def refusal(*argv):
-    """The message of the `UserError` that `argv` raises."""
-    with pytest.raises(UserError) as raised:
-        load_config(argv)
-    return str(raised.value)
 
 
 @pytest.fixture
@@ -111,7 +104,7 @@ def test_phases_come_from_dataset_or_dataset_schedule():
 
 def test_no_code_in_a_mixture_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "is not a Python dict" in refusal("--dataset={'a': __import__('os').mkdir('pwned')}")
+    assert "is not a Python dict" in config_error("--dataset={'a': __import__('os').mkdir('pwned')}")
     assert not list(tmp_path.iterdir())
 
 
@@ -186,24 +179,25 @@ def test_an_example_means_the_same_in_a_flag_in_a_file_and_in_run_json(config_fi
 
 def test_a_mistake_names_the_place_where_it_was_made(config_file):
     path = config_file("mine.py", "n_embd = 100\nn_head = 4\nmin_lr = 1e-4")
-    assert refusal(path, "--n_head=3").startswith("--n_head: 3 does not divide n_embd=100")
-    assert refusal("--n_head=3", path, "--n_embd=8").startswith("--n_head: 3 does not divide n_embd=8")
-    assert refusal("--n_embd=30", path, "--n_head=4").startswith("--n_head: 4 does not divide n_embd=30")
-    assert refusal(path, "--learning_rate=1e-5").startswith("mine.py: min_lr: 0.0001 is above learning_rate=1e-05")
-    assert refusal(path, "--n_embd=7", "--head_dim=3", "--position_encoding=rope").startswith("--position_encoding: ")
-    assert refusal(path, "--head_dim=3", "--arch_preset=llama").startswith("--head_dim: position_encoding: rope ")
-    assert refusal("--head_dim=None", path, "--n_embd=7").startswith("mine.py: n_head: 4 does not divide n_embd=7")
-    assert refusal(path, "--n_embd=12", "--arch_preset=llama").startswith("--n_embd: position_encoding: rope ")
+    assert config_error(path, "--n_head=3").startswith("--n_head: 3 does not divide n_embd=100")
+    assert config_error("--n_head=3", path, "--n_embd=8").startswith("--n_head: 3 does not divide n_embd=8")
+    assert config_error("--n_embd=30", path, "--n_head=4").startswith("--n_head: 4 does not divide n_embd=30")
+    assert config_error(path, "--learning_rate=1e-5").startswith("mine.py: min_lr: 0.0001 is above learning_rate=1e-05")
+    message = config_error(path, "--n_embd=7", "--head_dim=3", "--position_encoding=rope")
+    assert message.startswith("--position_encoding: ")
+    assert config_error(path, "--head_dim=3", "--arch_preset=llama").startswith("--head_dim: position_encoding: rope ")
+    assert config_error("--head_dim=None", path, "--n_embd=7").startswith("mine.py: n_head: 4 does not divide n_embd=7")
+    assert config_error(path, "--n_embd=12", "--arch_preset=llama").startswith("--n_embd: position_encoding: rope ")
 
 
 def test_a_wrong_value_is_refused_even_if_another_overrides_it(config_file):
-    assert refusal(config_file("mine.py", "n_layer = '2'"), "--n_layer=2").startswith("mine.py: n_layer: ")
+    assert config_error(config_file("mine.py", "n_layer = '2'"), "--n_layer=2").startswith("mine.py: n_layer: ")
 
 
 def test_the_processes_divide_the_micro_batches(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert value("gradient_accumulation_steps", "--gradient_accumulation_steps=8") == 8
-    assert "a multiple of 4" in refusal("--gradient_accumulation_steps=6")
+    assert "a multiple of 4" in config_error("--gradient_accumulation_steps=6")
 
 
 def test_an_explicit_vocabulary_must_hold_the_data():
@@ -219,8 +213,8 @@ def test_an_explicit_vocabulary_must_hold_the_data():
     ("5:2", "has no step"), ("9:12", "ends with step 11, beyond max_iters=10"),
 ])
 def test_profile_names_steps_of_the_run(text, message):
-    assert refusal(f"--profile={text}", "--max_iters=10").startswith("--profile: ")
-    assert message in refusal(f"--profile={text}", "--max_iters=10")
+    assert config_error(f"--profile={text}", "--max_iters=10").startswith("--profile: ")
+    assert message in config_error(f"--profile={text}", "--max_iters=10")
 
 
 def test_profiled_steps_count_like_the_log_and_end_before_stop():
@@ -240,8 +234,8 @@ def test_profiled_steps_count_like_the_log_and_end_before_stop():
 ])
 def test_a_renamed_key_is_answered_with_its_new_name(config_file, name, flag_message, file_message):
     for argv in ([f"--{name}=resume"], [f"--{name}", "3"], [f"--{name}"]):
-        assert refusal(*argv) == f"--{name}: {flag_message}"
-    assert refusal(config_file("mine.py", f"{name} = 3")) == f"mine.py: {name}: {file_message}"
+        assert config_error(*argv) == f"--{name}: {flag_message}"
+    assert config_error(config_file("mine.py", f"{name} = 3")) == f"mine.py: {name}: {file_message}"
 
 
 def test_no_renamed_key_is_a_key_and_every_new_name_is():

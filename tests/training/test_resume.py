@@ -3,18 +3,10 @@
 import json
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, config_error
 
-from blockgpt.errors import UserError
 from configurator import RENAMED_KEYS, load_config
 from model_config import ModelConfig
-
-
-def refusal(*argv):
-    """The message of the `UserError` that `argv` raises."""
-    with pytest.raises(UserError) as raised:
-        load_config(argv)
-    return str(raised.value)
 
 
 @pytest.fixture
@@ -52,9 +44,9 @@ def test_a_resumed_run_refuses_changes_that_make_it_another_experiment(recorded,
     for flag in ("--n_layer=9", "--normalization=layernorm", "--arch_preset=gpt2", "--dropout=0.5", "--seed=1",
                  "--dataset=other", "--vocab_size=999", "--batch_size=8", "--gradient_accumulation_steps=3"):
         key = flag[2:].partition("=")[0]
-        assert refusal(*RESUME, flag).startswith(f"--{key}: the run ")
+        assert config_error(*RESUME, flag).startswith(f"--{key}: the run ")
     (tmp_path / "other.py").write_text("n_layer = 9")
-    assert refusal(*RESUME, "other.py").startswith("other.py: n_layer: the run was made")
+    assert config_error(*RESUME, "other.py").startswith("other.py: n_layer: the run was made")
     assert load_config([*RESUME, "--batch_size=2", "--gradient_accumulation_steps=4"]).batch_size == 2  # the same step
 
 
@@ -66,7 +58,7 @@ FORCED = ("--n_layer=9", "--normalization=layernorm", "--dropout=0.5", "--seed=1
 def test_a_refused_change_can_be_forced_and_is_listed(recorded, flag):
     before = recorded("config/arch_llama.py", "--batch_size=4", "--gradient_accumulation_steps=2")
     name = flag[2:].partition("=")[0]
-    assert refusal(*RESUME, flag).endswith(", or --resume_force)")
+    assert config_error(*RESUME, flag).endswith(", or --resume_force)")
     config = load_config([*RESUME, flag, "--resume_force"])
     assert config.forced == (name,) and config.changed[name] == [before[name], config.flat()[name]]
     assert set(config.changed) == {name} and config.for_vocabulary(257).changed == config.changed
@@ -86,12 +78,12 @@ def test_auto_resumes_an_existing_run_and_otherwise_starts_it(recorded, tmp_path
     assert not load_config([*AUTO, "--seed=3"]).resuming
     recorded("--seed=3")
     assert load_config(AUTO).resuming and load_config(AUTO).seed == 3
-    assert refusal(*AUTO, "--seed=4").startswith("--seed: the run was made with 3")
+    assert config_error(*AUTO, "--seed=4").startswith("--seed: the run was made with 3")
     (tmp_path / "runs/mine/run.json").unlink()  # killed before it was written
     assert not load_config([*AUTO, "--seed=4"]).resuming
     (tmp_path / "runs/mine/checkpoints/step_00000001").mkdir(parents=True)
-    assert refusal(*AUTO).startswith("--run_name: there is no run runs/mine to resume")
-    assert refusal("--resume=auto").startswith("--resume: 'auto' needs --run_name=NAME")
+    assert config_error(*AUTO).startswith("--run_name: there is no run runs/mine to resume")
+    assert config_error("--resume=auto").startswith("--resume: 'auto' needs --run_name=NAME")
     assert load_config(["--resume_force"]).keys_without_effect() == {"resume_force": "nothing is resumed"}
 
 
