@@ -4,8 +4,8 @@ A backend is a stateless object. It turns an `AttentionMaskSpec`, which says whi
 its kernel takes (`mask`, once per forward pass for all layers with the same window), and computes
 softmax(cap(scale * q k^T) + ALiBi bias, over the visible keys) v (`attend`). An attention module has projections and a
 cache, states its FLOPs, and holds any backend. To add a backend: a subclass of `ManualBackend` with `mask`, `attend`
-and `computed_keys`, and a line in its table with the keys it does not support. To add an attention: a module with the
-public methods of `StandardAttention`, and a line in its table. Shapes as in model_components.py.
+and `computed_keys`, and a line in its table with the keys it does not support. To add an attention: a subclass of
+`Attention`, and a line in its table; tests/model/test_seams.py has an example. Shapes as in model_components.py.
 """
 
 import functools
@@ -261,25 +261,81 @@ class ForwardContext:
 # ---------------------------------------------------------------- attention modules
 
 
-class StandardAttention(nn.Module):
-    """Multi-head self-attention; n_head / n_kv_head query heads use one key/value head (Vaswani 2017, Ainslie 2023).
+class Attention(nn.Module):
+    """What every attention module has, whatever its projections: a window, a backend, a cache, the FLOPs of the scores.
 
-    window: tokens that this layer sees (`ModelConfig.window`). backend: computes the products. Another attention has
-    the same public methods, and projections, head widths, a cache and FLOPs of its own.
+    A subclass has a `forward` with projections and `attend`, and adds the FLOPs of its projections to `flops`. It
+    overrides `new_cache` to store something other than keys and values.
     """
+
+    def __init__(self, config: ModelConfig, layer: int, n_kv_head: int, d_qk: int, d_v: int) -> None:
+        """The attention of layer `layer` (from 0).
+
+        Args:
+            config: resolved.
+            layer: index of the layer.
+            n_kv_head: key/value heads that the backend gets.
+            d_qk, d_v: widths of a head's queries and keys, and of its values.
+        """
+        super().__init__()
+        assert config.head_dim is not None  # resolved
+        self.layer, self.n_head, self.n_kv_head, self.d_qk, self.d_v = layer, config.n_head, n_kv_head, d_qk, d_v
+        self.block_size, self.dropout, self.causal = config.block_size, config.dropout, config.causal
+        self.window, self.softcap = config.window(layer), config.attn_softcap
+        self.backend: ManualBackend = component("attention_backend", config)()
+        self.default_scale: float = component("init", config)(config).attention_scale() * (config.head_dim / d_qk)**0.5
+        self.scale = config.attn_scale or self.default_scale
+
+    def forward(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        raise NotImplementedError
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """`ManualBackend.attend` of this layer; q (B, H, T, d_qk), k (B, G, S, d_qk), v (B, G, S, d_v)."""
+        return self.backend.attend(q, k, v, context.masks[self.window], self.scale, self.softcap,
+                                   self.dropout if self.training else 0.0)
+
+    def new_cache(self) -> "LayerCache":
+        """An empty cache for this layer, for `ForwardContext.caches`."""
+        return KVCache(self.window)
+
+    def kernel(self, spec: AttentionMaskSpec, dtype: torch.dtype) -> str | None:
+        """The name of the kernel that torch chooses for training with this mask; None if the backend has only one."""
+        q, k, v = (torch.empty(1, heads, len(spec.queries), width, dtype=dtype, device=spec.queries.device,
+                               requires_grad=True)  # the choice may depend on gradients
+                   for heads, width in ((self.n_head, self.d_qk), (self.n_kv_head, self.d_qk),
+                                        (self.n_kv_head, self.d_v)))
+        return self.backend.kernel(q, k, v, self.backend.mask(spec), self.scale, self.dropout)
+
+    def flops(self, seq_len: int) -> dict[str, float]:
+        """FLOPs per token of the scores as the backend computes them, masked ones included."""
+        return {"attention scores": self._score_flops(self.backend.computed_keys(seq_len, self.window, self.causal))}
+
+    def credited_flops(self, seq_len: int, convention: str) -> dict[str, float]:
+        """`flops` with the scores of the keys that a convention counts, see `credited_keys`."""
+        keys = credited_keys(seq_len, self.window, self.causal, convention)
+        return {**self.flops(seq_len), "attention scores": self._score_flops(keys)}
+
+    def _score_flops(self, keys: float) -> float:
+        """FLOPs of q k^T and p v for one query and `keys` keys."""
+        return 2 * keys * self.n_head * (self.d_qk + self.d_v)
+
+    def config_values(self) -> dict[str, typing.Any]:
+        return {"n_head": self.n_head, "attn_scale": None if self.scale == self.default_scale else self.scale,
+                "attn_softcap": self.softcap, "causal": self.causal, "dropout": self.dropout,
+                "block_size": self.block_size}
+
+
+class StandardAttention(Attention):
+    """Multi-head self-attention; n_head / n_kv_head query heads use one key/value head (Vaswani 2017, Ainslie 2023)."""
 
     tp_plan: typing.ClassVar[dict[str, str]] = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise",
                                                 "o_proj": "rowwise", "qk_norm": "headwise", "value_mix": "headwise"}
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
         assert config.n_kv_head is not None and config.head_dim is not None and config.qkv_bias is not None  # resolved
-        self.layer, self.value_table = layer, config.value_table(layer)
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.block_size, self.dropout, self.causal = config.block_size, config.dropout, config.causal
-        self.window, self.softcap = config.window(layer), config.attn_softcap
-        self.backend: ManualBackend = component("attention_backend", config)()
-        self.scale: float = config.attn_scale or component("init", config)(config).attention_scale()
+        super().__init__(config, layer, config.n_kv_head, d_qk=config.head_dim, d_v=config.head_dim)
+        self.head_dim, self.value_table = config.head_dim, config.value_table(layer)
         kv_dim = self.n_kv_head * self.head_dim
         self.q_proj = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, kv_dim, bias=config.qkv_bias)
@@ -290,7 +346,6 @@ class StandardAttention(nn.Module):
         self.o_proj = ResidualProjection(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
 
     def forward(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # -1: all heads, or this rank's under tensor parallelism
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
@@ -302,42 +357,18 @@ class StandardAttention(nn.Module):
         q, k = apply_rotary_emb(q, k, context.cos_sin[self.window])
         if context.caches is not None:
             k, v = context.caches[self.layer].append(k, v, self.block_size)  # (B, G, S, D)
-        y = self.backend.attend(q, k, v, context.masks[self.window], self.scale, self.softcap,
-                                self.dropout if self.training else 0.0)
+        y = self.attend(q, k, v, context)
         return self.o_proj(self.gate(y.transpose(1, 2), x).flatten(2))  # (B, T, H, D) -> (B, T, C)
 
-    def new_cache(self) -> "KVCache":
-        """An empty cache for this layer, for `ForwardContext.caches`."""
-        return KVCache(self.window)
-
-    def kernel(self, spec: AttentionMaskSpec, dtype: torch.dtype) -> str | None:
-        """The name of the kernel that torch chooses for training with this mask; None if the backend has only one."""
-        q, k = (torch.empty(1, n, len(spec.queries), self.head_dim, dtype=dtype, device=spec.queries.device,
-                            requires_grad=True)  # the choice may depend on gradients
-                for n in (self.n_head, self.n_kv_head))
-        return self.backend.kernel(q, k, k, self.backend.mask(spec), self.scale, self.dropout)
-
     def flops(self, seq_len: int) -> dict[str, float]:
-        """FLOPs per token as the backend computes them, masked scores included."""
         projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
-        return {"attention projections": 2 * sum(p.weight.numel() for p in projections),
-                "attention scores": self._score_flops(self.backend.computed_keys(seq_len, self.window, self.causal))}
-
-    def credited_flops(self, seq_len: int, convention: str) -> dict[str, float]:
-        """`flops` with the scores of the keys that a convention counts, see `credited_keys`."""
-        keys = credited_keys(seq_len, self.window, self.causal, convention)
-        return {**self.flops(seq_len), "attention scores": self._score_flops(keys)}
-
-    def _score_flops(self, keys: float) -> float:
-        """FLOPs of q k^T and p v for one query and `keys` keys."""
-        return 4 * keys * self.n_head * self.head_dim
+        return {"attention projections": 2 * sum(p.weight.numel() for p in projections), **super().flops(seq_len),
+                **self.gate.flops(seq_len)}
 
     def config_values(self) -> dict[str, typing.Any]:
-        return {"n_head": self.q_proj.out_features // self.head_dim,
+        return {**super().config_values(), "n_head": self.q_proj.out_features // self.head_dim,
                 "n_kv_head": self.k_proj.out_features // self.head_dim, "head_dim": self.head_dim,
-                "qkv_bias": self.q_proj.bias is not None, "bias": self.o_proj.bias is not None,
-                "attn_softcap": self.softcap, "causal": self.causal, "dropout": self.dropout,
-                "block_size": self.block_size}
+                "qkv_bias": self.q_proj.bias is not None, "bias": self.o_proj.bias is not None}
 
 
 def credited_keys(seq_len: int, window: int | None, causal: bool, convention: str) -> float:
@@ -402,6 +433,9 @@ class NoGate(nn.Module):
     def forward(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return y
 
+    def flops(self, seq_len: int) -> dict[str, float]:
+        return {}
+
 
 class ElementwiseGate(NoGate):
     """y * sigmoid(W x), one gate per channel of each head. Qiu et al. 2025."""
@@ -446,6 +480,15 @@ class ValueMix(nn.Module):
 
 
 # ---------------------------------------------------------------- generation
+
+
+class LayerCache(typing.Protocol):
+    """What one layer stores of the tokens so far. Each attention reads and writes its own; the model reads `length`.
+
+    length: tokens seen so far. A layer with a window uses the last window - 1 of them, and only these.
+    """
+
+    length: int
 
 
 class KVCache:

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from blockgpt.errors import UserError
-from model_attention import AttentionMaskSpec, ForwardContext, StandardAttention
+from model_attention import Attention, AttentionMaskSpec, ForwardContext
 from model_components import OutputHead, PreNorm, Sublayer, X0Mix, build_norm, component
 from model_config import AXES, ModelConfig
 from model_init import NormalInit, init_role, init_weights, named_parameters_with_module
@@ -26,7 +26,7 @@ class Block(nn.Module):
         residual = component("norm_position", config)
         self.x0_mix = X0Mix() if config.x0_mix else None
         self.attn_residual: PreNorm = residual(config)
-        self.attn: StandardAttention = component("attention_type", config)(config, layer)
+        self.attn: Attention = component("attention_type", config)(config, layer)
         self.ffn_residual: PreNorm | None = residual(config)
         self.ffn: nn.Module = component("ffn_type", config)(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -220,36 +220,33 @@ class GPT(nn.Module):
     def infer_config(self) -> ModelConfig:
         """The config of this model as its components report it, in `config_values` and by their classes.
 
-        What no component reports is copied from `self.config`: arch_preset, ffn_multiple_of, which only derives d_ff,
-        and what `init` was given.
+        A component speaks for those inside it: of several values the outermost counts. What no component reports is
+        copied from `self.config`: arch_preset, ffn_multiple_of, which only derives d_ff, and what `init` was given.
         """
         values: dict[str, Any] = {}
         for module in (*self.modules(), self.init, self.blocks[0].attn.backend):
-            values |= getattr(module, "config_values", dict)()
+            values = getattr(module, "config_values", dict)() | values
             for axis, table in AXES.items():
                 options = {option.load_class(): name for name, option in table.items()}
                 # FSDP gives a module a subclass of its class.
                 name = next((options[cls] for cls in type(module).__mro__ if cls in options), None)
                 if name is not None:
-                    values[axis] = name
+                    values.setdefault(axis, name)
         return dataclasses.replace(self.config, **values)
 
     def config_values(self) -> dict[str, Any]:
-        config, attn = self.config, self.blocks[0].attn
+        config = self.config
         windows = [block.attn.window for block in self.blocks]
         sizes = {window for window in windows if window is not None}
         letters = "".join("L" if window is None else "S" for window in windows)
         pattern = (config.window_pattern * len(windows))[:len(windows)]
         is_sqrt = config.embedding_scale == "sqrt" and self.embedding_scale == config.n_embd**0.5
-        derived = dataclasses.replace(config, attn_scale=None)
-        default_scale = component("init", derived)(derived).attention_scale()
         return {"n_layer": len(self.blocks), "n_embd": self.token_embedding.weight.shape[1],
                 "weight_tying": self.lm_head.weight is self.token_embedding.weight,
                 "value_embeddings": len(self.value_embeddings),
                 "embedding_norm": not isinstance(self.embedding_norm, nn.Identity),
                 "embedding_scale": "sqrt" if is_sqrt else self.embedding_scale,
                 "mask_documents": self.mask_documents,
-                "attn_scale": None if attn.scale == default_scale else attn.scale,
                 "sliding_window": next(iter(sizes)) if sizes else config.sliding_window,
                 "window_pattern": config.window_pattern if letters == pattern or not sizes else letters}
 

@@ -22,9 +22,13 @@ A component says of itself, in methods that are all optional:
     inactive_parameters()   how many of its parameters one token does not use, such as those of other experts
     aux_loss()        a scalar to be added to the loss of the last forward pass
     metrics()         {name: scalar tensor} of the last forward pass
- `model_init.py` initialises the parameters, except those with a constant in the component's
-`init_constants`. Linear layers that write to the residual stream are `ResidualProjection`s. `tp_plan` says how tensor
-parallelism shards a component (see blockgpt/training/sharding.py); without a plan, every rank does the same work.
+
+For `config_values` and `flops` a component speaks for the components inside it. The shapes of its tensors must not
+depend on data; otherwise the memory account and torch.compile cannot trace it.
+
+`model_init.py` initialises the parameters, except those with a constant in the component's `init_constants`. Linear
+layers that write to the residual stream are `ResidualProjection`s. `tp_plan` says how tensor parallelism shards a
+component (see blockgpt/training/sharding.py); without a plan, every rank does the same work.
 To add a component: write its class here, add a line to the axis table, test it in tests/model/test_components.py.
 """
 

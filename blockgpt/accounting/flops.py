@@ -1,7 +1,8 @@
 """FLOPs per token of a model, forward and training.
 
-FLOPs are those of the matrix products; a multiply-add counts as two. Every component reports its own in a method
-`flops(seq_len)`, and this module adds them up. A new component needs that method and nothing here.
+FLOPs are those of the matrix products; a multiply-add counts as two. A component reports its own, those of its
+submodules included, in a method `flops(seq_len)`, and this module adds them up. A new component needs that method and
+nothing here.
 Training costs three forward passes: for each product of the forward pass, the backward pass has two.
 
 Two conventions define which attention scores are credited. PaLM (Chowdhery et al. 2022, appendix B) counts every key
@@ -11,6 +12,7 @@ masked from each other are counted as one. MFU (model FLOPs utilisation) uses th
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch.nn as nn
@@ -18,7 +20,7 @@ import torch.nn as nn
 
 @runtime_checkable
 class HasFlops(Protocol):
-    """A module that reports the forward FLOPs per token of its matrix products, by name."""
+    """A module that reports the forward FLOPs per token of its matrix products, by name; submodules included."""
 
     def flops(self, seq_len: int) -> dict[str, float]: ...
 
@@ -30,12 +32,20 @@ class HasCreditedFlops(Protocol):
     def credited_flops(self, seq_len: int, convention: str) -> dict[str, float]: ...
 
 
+def reporting_modules(module: nn.Module) -> Iterator[HasFlops]:
+    """The outermost modules that report FLOPs: an expert's are for the module that routes to it to report."""
+    if isinstance(module, HasFlops):
+        yield module
+    else:
+        for child in module.children():
+            yield from reporting_modules(child)
+
+
 def forward_flops(model: nn.Module, seq_len: int) -> dict[str, float]:
     """{name: forward FLOPs per token} of a model at sequences of `seq_len` tokens, as its backends compute them."""
     flops: Counter[str] = Counter()
-    for module in model.modules():
-        if isinstance(module, HasFlops):
-            flops.update(module.flops(seq_len))
+    for module in reporting_modules(model):
+        flops.update(module.flops(seq_len))
     return dict(flops)
 
 
@@ -46,10 +56,9 @@ def flops_per_token(model: nn.Module, seq_len: int) -> dict[str, Any]:
         forward: {name: FLOPs} as the backends compute them. train, train_causal: training FLOPs by the PaLM convention
         and by the causal one. convention: the one that MFU uses.
     """
-    forward = forward_flops(model, seq_len)
-
     def train(convention: str) -> float:
         return 3 * sum(sum((m.credited_flops(seq_len, convention) if isinstance(m, HasCreditedFlops)
-                            else m.flops(seq_len)).values()) for m in model.modules() if isinstance(m, HasFlops))
+                            else m.flops(seq_len)).values()) for m in reporting_modules(model))
 
-    return {"forward": forward, "train": train("PaLM"), "train_causal": train("causal"), "convention": "PaLM"}
+    return {"forward": forward_flops(model, seq_len), "train": train("PaLM"), "train_causal": train("causal"),
+            "convention": "PaLM"}

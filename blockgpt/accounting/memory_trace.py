@@ -232,6 +232,10 @@ class CudaOperators(TorchFunctionMode):
             args = [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
         if name == "rms_norm":
             return FusedRMSNorm.apply(args[0], args[2] if len(args) > 2 else kwargs.get("weight"))
+        is_attention = name in ("flex_attention", "scaled_dot_product_attention")
+        if is_attention and args[0].shape[-1] != args[2].shape[-1]:  # the CPU's fused kernel needs equal widths
+            out = FusedAttention.apply(*args[:3], kwargs.get("attn_mask"), self.autocast)
+            return (out, args[0].new_empty(0), args[0].new_empty(0)) if name == "flex_attention" else out
         if name == "flex_attention":
             return *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3]), args[0].new_empty(0)
         if function is F.dropout:
@@ -259,6 +263,23 @@ def eager_flex_attention() -> Iterator[None]:
 def native_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     """F.dropout with the mask that CUDA saves."""
     return torch.native_dropout(x, p, training)[0] if p and training else x
+
+
+class FusedAttention(torch.autograd.Function):
+    """What a fused attention kernel allocates and saves; it computes nothing. q and k may be wider than v."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                mask: torch.Tensor | None, autocast: bool) -> torch.Tensor:
+        if autocast:
+            q, k, v = (t.to(torch.get_autocast_dtype("cpu")) for t in (q, k, v))
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])  # (B, H, T, d_v)
+        ctx.save_for_backward(q, k, v, mask, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *(torch.empty_like(t) for t in ctx.saved_tensors[:3]), None, None
 
 
 class FusedRMSNorm(torch.autograd.Function):
