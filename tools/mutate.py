@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 CHECKPOINT_TESTS = ("tests/training/test_checkpoint.py", "tests/training/test_checkpoint_files.py",
                     "tests/training/test_checkpoint_manager.py", "tests/training/test_checkpoint_saver.py")
+INFER_TEST = "tests/model/test_builder.py::test_infer_config_reads_every_key_from_the_components_but_the_copied_ones"
 # module: the tests that are to notice a wrong line in it, those most likely to come first.
 TESTS: dict[str, tuple[str, ...]] = {
     "train.py": ("tests/test_golden_run.py", "tests/test_train.py"),
@@ -51,10 +52,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "blockgpt/data/loader.py": ("tests/data/test_loader.py", "tests/data/test_dataset.py"),
     "blockgpt/data/writer.py": ("tests/data/test_writer.py", "tests/data/test_prepare.py"),
     "blockgpt/data/tokenizer.py": ("tests/data/test_tokenizer.py", "tests/tools/test_train_tokenizer.py"),
-    "model_components.py": ("tests/model/test_components.py", "tests/model/test_presets.py"),
+    "model_components.py": ("tests/model/test_components.py", "tests/model/test_presets.py", INFER_TEST),
     "model_attention.py": ("tests/model/test_attention.py", "tests/accounting/test_flops.py",
-                           "tests/model/test_presets.py"),
-    "model_positions.py": ("tests/model/test_positions.py", "tests/model/test_presets.py"),
+                           "tests/model/test_presets.py", INFER_TEST),
+    "model_positions.py": ("tests/model/test_positions.py", "tests/model/test_presets.py", INFER_TEST),
     "model_init.py": ("tests/model/test_init.py", "tests/model/test_builder.py"),
     "model_builder.py": ("tests/test_golden_run.py", "tests/test_sample.py", "tests/model/test_components.py",
                          "tests/model/test_builder.py"),

@@ -206,8 +206,15 @@ def test_the_end_of_text_token_can_be_named():
 # Loading
 
 
-def test_byte_is_a_tokenizer_that_a_user_can_name():
+def test_byte_and_the_encodings_of_tiktoken_are_tokenizers_that_a_user_can_name(monkeypatch):
     assert load_tokenizer("byte").to_meta() == ByteTokenizer().to_meta()
+    import tiktoken
+
+    small = tiktoken.Encoding("small", pat_str=r"\S+|\s+", mergeable_ranks={bytes([b]): b for b in range(256)},
+                              special_tokens={"<|endoftext|>": 256})  # without a download
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": small}.__getitem__)
+    t = load_tokenizer("gpt2")
+    assert t.to_meta() == {"name": "tiktoken", "encoding": "gpt2"} and from_meta(t.to_meta()).eot == t.eot == 256
 
 
 @pytest.mark.parametrize("meta, word", [({"name": "bite"}, "did you mean byte?"), ({}, "None"),
