@@ -23,7 +23,7 @@ from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.errors import exit_on_user_error
 from blockgpt.training.device import choose_device
 from model_builder import build_model
-from model_config import AXES, ModelConfig, example_values
+from model_config import AXES, ModelConfig, example_values, format_label
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -103,7 +103,8 @@ def label_and_help(key: str, value: Any) -> tuple[str, str]:
     if key in AXES:
         return AXES[key][value].label, AXES[key][value].help
     metadata = next(f.metadata for f in dataclasses.fields(ModelConfig) if f.name == key)
-    return (metadata["label"] or "").format(value), metadata["help"].partition(";")[0]
+    label = metadata["label"]
+    return format_label(label, value) if label else "", metadata["help"].partition(";")[0]
 
 
 def print_row(key: str, value: Any, args: argparse.Namespace, baseline: ModelConfig, device: torch.device) -> None:

@@ -128,11 +128,11 @@ def learnable(at_least=1):
     """Combinations that can memorise a batch.
 
     DyT has no statistics and does not scale up a small embedding. It gets embedding_scale=sqrt, as its authors do, and
-    is left out with post-norm.
+    is left out with post-norm and as the norm of the embeddings, where about one seed in six does not get there.
     """
     choices = architectures.covering(LEARNING, at_least=at_least, mup_base_width=32)[0]
     return [c | ({"embedding_scale": "sqrt"} if c["normalization"] == "dyt" else {}) for c in choices
-            if (c["normalization"], c["norm_position"]) != ("dyt", "post")]
+            if c["normalization"] != "dyt" or (c["norm_position"] != "post" and not c["embedding_norm"])]
 
 
 @pytest.mark.parametrize("choice", learnable()[:16], ids=architectures.name)
