@@ -9,10 +9,10 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import model_config
 from blockgpt.config_fields import (
@@ -30,9 +30,31 @@ from blockgpt.config_fields import (
 )
 from blockgpt.errors import ConfigError, UserError, did_you_mean, short_repr
 from blockgpt.training.resume import check_resumable, recorded_config, run_exists
-from model_config import ModelConfig
+from model_config import LazyModule, ModelConfig
+
+if TYPE_CHECKING:
+    from blockgpt.training import objectives
+    from blockgpt.training.launch import Runtime
+else:  # importing it imports torch
+    objectives = LazyModule("blockgpt.training.objectives")
 
 ROOT = Path(__file__).resolve().parent
+
+
+class ObjectiveOption(NamedTuple):
+    """One value of the key `objective`.
+
+    load_class: returns the class, an `Objective`; calling it imports torch.
+    help: one line for tables.
+    """
+
+    load_class: "Callable[[], type[objectives.Objective]]"
+    help: str
+
+
+OBJECTIVES = {
+    "language_modeling": ObjectiveOption(lambda: objectives.LanguageModeling, "predict the next token"),
+}
 
 # `ModelConfig` alone is GPT-2's 124M; a run that sets no size must start at once on a laptop.
 LAPTOP_SIZE = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256}
@@ -57,6 +79,7 @@ class Config:
     resume_force: bool = key(False, "resume even if changed keys make the run another experiment; the log records them",
                              group="run")
     eval_only: bool = key(False, "evaluate once and stop", group="run")
+    objective: str = key("language_modeling", "what the model learns", group="run", choices=OBJECTIVES)
     seed: int = key(1337, "seed of weights, batches and dropout", group="run", minimum=0, maximum=2**63 - 1, example=7)
 
     dataset: str | dict[str, float] = key(
@@ -256,6 +279,10 @@ class Config:
         """[(first step, {dataset: mixture weight})] of the run; the first phase begins at step 0."""
         phases: list[Any] = [[0, self.dataset]] if self.dataset_schedule is None else self.dataset_schedule
         return [(step, sources if isinstance(sources, dict) else {sources: 1}) for step, sources in phases]
+
+    def build_objective(self, runtime: "Runtime") -> "objectives.Objective":
+        """The objective of the run, with its data; raises what would stop the run at its start."""
+        return OBJECTIVES[self.objective].load_class()(self, runtime)
 
     def for_vocabulary(self, n: int) -> "Config":
         """The config for a dataset of n token ids: vocab_size as it was set, else n rounded up to a multiple of 64.

@@ -29,7 +29,6 @@ from blockgpt.training.checkpoint_manager import CheckpointManager
 from blockgpt.training.checkpoint_saver import check_disk_space
 from blockgpt.training.diagnostics import gradient_statistics, is_usable, non_finite_error
 from blockgpt.training.faults import Watchdog
-from blockgpt.training.objectives import LanguageModeling
 from blockgpt.training.optimizers import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from blockgpt.training.profiling import StepProfiler, memory_history
 from configurator import Config
@@ -41,7 +40,7 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
     """Train the run that `config` describes, from its beginning or from its newest checkpoint, to its end."""
     # ---------------------------------------------------------------- data, model, optimizer, checkpoint, log
     run_dir = Path(runtime.on_rank_zero(lambda: str(run_directory(config))))
-    objective = LanguageModeling(config, runtime)
+    objective = config.build_objective(runtime)
     config = config.for_vocabulary(objective.vocab_size)
     model = build_model(config.model, config.seed, parallel.parameter_device(config, runtime),
                         lambda model: parallel.parallelize(model, config, runtime))

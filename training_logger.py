@@ -33,7 +33,7 @@ from blockgpt.training.checkpoint_manager import Resumption
 from blockgpt.training.checkpoint_saver import versions
 from blockgpt.training.faults import StepStatus
 from blockgpt.training.launch import Runtime
-from blockgpt.training.objectives import LanguageModeling
+from blockgpt.training.objectives import Objective
 from blockgpt.training.resume import run_exists
 from blockgpt.training.tracker import WandbTracker
 from configurator import Config
@@ -85,8 +85,8 @@ def find_restarted_run(config: Config, runtime: Runtime) -> str | None:
     return runtime.on_rank_zero(find) if runtime.launch_id != runtime.first_launch_id else None
 
 
-def run_header(config: Config, model: GPT, objective: LanguageModeling, runtime: Runtime,
-               meter: StepMeter) -> dict[str, Any]:
+def run_header(config: Config, model: GPT, objective: Objective, runtime: Runtime, meter: StepMeter
+               ) -> dict[str, Any]:
     """The content of run.json without status and results."""
     inferred = model.infer_config()
     return {

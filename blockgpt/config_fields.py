@@ -65,11 +65,11 @@ def key_types(cls: type) -> dict[str, Types]:
 
 
 def example_value(f: Field, accepted: Types) -> Any:
-    """A legal value of the key other than its default: its example, another choice, or the other boolean."""
+    """A legal value of the key: its example, another choice than the default if there is one, the other boolean."""
     if f.metadata["example"] is not None:
         return f.metadata["example"]
     if f.metadata["choices"]:
-        return next(choice for choice in f.metadata["choices"] if choice != f.default)
+        return next((choice for choice in f.metadata["choices"] if choice != f.default), f.default)
     assert bool in accepted, f"{f.name} needs an example="
     return not f.default
 

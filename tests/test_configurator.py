@@ -167,7 +167,7 @@ def test_an_example_means_the_same_in_a_flag_in_a_file_and_in_run_json(config_fi
     elif key in ("tensor_parallel", "dp_replicate"):
         others = ["--use_fsdp", "--gradient_accumulation_steps=2"]
         monkeypatch.setenv("WORLD_SIZE", "2")
-    assert example != KEYS[key].default or KEYS[key].metadata["choices"] == (example,)
+    assert example != KEYS[key].default or list(KEYS[key].metadata["choices"]) == [example]
     flat = load_config([*others, f"--{key}={example}"]).flat()
     assert flat[key] == example and flat == load_config([*others, f"--{key}", str(example)]).flat()
     assert flat == load_config([*others, config_file("mine.py", f"{key} = {example!r}")]).flat()

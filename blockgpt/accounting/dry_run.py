@@ -39,7 +39,6 @@ from blockgpt.data.dataset import dataset_dir, is_bare, not_prepared
 from blockgpt.errors import ConfigError, did_you_mean
 from blockgpt.training.device import choose_device, choose_dtype
 from blockgpt.training.launch import Runtime
-from blockgpt.training.objectives import LanguageModeling
 
 CHECKPOINTING = ("none", "selective", "full")  # activation_checkpointing, from the least recomputation to the most
 
@@ -242,7 +241,7 @@ def inspect_data(config: Any) -> tuple[Any, str]:
                 raise missing
             return config, f"unknown: {missing}"
     single_process = Runtime(0, 0, 1, torch.device("cpu"), torch.float32, False, False)
-    objective = LanguageModeling(config, single_process)  # raises what would stop the run at its start
+    objective = config.build_objective(single_process)  # raises what would stop the run at its start
     data = objective.description()
     epochs = "; ".join(f"{name} {source['planned_epochs']:.3g} epochs" for name, source in data["sources"].items())
     return (config.for_vocabulary(objective.vocab_size),

@@ -15,7 +15,7 @@ from blockgpt.errors import CheckpointError, SaveError
 from blockgpt.training import checkpoint, checkpoint_saver
 from blockgpt.training.diagnostics import LossSpikeDetector
 from blockgpt.training.launch import Runtime
-from blockgpt.training.objectives import LanguageModeling
+from blockgpt.training.objectives import Objective
 
 
 class CheckpointLog(Protocol):
@@ -69,7 +69,7 @@ class CheckpointManager:
     """
 
     def __init__(self, config: Any, runtime: Runtime, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
-                 scaler: torch.amp.GradScaler, objective: LanguageModeling, description: dict[str, Any]) -> None:
+                 scaler: torch.amp.GradScaler, objective: Objective, description: dict[str, Any]) -> None:
         """description: what sample.py needs to rebuild the model: {"model": its config, "tokenizer": its meta}."""
         self.config, self.runtime, self.objective, self.description = config, runtime, objective, description
         self.model, self.optimizer, self.scaler = model, optimizer, scaler

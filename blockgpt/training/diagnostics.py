@@ -9,7 +9,7 @@ from torch.nn.utils import get_total_norm
 from blockgpt.errors import NonFiniteError
 from blockgpt.training.faults import StepStatus
 from blockgpt.training.launch import Runtime
-from blockgpt.training.objectives import LanguageModeling
+from blockgpt.training.objectives import Objective
 from blockgpt.training.optimizers import full_tensor
 
 
@@ -22,7 +22,7 @@ def is_usable(status: StepStatus, scaler: torch.amp.GradScaler) -> bool:
     return finite or (scaler.is_enabled() and scaler.get_scale() > 1)
 
 
-def non_finite_error(status: StepStatus, step: int, lr: float, objective: LanguageModeling, runtime: Runtime,
+def non_finite_error(status: StepStatus, step: int, lr: float, objective: Objective, runtime: Runtime,
                      last_saved: int | None) -> NonFiniteError:
     """The error that ends a run before the update of step `step` (from 1), with the data that it was computed on."""
     grad_norm = next((norm for norm in status.grad_norms if not math.isfinite(norm)), status.grad_norms[0])

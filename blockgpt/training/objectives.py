@@ -1,13 +1,15 @@
 """What a step learns from: batches, their loss, the validation metrics. The loop in train.py knows no more of data.
 
-To add an objective, write a class with the public methods and attributes of `LanguageModeling`.
+To add an objective: a subclass of `Objective`, or of `TokenObjective` if it reads tokenized datasets, and a line in
+OBJECTIVES (configurator.py).
 """
 
+import abc
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,18 +32,90 @@ from blockgpt.data.tokenizer import describe_tokenizer
 from blockgpt.errors import ConfigError, DataError
 from blockgpt.training.launch import Runtime
 
+Metrics = Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]]  # {metric: (sum, weight)}; its mean counts
 
-class LanguageModeling:
-    """Next-token prediction: cross-entropy in nats, every target token of a step weighs the same.
+
+class MetricSums:
+    """The means of metrics over micro-batches and ranks. All ranks add the same names."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[torch.Tensor | float]] = {}
+
+    def add(self, metrics: Metrics) -> None:
+        for name, values in metrics.items():
+            before = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = [a + (b.detach() if isinstance(b, torch.Tensor) else b)
+                               for a, b in zip(before, values, strict=True)]
+
+    def means(self, runtime: Runtime) -> dict[str, float]:
+        """{metric: the sum over all ranks / the weight over all ranks}; a collective if there are metrics."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        totals = runtime.all_reduce_sum(*(float(value) for name in names for value in self.sums[name]))
+        means = {name: totals[2 * i] / totals[2 * i + 1] if totals[2 * i + 1] else math.nan
+                 for i, name in enumerate(names)}
+        return {name: means[name] for name in self.sums}  # in the order in which they were added
+
+
+class Objective(abc.ABC):
+    """What a run learns from. train.py needs no more of it than this.
 
     Attributes:
         vocab_size: number of token ids in the data.
-        micro_steps: micro-batches of this process in a step.
-        tokens_per_step, sequences_per_step: over all processes.
-        fingerprint: hex digest of the token files and of how they are mixed and packed.
         tokenizer: the tokenizer's entry in meta.json.
-        datasets: {name: `Dataset`}; all have the same tokenizer.
+        micro_steps: micro-batches of this process in a step.
+        tokens_per_step, sequences_per_step: over all processes; the log and tokens/s count these tokens.
+        fingerprint: hex digest of the data and of everything that decides the order in which it is read.
     """
+
+    vocab_size: int
+    tokenizer: dict[str, Any]
+    micro_steps: int
+    tokens_per_step: int
+    sequences_per_step: int
+    fingerprint: str
+
+    @abc.abstractmethod
+    def __init__(self, config: Any, runtime: Runtime) -> None:
+        """Open the data; `UserError` for what would stop the run."""
+
+    @abc.abstractmethod
+    def micro_batches(self, step: int) -> Iterator[Batch]:
+        """This process's micro-batches of step `step` (from 0), on the device: a function of (seed, step)."""
+
+    @abc.abstractmethod
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """A micro-batch's term of the step's loss. The terms of all micro-batches and processes are added up."""
+
+    @abc.abstractmethod
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        """{metric: value} on the validation data, the same on all ranks. Restores training mode."""
+
+    @abc.abstractmethod
+    def description(self) -> dict[str, Any]:
+        """The data, as run.json records it."""
+
+    @abc.abstractmethod
+    def consumed(self, step: int) -> dict[str, int]:
+        """{source: tokens of it in the first `step` steps}."""
+
+    @abc.abstractmethod
+    def locate(self, step: int, micro_step: int, dp_rank: int) -> str:
+        """Where the sequences of a micro-batch of data-parallel rank `dp_rank` are in the data, in words."""
+
+
+class TokenObjective(Objective):
+    """An objective on sequences of tokenized datasets, mixed and packed as the config says.
+
+    A subclass defines `loss`, `evaluate_batch`, and what it needs of `check_model` and `derived_metrics`.
+
+    Attributes:
+        datasets: {name: `Dataset`}; all have the same tokenizer.
+        step_targets: the targets of the step of the current micro-batch, over all processes.
+    """
+
+    step_targets: int
 
     def __init__(self, config: Any, runtime: Runtime) -> None:
         """Open the datasets that `config` names.
@@ -59,7 +133,7 @@ class LanguageModeling:
         self.datasets = self._open_datasets()
         first = next(iter(self.datasets.values()))
         self.vocab_size, self.tokenizer = first.vocab_size, first.meta["tokenizer"]
-        self._check_model()
+        self.check_model()
 
         # Packing knows where documents end; in the running text only end-of-text tokens tell.
         batches_of = (PackedBatches if config.packing == "documents" else
@@ -101,11 +175,8 @@ class LanguageModeling:
                                 "and one model cannot read both (prepare one again with the other's --tokenizer)")
         return datasets
 
-    def _check_model(self) -> None:
-        """Raise `ConfigError` if the model's attention mask does not fit next-token prediction, or these datasets."""
-        if not self.config.model.causal:
-            raise ConfigError("causal", "False lets every token attend to the token that it predicts (next-token "
-                                        "prediction needs causal=True)")
+    def check_model(self) -> None:
+        """Raise `ConfigError` if the model's attention mask does not fit the objective or these datasets."""
         if self.config.model.mask_documents:
             for name, dataset in self.datasets.items():
                 if dataset.meta["eot"] is None:
@@ -121,7 +192,6 @@ class LanguageModeling:
         return hashlib.sha256(json.dumps([fingerprints, weights, self.config.packing]).encode()).hexdigest()
 
     def description(self) -> dict[str, Any]:
-        """The data, as run.json records it."""
         planned = self.mixture.consumed(self.config.max_iters * self.sequences_per_step)
         sources = {name: {"fingerprint": dataset.fingerprint, "train_tokens": dataset.tokens("train"),
                           "val_tokens": dataset.tokens("val"), "share": float(self.mixture.fractions[-1][name]),
@@ -135,14 +205,13 @@ class LanguageModeling:
                 "packing": self.config.packing, "sources": sources}
 
     def consumed(self, step: int) -> dict[str, int]:
-        """{source: tokens of it in the first `step` steps}, padding included."""
+        """As in `Objective`, padding included."""
         sequences = self.mixture.consumed(step * self.sequences_per_step)
         return {name: count * self.config.model.block_size for name, count in sequences.items()}
 
     # ------------------------------------------------------------ training
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
-        """This process's micro-batches of step `step`, on the device."""
         self.step_targets = self.batches.step_targets(step)
         for micro_step in range(self.micro_steps):
             self.runtime.heartbeat()
@@ -156,17 +225,7 @@ class LanguageModeling:
         step, micro_step = key
         return (step, micro_step + 1) if micro_step + 1 < self.micro_steps else (step + 1, 0)
 
-    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """This micro-batch's term of the step's loss: the sum over its targets / the targets of the whole step.
-
-        The terms of all micro-batches and processes add up to the mean over the step's targets.
-        """
-        y = batch["targets"]
-        targets = y.numel() if self.config.packing == "stream" else (y != IGNORE_INDEX).sum()
-        return model(batch["tokens"], y, batch.get("segment_ids")) * (targets / self.step_targets)
-
     def locate(self, step: int, micro_step: int, dp_rank: int) -> str:
-        """Where the sequences of a micro-batch of data-parallel rank `dp_rank` are in the dataset, in words."""
         ids = self.batches.sequence_ids(step, micro_step, dp_rank, self.runtime.dp_size)
         places = [f"{name} {token:,}" for name, token in self.batches.offsets(ids[:4])]
         return (f"sequences {ids[0]:,} to {ids[-1]:,} of the run, from token {', '.join(places)}"
@@ -176,46 +235,74 @@ class LanguageModeling:
 
     @torch.no_grad()
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-        """{val_loss: nats per token, val_bpb: bits per byte of text} over fixed sequences of the validation split.
+        """{metric: value} over fixed sequences of the validation split: the means of `evaluate_batch` and derived ones.
 
-        With several sources, those of each source as val_loss/<name> and val_bpb/<name>, each measured as a run on that
-        source alone would. val_loss is then the mean of the sources' losses, weighted as the mixture's last phase, and
-        val_bpb the ratio of that mean to the equally weighted mean of bytes per token. No val_bpb where the bytes of a
-        dataset were not counted.
+        With several sources, those of each source as <metric>/<name>, each measured as a run on that source alone
+        would. A mean is then that of the sources' means, weighted as the mixture's last phase; see `derived_metrics`.
         """
         was_training = model.training
         model.eval()
         try:
-            losses = {name: self._loss_on(model, dataset) for name, dataset in self.datasets.items()}
+            means = {name: self._evaluate_on(model, dataset) for name, dataset in self.datasets.items()}
         finally:
             model.train(was_training)
         weights = {name: float(weight) for name, weight in self.mixture.fractions[-1].items()}
         bytes_per_token = {name: dataset.bytes_per_token("val") for name, dataset in self.datasets.items()}
         mean_bytes = (None if None in bytes_per_token.values()
-                      else sum(weights[name] * (bytes_per_token[name] or 0.0) for name in losses))
-        metrics = loss_metrics(sum(weights[name] * losses[name] for name in losses), mean_bytes)
-        if len(losses) > 1:
-            for name in losses:
-                own = loss_metrics(losses[name], bytes_per_token[name])
+                      else sum(weights[name] * (bytes_per_token[name] or 0.0) for name in means))
+        mean = {metric: sum(weights[name] * means[name][metric] for name in means)
+                for metric in next(iter(means.values()))}
+        metrics = self.derived_metrics(mean, mean_bytes)
+        if len(means) > 1:
+            for name in means:
+                own = self.derived_metrics(means[name], bytes_per_token[name])
                 metrics |= {f"{metric}/{name}": value for metric, value in own.items()}
         return metrics
 
-    def _loss_on(self, model: torch.nn.Module, dataset: Dataset) -> float:
-        total, count = 0.0, 0.0
+    def _evaluate_on(self, model: torch.nn.Module, dataset: Dataset) -> dict[str, float]:
+        sums = MetricSums()
         for batch in val_batches(dataset, self.config.model.block_size, self.config.eval_tokens,
                                  self.config.batch_size, self.runtime.dp_rank, self.runtime.dp_size,
                                  self.config.model.mask_documents):
             self.runtime.heartbeat()
-            targets = int((batch["targets"] != IGNORE_INDEX).sum())
-            batch = to_device(batch, self.runtime.device)
             with self.runtime.autocast():
-                loss = model(batch["tokens"], batch["targets"], batch.get("segment_ids")).item()
-            if targets:  # a batch of padding has no mean
-                total, count = total + loss * targets, count + targets
-        total, count = self.runtime.all_reduce_sum(total, count)
-        return total / count
+                sums.add(self.evaluate_batch(model, to_device(batch, self.runtime.device)))
+        return sums.means(self.runtime)
+
+    @abc.abstractmethod
+    def evaluate_batch(self, model: torch.nn.Module, batch: Batch) -> Metrics:
+        """The metrics of a validation batch, in which all targets may be IGNORE_INDEX; the same names on all ranks."""
+
+    def derived_metrics(self, metrics: dict[str, float], bytes_per_token: float | None) -> dict[str, float]:
+        """The metrics and those computed from them; bytes of text for each token, None if they were not counted."""
+        return metrics
 
 
-def loss_metrics(loss: float, bytes_per_token: float | None) -> dict[str, float]:
-    """{val_loss, val_bpb} of a loss in nats per token; without val_bpb where bytes_per_token is not known."""
-    return {"val_loss": loss} | ({"val_bpb": loss / math.log(2) / bytes_per_token} if bytes_per_token else {})
+class LanguageModeling(TokenObjective):
+    """Next-token prediction: cross-entropy in nats, every target token of a step weighs the same.
+
+    Its metrics are val_loss, in nats per token, and val_bpb, bits per byte of text. With several sources, val_bpb is
+    the ratio of val_loss to the equally weighted mean of bytes per token. There is no val_bpb where the bytes of a
+    dataset were not counted.
+    """
+
+    def check_model(self) -> None:
+        if not self.config.model.causal:
+            raise ConfigError("causal", "False lets every token attend to the token that it predicts (next-token "
+                                        "prediction needs causal=True)")
+        super().check_model()
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """This micro-batch's term of the step's loss: the sum over its targets / the targets of the whole step."""
+        y = batch["targets"]
+        targets = y.numel() if self.config.packing == "stream" else (y != IGNORE_INDEX).sum()
+        return model(batch["tokens"], y, batch.get("segment_ids")) * (targets / self.step_targets)
+
+    def evaluate_batch(self, model: torch.nn.Module, batch: Batch) -> Metrics:
+        loss = model(batch["tokens"], batch["targets"], batch.get("segment_ids")).item()
+        targets = int((batch["targets"] != IGNORE_INDEX).sum())
+        return {"val_loss": (loss * targets, targets) if targets else (0.0, 0)}  # padding alone has no mean
+
+    def derived_metrics(self, metrics: dict[str, float], bytes_per_token: float | None) -> dict[str, float]:
+        bpb = {"val_bpb": metrics["val_loss"] / math.log(2) / bytes_per_token} if bytes_per_token else {}
+        return metrics | bpb

@@ -14,7 +14,7 @@ from blockgpt.errors import ConfigError, did_you_mean
 
 NOT_INHERITED = ("run_name", "out_dir", "resume", "resume_force", "eval_only", "profile")  # and the group "dry run"
 EXPERIMENT_GROUPS = ("architecture", "size")  # except attention_backend, which is the same function
-EXPERIMENT_KEYS = ("seed", "dataset", "dataset_schedule", "packing", "tokenizer")
+EXPERIMENT_KEYS = ("objective", "seed", "dataset", "dataset_schedule", "packing", "tokenizer")
 
 
 def run_exists(run_dir: Path) -> bool:
