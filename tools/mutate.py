@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 CHECKPOINT_TESTS = ("tests/training/test_checkpoint.py", "tests/training/test_checkpoint_files.py",
                     "tests/training/test_checkpoint_manager.py", "tests/training/test_checkpoint_saver.py")
-INFER_TEST = "tests/model/test_builder.py::test_infer_config_reads_every_key_from_the_components_but_the_copied_ones"
+INFER_TEST = "tests/model/test_builder.py::test_infer_config_is_the_config_of_every_preset"
 # module: the tests that are to notice a wrong line in it, those most likely to come first.
 TESTS: dict[str, tuple[str, ...]] = {
     "train.py": ("tests/test_golden_run.py", "tests/test_train.py"),
