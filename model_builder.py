@@ -173,7 +173,8 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def generate(self, tokens: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None, vocab_size: int | None = None, stop: int | None = None,
-                 generator: torch.Generator | None = None, use_cache: bool = True) -> torch.Tensor:
+                 generator: torch.Generator | Sequence[torch.Generator] | None = None,
+                 use_cache: bool = True) -> torch.Tensor:
         """Append up to max_new_tokens sampled tokens to tokens (B, T). Returns prompt and new tokens, (B, T + new).
 
         Beyond block_size the context slides: one full forward pass per token, because every position changes.
@@ -186,7 +187,8 @@ class GPT(nn.Module):
             top_p: sample from the likeliest tokens that together have this probability (Holtzman 2020).
             vocab_size: ids from here on are never sampled (padded rows of the embedding).
             stop: a row that has sampled this token gets only this token from then on; generation ends when all have.
-            generator: source of randomness, on tokens' device.
+            generator: source of randomness, on tokens' device; with one for each row, a row does not depend on the
+                other rows.
             use_cache: with a KV cache, or a full forward pass per token.
 
         Raises:
@@ -194,9 +196,9 @@ class GPT(nn.Module):
         """
         if not self.config.causal:
             raise UserError("causal=False: a model whose tokens see later ones cannot generate text")
-        was_training, block_size = self.training, self.config.block_size
-        self.eval()
+        block_size, training = self.config.block_size, [module for module in self.modules() if module.training]
         try:
+            self.eval()
             caches = [block.attn.new_cache() for block in self.blocks] if use_cache else None
             stopped = torch.zeros_like(tokens[:, :1], dtype=torch.bool)
             for _ in range(max_new_tokens):
@@ -215,7 +217,8 @@ class GPT(nn.Module):
                     break
             return tokens
         finally:
-            self.train(was_training)
+            for module in training:  # not self.train(): a part of the model may have been in eval mode before
+                module.training = True
 
     def infer_config(self) -> ModelConfig:
         """The config of this model as its components report it, in `config_values` and by their classes.
@@ -287,7 +290,8 @@ class GPT(nn.Module):
 
 
 def sample_token(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None,
-                 vocab_size: int | None, generator: torch.Generator | None) -> torch.Tensor:
+                 vocab_size: int | None, generator: torch.Generator | Sequence[torch.Generator] | None
+                 ) -> torch.Tensor:
     """One token per row of logits (B, V), as (B, 1) int64. Arguments as in `GPT.generate`; overwrites logits."""
     if vocab_size is not None:
         logits[:, vocab_size:] = float("-inf")
@@ -302,7 +306,10 @@ def sample_token(logits: torch.Tensor, temperature: float, top_k: int | None, to
         p = sorted_logits.softmax(dim=-1)
         tail = p.cumsum(dim=-1) - p >= top_p  # without the token that crosses top_p
         logits = logits.masked_fill(tail.scatter(1, order, tail), float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+    p = logits.softmax(dim=-1)
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.multinomial(p, 1, generator=generator)
+    return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p.split(1), generator, strict=True)])
 
 
 def build_model(config: ModelConfig, seed: int = 1337, device: torch.device | str | None = None,

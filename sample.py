@@ -1,6 +1,7 @@
 """Text from a trained model: `python sample.py --run=runs/NAME --prompt="def main("`."""
 
 import argparse
+import hashlib
 import io
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ if TYPE_CHECKING:  # torch is imported after the flags are checked
 
     from blockgpt.data.tokenizer import Tokenizer
     from model_builder import GPT
+    from model_config import ModelConfig
+
+CACHE_BYTES = 2**30  # of the samples that are generated at once
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -30,6 +34,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--top_p", type=float, help="only the likeliest tokens that together have this probability")
     parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same text")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                        help="of weights and activations; auto: bfloat16 on CUDA devices that support it, else float32")
     args = parser.parse_args(argv)
     check_ranges(args, {
         "num_samples": (args.num_samples >= 1, "at least 1"),
@@ -82,13 +88,37 @@ def load_model(run_dir: Path, which: str, device: "torch.device") -> "tuple[GPT,
     return model.eval(), tokenizer
 
 
+def sample_seed(seed: int, i: int) -> int:
+    """The seed of sample `i`. It does not depend on the number of samples."""
+    digest = hashlib.sha256(f"{seed}:{i}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1 if i else seed
+
+
+def samples_at_once(config: "ModelConfig", tokens: int, bytes_per_value: int) -> int:
+    """How many samples of `tokens` tokens have key/value caches of `CACHE_BYTES` together; at least 1."""
+    full = config.resolve()
+    assert full.n_kv_head is not None and full.head_dim is not None  # resolved
+    values_per_token = 2 * full.n_layer * full.n_kv_head * full.head_dim
+    return max(1, CACHE_BYTES // (values_per_token * min(tokens, full.block_size) * bytes_per_value))
+
+
+def text_of(tokenizer: "Tokenizer", ids: list[int], prompt_length: int) -> str:
+    """The text of a prompt and its continuation, up to the end-of-text token of the continuation."""
+    if tokenizer.eot in ids[prompt_length:]:
+        ids = ids[:ids.index(tokenizer.eot, prompt_length)]
+    return tokenizer.decode(ids)
+
+
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     import torch
 
-    from blockgpt.training.device import choose_device
+    from blockgpt.training.device import choose_device, choose_dtype
 
-    model, tokenizer = load_model(Path(args.run), args.checkpoint, choose_device(args.device, local_rank=0))
+    device = choose_device(args.device, local_rank=0)
+    dtype = choose_dtype(args.dtype, device)
+    model, tokenizer = load_model(Path(args.run), args.checkpoint, device)
+    model.to(dtype)
     try:
         ids = list(tokenizer.encode(args.prompt))
     except DataError as error:
@@ -97,13 +127,15 @@ def main(argv: list[str]) -> None:
         raise UserError("--prompt: is empty (give at least one character)")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a model may write characters that the terminal cannot encode
         sys.stdout.reconfigure(errors="replace")
-    device = model.lm_head.weight.device
-    generator = torch.Generator(device).manual_seed(args.seed)
-    for i in range(args.num_samples):
-        idx = torch.tensor([ids], device=device)
-        out = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                             vocab_size=tokenizer.vocab_size, stop=tokenizer.eot, generator=generator)
-        print(("-" * 80 + "\n" if i else "") + tokenizer.decode(out[0].tolist()), flush=True)
+    batch_size = samples_at_once(model.config, len(ids) + args.max_new_tokens, dtype.itemsize)
+    for first in range(0, args.num_samples, batch_size):
+        samples = range(first, min(first + batch_size, args.num_samples))
+        generators = [torch.Generator(device).manual_seed(sample_seed(args.seed, i)) for i in samples]
+        out = model.generate(torch.tensor([ids] * len(samples), device=device), args.max_new_tokens, args.temperature,
+                             args.top_k, args.top_p, vocab_size=tokenizer.vocab_size, stop=tokenizer.eot,
+                             generator=generators)
+        for i, row in zip(samples, out.tolist(), strict=True):
+            print(("-" * 80 + "\n" if i else "") + text_of(tokenizer, row, len(ids)), flush=True)
 
 
 if __name__ == "__main__":

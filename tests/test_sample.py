@@ -14,7 +14,7 @@ from blockgpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from blockgpt.errors import CheckpointError, UserError
 from blockgpt.training.checkpoint_saver import CheckpointSaver
 from blockgpt.training.optimizers import build_optimizer
-from model_builder import build_model
+from model_builder import GPT, build_model
 from model_config import get_preset
 
 BLOCK = 16
@@ -78,6 +78,33 @@ def test_the_same_seed_gives_the_same_text(letters, text):
     assert both.startswith(one + "\n" + "-" * 80 + "\nabc") and both != one + "\n" + "-" * 80 + "\n" + one
 
 
+def test_samples_are_generated_in_one_batch_or_in_chunks_with_the_same_text(letters, text, monkeypatch):
+    flags, batches = {"prompt": "abc", "max_new_tokens": 12, "temperature": 1.5, "num_samples": 5}, []
+
+    def generate(self, tokens, *args, **keys):
+        batches.append(len(tokens))
+        return original(self, tokens, *args, **keys)
+
+    original = GPT.generate
+    monkeypatch.setattr(GPT, "generate", generate)
+    expected = text(letters, **flags)
+    assert len(set(expected.split("\n" + "-" * 80 + "\n"))) == 5
+    monkeypatch.setattr(sample, "CACHE_BYTES", 2 * (2 * 2 * 16) * 15 * 4)  # of two samples of 15 tokens
+    assert text(letters, **flags) == expected
+    monkeypatch.setattr(sample, "CACHE_BYTES", 1)
+    assert text(letters, **flags, dtype="float32") == expected
+    assert batches == [5, 2, 2, 1, 1, 1, 1, 1, 1]
+
+
+def test_the_dtype_is_that_of_the_weights(letters, text, monkeypatch):
+    dtypes, hidden = [], GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, *args, **keys: dtypes.append(self.lm_head.weight.dtype) or
+                        hidden(self, *args, **keys))
+    for dtype in ("auto", "bfloat16", "float32"):
+        assert len(text(letters, prompt="abc", dtype=dtype, max_new_tokens=1)) == 4
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
+
+
 @pytest.mark.parametrize("n", [0, 1, 5, BLOCK, 3 * BLOCK])
 @pytest.mark.parametrize("length", [1, BLOCK, 2 * BLOCK + 3], ids=["short", "block_size", "longer"])
 def test_it_prints_the_prompt_and_exactly_n_tokens_and_never_a_padded_one(letters, text, length, n):
@@ -110,6 +137,53 @@ def test_the_end_of_text_token_ends_the_text(make_run, text):
     run = make_run(ByteTokenizer(), {1: chain})
     assert text(run, prompt="ab", max_new_tokens=5, temperature=0) == "ab"
     assert text(run, prompt="x", max_new_tokens=5, temperature=0) == "xxxxxx"
+
+
+def test_each_text_of_a_batch_ends_at_its_first_end_of_text_token():
+    class Words(ByteTokenizer):
+        def decode(self, ids):
+            return "".join(chr(i) if i < 256 else "<eot>" for i in ids)
+
+    e = 256
+    rows = [[97, e, 98, e, e, e], [97, e, 98, 99, 100, 101], [97, e, e, e, e, e]]  # after a prompt of two
+    assert [sample.text_of(Words(), row, 2) for row in rows] == ["a<eot>b", "a<eot>bcde", "a<eot>"]
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, Interrupted])
+def test_generation_restores_training_mode_whatever_happens(error, monkeypatch):
+    m = model().train()
+    m.blocks[0].ffn.eval()  # frozen, such as a module under adaptation
+    before = [module.training for module in m.modules()]
+    prompt = torch.zeros(1, 3, dtype=torch.long)
+    m.generate(prompt, 2)
+    assert [module.training for module in m.modules()] == before
+    modes = []
+
+    def hidden(*args, **keys):
+        modes.append(any(module.training for module in m.modules()))
+        raise error
+
+    monkeypatch.setattr(m, "hidden", hidden)
+    with pytest.raises(error):
+        m.generate(prompt, 2)
+    assert modes == [False] and [module.training for module in m.modules()] == before
+
+
+def test_a_row_that_has_stopped_repeats_the_stop_token_and_the_others_continue():
+    m = model(vocab_size=8)
+    generators = [torch.Generator().manual_seed(i) for i in range(6)]
+    out = m.generate(torch.zeros(6, 1, dtype=torch.long), 30, temperature=2.0, stop=3, generator=generators).tolist()
+    lengths = [row.index(3) if 3 in row else len(row) for row in out]
+    assert len(set(lengths)) > 2 and len(out[0]) == min(31, max(lengths) + 1)
+    for i, (row, length) in enumerate(zip(out, lengths, strict=True)):
+        assert set(row[length:]) <= {3}
+        alone = m.generate(torch.zeros(1, 1, dtype=torch.long), 30, temperature=2.0, stop=3,
+                           generator=[torch.Generator().manual_seed(i)])
+        assert alone[0].tolist() == row[:length + 1]
 
 
 def test_best_is_the_lowest_loss_and_latest_the_newest(make_run):
@@ -155,6 +229,8 @@ def test_without_checkpoints_the_exported_weights_are_used(tmp_path, make_run, t
     ({"seed": -1}, "--seed: -1 is out of range"),
     ({"seed": 2**63}, f"--seed: {2**63} is out of range"),
     ({"device": "gpu"}, "device: 'gpu' is unknown"),
+    ({"dtype": "float8"}, "--dtype: invalid choice: 'float8'"),
+    ({"dtype": "float16"}, "dtype: 'float16' needs a CUDA device"),
     ({"checkpoint": "first"}, "--checkpoint: invalid choice: 'first'"),
     ({"temprature": 1}, "--temprature"),
 ], ids=str)
