@@ -100,6 +100,22 @@ def test_eval_only_trains_nothing(tmp_path, train):
     assert [r["kind"] for r in last] == ["eval", "save", "eval"] and last[0]["val_loss"] == last[2]["val_loss"]
 
 
+def test_a_run_stops_early_without_improvement_and_continues_with_more_patience(tmp_path, train):
+    flags = ["--max_iters=12", "--eval_interval=2", "--learning_rate=1e-12", "--min_lr=0", "--patience=2"]
+    done = train("early", *flags)
+    assert done.returncode == 0, done.stderr
+    run_dir = tmp_path / "runs/early"
+    run = json.loads((run_dir / "run.json").read_text())
+    assert run["criterion"] == {"metric": "val_loss", "more_is_better": False}
+    assert run["status"] == "finished" and run["results"]["step"] == 6 and run["results"]["best_step"] == 2
+    assert run["status_reason"].startswith("stopped early: val_loss has not improved for 2 evaluations (patience)")
+    assert (run_dir / "model.safetensors").exists() and (run_dir / "checkpoints/step_00000006").is_dir()
+    again = train("early", "--resume=must")
+    assert again.returncode == 0 and "no steps left (raise patience to continue)" in again.stdout
+    more = train("early", "--resume=must", "--patience=3")
+    assert more.returncode == 0 and max(records(run_dir)) == 8
+
+
 def test_a_new_run_never_overwrites_another(tmp_path, train):
     train("mine", "--max_iters=2")
     before = {p: p.read_bytes() for p in (tmp_path / "runs/mine").rglob("*") if p.is_file()}
