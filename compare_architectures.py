@@ -4,12 +4,14 @@
     python compare_architectures.py 'runs/llama-*' --latest 5   some of them
     python compare_architectures.py --format json               for other programs
 
-A run is named by the architecture that was built, not by the keys that were set. Losses come from metrics.jsonl; the
-results in run.json are stale if a run was killed, so they are used only where metrics.jsonl has none. A broken or
-unfinished log is listed with its reason and does not stop the comparison. To add a column: a line in COLUMNS and its
-value in `run_metrics`. This program needs no torch.
+A run is named by the architecture that was built, not by the keys that were set. Runs are ranked by their criterion,
+the metric that run.json names (val_loss if it names none). Metrics come from metrics.jsonl; the results in run.json are
+stale if a run was killed, so they are used only where metrics.jsonl has none. A broken or unfinished log is listed with
+its reason and does not stop the comparison. To add a column: a line in `columns` and its value in `run_metrics`. This
+program needs no torch.
 """
 
+import collections
 import csv
 import glob
 import io
@@ -35,7 +37,7 @@ HOW_TO_START = "train one: python train.py config/arch_llama.py config/size_demo
 
 REQUIRED_SECTIONS = {"schema_version": int, "status": str, "created_at": str, "arch_name": str, "parameters": dict,
                      "model": dict, "config": dict, "data": dict}
-OPTIONAL_SECTIONS = {"status_reason": str, "results": dict, "hardware": dict}
+OPTIONAL_SECTIONS = {"status_reason": str, "results": dict, "hardware": dict, "criterion": dict}
 TYPE_NAMES = {int: "a number", str: "text", dict: "an object"}
 RECORD_FIELDS = {"step": ("tokens", "tokens_per_sec", "mfu", "step_time"), "eval": ("tokens", "val_loss", "val_bpb")}
 
@@ -61,15 +63,28 @@ SAME_TOKENS: dict[str, Callable[[Run], Any]] = {  # runs that are equal in all o
 }
 
 
+class Criterion(NamedTuple):
+    """The metric by which runs are ranked."""
+
+    metric: str = "val_loss"
+    more_is_better: bool = False
+
+    def sort_key(self, value: float) -> float:
+        """The smaller, the better the value."""
+        return -value if self.more_is_better else value
+
+
 class Comparison(TypedDict):
     """What `compare` returns.
 
     Attributes:
+        criterion: by which the runs are ranked.
         runs: in the order of the table, with rank and delta.
         differences: {key: {run name: value}} of the keys in which the runs differ.
         warnings, notes: one line each.
     """
 
+    criterion: Criterion
     runs: list[Run]
     differences: dict[str, dict[str, Any]]
     warnings: list[str]
@@ -100,22 +115,28 @@ class Column(NamedTuple):
     more_is_better: bool = False
 
 
-COLUMNS = (
-    Column("rank", "#"),
-    Column("name", "run"),
-    Column("architecture", "architecture"),
-    Column("parameters", "params", human_count),
-    Column("tokens", "tokens", human_count),
-    Column("val_loss", "val loss", "{:.4f}".format),  # of the best evaluation; runs are ranked by it
-    Column("delta", "vs best", "{:+.4f}".format),
-    Column("final_val_loss", "final", "{:.4f}".format),
-    Column("val_bpb", "bpb", "{:.3f}".format),  # bits per byte, of the best evaluation too
-    Column("tokens_per_sec", "tokens/s", human_count, more_is_better=True),
-    Column("mfu", "MFU", "{:.1%}".format, more_is_better=True),
-    Column("step_ms", "step ms", "{:.1f}".format),
-    Column("peak_memory", "GiB", lambda n: f"{n / 2**30:.2f}"),
-    Column("status", "status"),
-)
+def columns(criterion: Criterion) -> tuple[Column, ...]:
+    """The columns of a table of runs that are ranked by `criterion`."""
+    metric, more_is_better = criterion
+    return (
+        Column("rank", "#"),
+        Column("name", "run"),
+        Column("architecture", "architecture"),
+        Column("parameters", "params", human_count),
+        Column("tokens", "tokens", human_count),
+        Column(metric, metric.replace("_", " "), "{:.4f}".format, more_is_better),  # of the best evaluation
+        Column("delta", "vs best", "{:+.4f}".format),
+        Column(f"final_{metric}", "final", "{:.4f}".format, more_is_better),
+        Column("val_bpb", "bpb", "{:.3f}".format),  # bits per byte, of the best evaluation too
+        Column("tokens_per_sec", "tokens/s", human_count, more_is_better=True),
+        Column("mfu", "MFU", "{:.1%}".format, more_is_better=True),
+        Column("step_ms", "step ms", "{:.1f}".format),
+        Column("peak_memory", "GiB", lambda n: f"{n / 2**30:.2f}"),
+        Column("status", "status"),
+    )
+
+
+COLUMNS = columns(Criterion())
 
 
 # ---- reading a run ----
@@ -196,13 +217,25 @@ def read_document(path: Path) -> dict[str, Any]:
     return document
 
 
-def parse_record(line: bytes) -> tuple[str, dict[str, Any]] | None:
+def read_criterion(document: dict[str, Any]) -> Criterion:
+    """The criterion of a run; val_loss for a run.json that has none."""
+    section = document.get("criterion") or Criterion()._asdict()
+    metric, more_is_better = section.get("metric"), section.get("more_is_better")
+    if type(metric) is not str or not metric.isprintable() or type(more_is_better) is not bool:
+        raise BrokenLogError("run.json: criterion is not a metric and whether more of it is better")
+    if metric in {column.key for column in COLUMNS} - {"val_loss", "val_bpb"}:
+        raise BrokenLogError(f"run.json: criterion {metric} is the name of another column")
+    return Criterion(metric, more_is_better)
+
+
+def parse_record(line: bytes, metric: str) -> tuple[str, dict[str, Any]] | None:
     """(its record type, the values of a line of metrics.jsonl that are used); None for a type that is not used."""
     raw = parse_object(line)
     record_type = raw.get("kind")
     if record_type not in list(RECORD_FIELDS):  # a list, as the value may not be hashable
         return None
-    record = {key: numeric_value(raw, key) for key in ("step", *RECORD_FIELDS[record_type])}
+    names = {"step", *RECORD_FIELDS[record_type], *([metric] if record_type == "eval" else [])}
+    record = {key: numeric_value(raw, key) for key in names}
     memory = raw.get("memory")
     record["peak_memory"] = numeric_value(memory, "peak") if isinstance(memory, dict) else None
     if record["step"] is None:
@@ -210,14 +243,19 @@ def parse_record(line: bytes) -> tuple[str, dict[str, Any]] | None:
     return record_type, record
 
 
-def read_metrics(path: Path) -> tuple[dict[str, list[dict[str, Any]]], int]:
-    """metrics.jsonl → ({record type: records by ascending step}, count of unreadable lines)."""
+def read_metrics(path: Path, metric: str) -> tuple[dict[str, list[dict[str, Any]]], int]:
+    """metrics.jsonl → ({record type: records by ascending step}, count of unreadable lines).
+
+    Args:
+        path: the file.
+        metric: of the criterion, read from the evaluations too.
+    """
     lines = list(filter(bytes.strip, read_bytes(path).split(b"\n")))
     records: dict[str, dict[float, dict[str, Any]]] = {record_type: {} for record_type in RECORD_FIELDS}
     skipped = 0
     for line in lines:
         try:
-            parsed = parse_record(line)
+            parsed = parse_record(line, metric)
         except BrokenLogError:
             skipped += 1
             continue
@@ -229,9 +267,11 @@ def read_metrics(path: Path) -> tuple[dict[str, list[dict[str, Any]]], int]:
     return {name: [by_step[step] for step in sorted(by_step)] for name, by_step in records.items()}, skipped
 
 
-def run_metrics(evals: list[dict[str, Any]], steps: list[dict[str, Any]], results: dict[str, Any]) -> Run:
+def run_metrics(evals: list[dict[str, Any]], steps: list[dict[str, Any]], results: dict[str, Any],
+                criterion: Criterion) -> Run:
     """The columns about training: from the records, or from the results of run.json where there are none."""
-    best = min((e for e in evals if e["val_loss"] is not None), key=lambda e: e["val_loss"], default={})
+    metric = criterion.metric
+    best = min((e for e in evals if e[metric] is not None), key=lambda e: criterion.sort_key(e[metric]), default={})
     timed = steps[1:] if len(steps) > 2 else steps  # the first step includes compilation and warm-up
 
     def median(key: str) -> Any:
@@ -245,8 +285,8 @@ def run_metrics(evals: list[dict[str, Any]], steps: list[dict[str, Any]], result
     step_time = median("step_time")
     return {
         "tokens": maximum(evals + steps, "tokens"),  # if one of the two logs is longer, it is the right one
-        "val_loss": best.get("val_loss") if evals else numeric_value(results, "best_val_loss"),
-        "final_val_loss": evals[-1]["val_loss"] if evals else numeric_value(results, "val_loss"),
+        metric: best.get(metric) if evals else numeric_value(results, f"best_{metric}"),
+        f"final_{metric}": evals[-1][metric] if evals else numeric_value(results, metric),
         "val_bpb": best.get("val_bpb") if evals else numeric_value(results, "best_val_bpb"),
         "tokens_per_sec": median("tokens_per_sec"),
         "mfu": median("mfu"),
@@ -258,20 +298,22 @@ def run_metrics(evals: list[dict[str, Any]], steps: list[dict[str, Any]], result
 def load_run(directory: str | os.PathLike[str]) -> Run:
     """A run directory as a dict.
 
-    Never raises for the contents of the directory. If they are unusable, status is 'broken: reason' and val_loss None.
+    Never raises for the contents of the directory. If they are unusable, status is 'broken: reason' and its criterion's
+    value None.
 
     Returns:
-        A value or None for each column but rank and delta, which depend on the other runs; path, created_at, warnings;
-        and the sections model, config, data and hardware of run.json.
+        A value or None for each column but rank and delta, which depend on the other runs; path, created_at, warnings,
+        criterion; and the sections model, config, data and hardware of run.json.
     """
     path = Path(directory)
     file, metrics = path / "run.json", path / "metrics.jsonl"
     run: Run = dict.fromkeys(column.key for column in COLUMNS)
     run |= {"name": printable(os.path.basename(os.path.realpath(path))), "path": str(path), "warnings": [], "model": {},
-            "config": {}, "data": {}, "hardware": {},
+            "config": {}, "data": {}, "hardware": {}, "criterion": Criterion(),
             "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(modified_time(path)))}
     try:
         document = read_document(file)
+        run["criterion"] = criterion = read_criterion(document)
         run |= {key: plain_values(document.get(key) or {}) for key in ("model", "config", "data", "hardware")}
         run |= {"architecture": printable(document["arch_name"]), "created_at": printable(document["created_at"]),
                 "parameters": numeric_value(document["parameters"], "total")}
@@ -280,17 +322,18 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         if status == "running" and quiet_seconds > QUIET_SECONDS:
             status, reason = "running?", f"nothing written for {quiet_seconds / 3600:.1f} h, possibly killed"
         just_begun = status == "running" and not modified_time(metrics)
-        records, skipped = ({"eval": [], "step": []}, 0) if just_begun else read_metrics(metrics)
-        run |= run_metrics(records["eval"], records["step"], document.get("results") or {})
+        metric = criterion.metric
+        records, skipped = ({"eval": [], "step": []}, 0) if just_begun else read_metrics(metrics, metric)
+        run |= run_metrics(records["eval"], records["step"], document.get("results") or {}, criterion)
     except (BrokenLogError, RecursionError) as error:  # a value that can be parsed may be nested too deeply to print
         return run | {"status": f"broken: {printable(str(error))}"}
     run["status"] = f"{status}: {printable(reason)}" if reason else status
     if skipped:
         run["warnings"].append(f"{skipped} unreadable line{'s' * (skipped > 1)} of metrics.jsonl skipped")
-    if run["val_loss"] is not None and not records["eval"]:
-        run["warnings"].append("metrics.jsonl has no evaluation: the losses are those of run.json")
-    if run["val_loss"] is not None and run["final_val_loss"] is None:
-        run["warnings"].append("the last evaluation gave no finite loss")
+    if run[metric] is not None and not records["eval"]:
+        run["warnings"].append(f"metrics.jsonl has no evaluation: {metric} is that of run.json")
+    if run[metric] is not None and run[f"final_{metric}"] is None:
+        run["warnings"].append(f"the last evaluation gave no finite {metric}")
     return run
 
 
@@ -318,8 +361,16 @@ def experiment(run: Run) -> Hashable:
     return frozenset(run["model"].items()), frozenset(config.items()), run["data"].get("fingerprint"), run["tokens"]
 
 
-def comparability_warnings(ranked: list[Run]) -> tuple[list[str], list[str]]:
+def common_criterion(runs: list[Run]) -> Criterion:
+    """The criterion of most runs that are not broken, of equally many the first one's."""
+    counts = collections.Counter(run["criterion"] for run in runs if not (run["status"] or "").startswith("broken"))
+    return counts.most_common(1)[0][0] if counts else Criterion()
+
+
+def comparability_warnings(ranked: list[Run], criterion: Criterion) -> tuple[list[str], list[str]]:
     """(warnings, notes) about how far the ranking can be trusted."""
+    metric_text = criterion.metric.replace("_", " ")
+
     def run_names(runs: list[Run]) -> str:
         return ", ".join(run["name"] for run in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
 
@@ -335,44 +386,55 @@ def comparability_warnings(ranked: list[Run]) -> tuple[list[str], list[str]]:
             warnings.append(f"these runs did not see the same tokens: {name} differs: {values}")
     for arm, arm_seeds in zip(arms, seeds, strict=True):
         if len(arm_seeds) > 1:
-            losses = [run["val_loss"] for run in arm]
-            notes.append(f"{arm[0]['architecture']}: best val loss {min(losses):.4f}..{max(losses):.4f} over "
+            values_of_arm = [run[criterion.metric] for run in arm]
+            notes.append(f"{arm[0]['architecture']}: best {metric_text} {min(values_of_arm):.4f}.."
+                         f"{max(values_of_arm):.4f} over "
                          f"{len(arm_seeds)} seeds (n={len(arm)}: {run_names(arm)})")
     if len(arms) > 1 and not warnings and len(seeds[0]) == 1:
-        notes.append("one seed each: a small difference in val loss may be noise (repeat with --seed=…)")
+        notes.append(f"one seed each: a small difference in {metric_text} may be noise (repeat with --seed=…)")
     return warnings, notes
 
 
-def compare(runs: list[Run], sort: str = "val_loss") -> Comparison:
+def compare(runs: list[Run], sort: str | None = None) -> Comparison:
     """Rank runs and find their differences.
 
-    Rank and delta always refer to the best val loss. In any order, runs without a val loss come after the others, and
-    broken ones last.
+    Rank and delta always refer to the best value of the criterion that most runs have. In any order, runs without one
+    come after the others, and broken ones last.
 
     Args:
         runs: from `load_run`.
-        sort: the key or header of a column. `UserError` if there is none.
+        sort: the key or header of a column; None: the criterion. `UserError` if there is none.
     """
-    column = {name: c for c in COLUMNS for name in (c.header, c.key)}.get(sort)
+    criterion = common_criterion(runs)
+    metric, table_columns = criterion.metric, columns(criterion)
+    column = {name: c for c in table_columns for name in (c.header, c.key)}.get(sort or metric)
     if column is None:
-        raise UserError(f"--sort: {sort!r} is unknown{did_you_mean(sort, [c.key for c in COLUMNS])}")
+        raise UserError(f"--sort: {sort!r} is unknown{did_you_mean(str(sort), [c.key for c in table_columns])}")
     runs = [run | {"name": printable(run["path"])} if len(group) > 1 else dict(run)
             for group in group_by(runs, lambda run: run["name"]) for run in group]
-    ranked = sorted((run for run in runs if run["val_loss"] is not None), key=lambda r: (r["val_loss"], r["name"]))
+    others = [run for run in runs if run["criterion"] != criterion and not run["status"].startswith("broken")]
+    for run in runs:
+        run |= dict.fromkeys({c.key for c in table_columns} - run.keys())
+    for run in others:
+        run |= {metric: None, f"final_{metric}": None}
+    ranked = sorted((run for run in runs if run[metric] is not None),
+                    key=lambda run: (criterion.sort_key(run[metric]), run["name"]))
     for rank, run in enumerate(ranked, 1):
-        run |= {"rank": rank, "delta": run["val_loss"] - ranked[0]["val_loss"]}
+        run |= {"rank": rank, "delta": run[metric] - ranked[0][metric]}
 
     def order(run: Run) -> tuple[Any, ...]:
         value = run[column.key]
-        return (run["status"].startswith("broken"), run["val_loss"] is None, value is None,
+        return (run["status"].startswith("broken"), run[metric] is None, value is None,
                 -value if column.more_is_better and value is not None else value, run["name"])
 
     runs.sort(key=order)
     values = {run["name"]: compared_values(run) for run in runs if not run["status"].startswith("broken")}
     keys = dict.fromkeys(key for row in values.values() for key in row)
     by_key = {key: {name: row.get(key) for name, row in values.items()} for key in keys}
-    warnings, notes = comparability_warnings(ranked)
-    return {"runs": runs,
+    warnings, notes = comparability_warnings(ranked, criterion)
+    warnings += [f"{run['name']}: not ranked, its criterion is {run['criterion'].metric} and not {metric} (compare "
+                 "such runs apart)" for run in others]
+    return {"criterion": criterion, "runs": runs,
             "differences": {key: row for key, row in by_key.items() if len(set(row.values())) > 1},
             "warnings": warnings + [f"{run['name']}: {warning}" for run in runs for warning in run["warnings"]],
             "notes": notes}
@@ -396,12 +458,12 @@ def wrap_text(text: str, indent: str = "") -> list[str]:
 def as_table(comparison: Comparison) -> str:
     """For the terminal: per run a line of numbers, and below it the architecture and the reason for its status."""
     brief = [run | {"status": run["status"].split(":")[0]} for run in comparison["runs"]]
-    columns = [column_cells(brief, c) for c in COLUMNS if c.key != "architecture"]
-    used = sum(2 + max(map(len, column)) for column in columns if column[0] != "run")
-    columns[1] = [shorten_middle(name, max(12, WIDTH - used)) for name in columns[1]]
-    left = [i for i, column in enumerate(columns) if column[0] in ("run", "status")]
-    header, *rows = align_columns(list(zip(*columns, strict=True)), left)
-    lines, indent = [header, "-" * max(map(len, (header, *rows)))], " " * (4 + max(map(len, columns[0])))
+    cells = [column_cells(brief, c) for c in columns(comparison["criterion"]) if c.key != "architecture"]
+    used = sum(2 + max(map(len, column)) for column in cells if column[0] != "run")
+    cells[1] = [shorten_middle(name, max(12, WIDTH - used)) for name in cells[1]]
+    left = [i for i, column in enumerate(cells) if column[0] in ("run", "status")]
+    header, *rows = align_columns(list(zip(*cells, strict=True)), left)
+    lines, indent = [header, "-" * max(map(len, (header, *rows)))], " " * (4 + max(map(len, cells[0])))
     for run, brief_run, row in zip(comparison["runs"], brief, rows, strict=True):
         lines += [row, *wrap_text(run["architecture"] or "", indent)]
         lines += wrap_text(run["status"], indent) if run["status"] != brief_run["status"] else []
@@ -428,7 +490,7 @@ def difference_lines(differences: dict[str, dict[str, Any]]) -> list[str]:
 
 def as_markdown(comparison: Comparison) -> str:
     """A table to paste, with notes and warnings below it."""
-    header, *rows = zip(*(column_cells(comparison["runs"], c) for c in COLUMNS), strict=True)
+    header, *rows = zip(*(column_cells(comparison["runs"], c) for c in columns(comparison["criterion"])), strict=True)
     table = [header, ["---"] * len(header), *([text.replace("|", "\\|") for text in row] for row in rows)]
     messages = [*(f"- note: {text}" for text in comparison["notes"]),
                 *(f"- warning: {text}" for text in comparison["warnings"])]
@@ -437,15 +499,17 @@ def as_markdown(comparison: Comparison) -> str:
 
 def as_csv(comparison: Comparison) -> str:
     out = io.StringIO()
-    writer = csv.DictWriter(out, [c.key for c in COLUMNS], extrasaction="ignore", lineterminator="\n")
+    keys = [c.key for c in columns(comparison["criterion"])]
+    writer = csv.DictWriter(out, keys, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(comparison["runs"])
     return out.getvalue().rstrip("\n")
 
 
 def as_json(comparison: Comparison) -> str:
-    keys = [*(c.key for c in COLUMNS), "path", "created_at"]
-    return json.dumps({**comparison, "runs": [{key: run[key] for key in keys} for run in comparison["runs"]]}, indent=2)
+    keys = [*(c.key for c in columns(comparison["criterion"])), "path", "created_at"]
+    return json.dumps({**comparison, "criterion": comparison["criterion"]._asdict(),
+                       "runs": [{key: run[key] for key in keys} for run in comparison["runs"]]}, indent=2)
 
 
 FORMATS: dict[str, Callable[[Comparison], str]] = {"table": as_table, "md": as_markdown, "csv": as_csv, "json": as_json}
@@ -489,7 +553,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out_dir", default="runs", help="directory of the runs")
     parser.add_argument("--latest", type=int, metavar="N", help="only the newest N of them")
     parser.add_argument("--format", choices=FORMATS, default="table", help="output format")
-    parser.add_argument("--sort", default="val_loss", metavar="KEY", help="one of " + ", ".join(c.key for c in COLUMNS))
+    parser.add_argument("--sort", metavar="KEY", help="one of " + ", ".join(c.key for c in COLUMNS) + " (default: the "
+                        "criterion of the runs, usually val_loss)")
     args = parser.parse_args(argv)
     check_ranges(args, {"latest": (args.latest is None or args.latest >= 1, "at least 1")})
     runs = sorted(map(load_run, select_runs(args.runs, args.out_dir)), key=lambda run: run["created_at"], reverse=True)

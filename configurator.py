@@ -119,6 +119,8 @@ class Config:
                              minimum=1, example=100)
     eval_tokens: int = key(65536, "validation tokens, spread evenly over the split; 0: all of it",
                            group="evaluation", minimum=0, example=1024)
+    patience: int = key(0, "evaluations in a row without improvement after which the run is finished; 0: no limit",
+                        group="evaluation", minimum=0, example=3)
     checkpoint_interval: int | None = key(None, "steps between checkpoints; None: eval_interval; 0: only at the end",
                                           group="evaluation", minimum=0, example=50)
 
@@ -327,7 +329,8 @@ class Config:
             unused |= dict.fromkeys(("lr_schedule", "min_lr", "lr_decay_iters"), "the run ends during the warm-up")
         if self.eval_only:
             training = [f.name for f in dataclasses.fields(self) if f.metadata.get("group") == "optimization"]
-            training += ["max_epochs", "packing", "gradient_accumulation_steps", "eval_interval", "checkpoint_interval",
+            training += ["max_epochs", "packing", "gradient_accumulation_steps", "eval_interval", "patience",
+                         "checkpoint_interval",
                          "keep_last", "checkpoint_async", "log_interval", "gradient_log_interval", "mfu_peak",
                          "profile", "memory_snapshot", "dropout"]
             unused |= dict.fromkeys(training, "eval_only does not train")

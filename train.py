@@ -29,6 +29,7 @@ from blockgpt.training.checkpoint_manager import CheckpointManager
 from blockgpt.training.checkpoint_saver import check_disk_space
 from blockgpt.training.diagnostics import gradient_statistics, is_usable, non_finite_error
 from blockgpt.training.faults import Watchdog
+from blockgpt.training.objectives import MetricSums
 from blockgpt.training.optimizers import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from blockgpt.training.profiling import StepProfiler, memory_history
 from configurator import Config
@@ -71,14 +72,15 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
         if config.eval_only:
             evaluate()
             return
-        if progress.step >= config.max_iters:
-            log.info(f"step {progress.step} of max_iters={config.max_iters}: no steps left (raise it to continue)")
+        if checkpoints.finished:
+            log.info(f"step {progress.step} of max_iters={config.max_iters}: no steps left "
+                     f"(raise {'patience' if checkpoints.stopped_early else 'it'} to continue)")
             watchdog.enter_phase("save")
             checkpoints.save(final=True)  # the export may have failed, or was deleted
 
         # ------------------------------------------------------------ the loop
         first = progress.step
-        for step in range(first, config.max_iters):
+        for step in range(first, first if checkpoints.finished else config.max_iters):
             done, last = step + 1, step + 1 == config.max_iters
             to_log = done % config.log_interval == 0 or last or step == first
             watchdog.enter_phase("step", done)
@@ -88,13 +90,16 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
             set_learning_rate(optimizer, lr)
 
             micro_losses = []  # terms of the step's loss: the sum over a micro-batch's tokens / the tokens of the step
+            metrics = MetricSums()
             for micro_step, batch in enumerate(objective.micro_batches(step)):
                 parallel.seed_micro_batch(config.seed, step, micro_step * runtime.dp_size + runtime.dp_rank)
                 with parallel.gradient_sync(wrapped, now=micro_step == objective.micro_steps - 1):
                     with runtime.autocast():
-                        micro_loss = objective.loss(wrapped, batch)
+                        micro_loss, micro_metrics = objective.loss(wrapped, batch)
                     scaler.scale(micro_loss * runtime.dp_size).backward()  # the ranks' gradients are averaged
                 micro_losses.append(micro_loss.detach())
+                if to_log:
+                    metrics.add({**{name: (value, 1) for name, value in model.metrics().items()}, **micro_metrics})
             scaler.unscale_(optimizer)
             grad_norm = clip_gradients(model, config.grad_clip)
 
@@ -121,18 +126,20 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
 
             if to_log:
                 log.step(done, progress.tokens, status, lr, meter.report(log.warning), runtime.memory(),
-                         objective.consumed(done), profiler.communication())
+                         objective.consumed(done), profiler.communication(), metrics.means(runtime))
             if status.save_finished:
                 checkpoints.poll()
             is_best = evaluate() if done % config.eval_interval == 0 or last else False
-            final = bool(last or status.stop_reason)
+            final = bool(checkpoints.finished or status.stop_reason)
             if final or checkpoints.is_due(is_best):
                 watchdog.enter_phase("save")
                 checkpoints.save(final)
-            if status.stop_reason and not last:
+            if checkpoints.finished:
+                break
+            if status.stop_reason:
                 log.interrupted(status.stop_reason, done)
                 return
-        log.info(f"done: {run_dir}")
+        log.finished(checkpoints.stopped_early)
 
 
 def main(config: Config) -> None:

@@ -91,6 +91,7 @@ def run_header(config: Config, model: GPT, objective: Objective, runtime: Runtim
     inferred = model.infer_config()
     return {
         "arch_name": inferred.arch_name(), "config": config.flat(), "model": inferred.flat(),
+        "criterion": objective.criterion._asdict(),
         "parameters": model.parameter_counts(), "flops_per_token": meter.flops, "data": objective.description(),
         "attention_kernels": model.attention_kernels(runtime.dtype),
         "hardware": {"device": str(runtime.device), "name": runtime.name(), "world_size": runtime.world_size,
@@ -228,6 +229,13 @@ class RunLog:
             self.info(f"  {name}: {before} -> {now}{' (forced)' if name in resumption.forced else ''}")
         self._update_record()
 
+    def finished(self, stopped_early: str | None) -> None:
+        """Record that no step is left, and why if the run has stopped before max_iters."""
+        if self.quiet:
+            return
+        self.final_status["status_reason"] = stopped_early and f"stopped early: {stopped_early}"
+        self.info(f"stopped early: {stopped_early}" if stopped_early else f"done: {self.dir}")
+
     def interrupted(self, reason: str, step: int) -> None:
         """Record that `reason`, such as a signal, stopped the run after `step` steps, with its state saved."""
         if self.quiet:
@@ -245,7 +253,8 @@ class RunLog:
     # ------------------------------------------------------------ records
 
     def step(self, step: int, tokens: int, status: StepStatus, lr: float, speed: dict[str, float | None],
-             memory: dict[str, int | None], consumed: dict[str, int], communication: list[Any] | None) -> None:
+             memory: dict[str, int | None], consumed: dict[str, int], communication: list[Any] | None,
+             metrics: dict[str, float] | None = None) -> None:
         """One training step.
 
         Args:
@@ -255,12 +264,15 @@ class RunLog:
             memory: this process's {allocated, peak, reserved}, in bytes.
             consumed: {source: tokens}.
             communication: by rank, see `profiling`; None where it was not measured.
+            metrics: of the objective and of the model's components.
         """
         if self.quiet:
             return
         values: dict[str, Any] = {"step": step, "tokens": tokens, "loss": status.loss, "lr": lr,
                                   "grad_norm": status.grad_norms[0], **speed, "memory": memory,
                                   "tokens_per_source": consumed}
+        if metrics:
+            values["metrics"] = metrics
         if len(status.step_times) > 1:
             values |= rank_statistics(status.step_times, status.memory_peaks, communication)
             values["memory"] = {**memory, "peak": max(status.memory_peaks)}
@@ -284,8 +296,7 @@ class RunLog:
         self._update_record()
         self.info(f"step {step:>6}   " + "   ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
         if best:
-            self.results |= {"best_step": best["step"], "best_val_loss": best["val_loss"],
-                             "best_val_bpb": best.get("val_bpb")}
+            self.results |= {f"best_{name}": value for name, value in best.items()}
 
     def spike(self, step: int, loss: float, z_score: float, skipped: bool) -> None:
         """A loss `z_score` standard deviations above its running mean, and whether its update was skipped."""
@@ -350,7 +361,8 @@ class RunLog:
         line = (f"step {v['step']:>6}/{self.config.max_iters}   loss {v['loss']:.4f}   "
                 f"{v['tokens_per_sec']:>9,.0f} tok/s   {mfu}   left {human_time(left):<7}   "
                 f"{v['step_time'] * 1e3:.1f} ms   lr {v['lr']:.2e}   |g| {v['grad_norm']:.2f}   "
-                f"{human_bytes(v['memory']['allocated'])}")
+                f"{human_bytes(v['memory']['allocated'])}"
+                + "".join(f"   {name} {value:.4f}" for name, value in v.get("metrics", {}).items()))
         if self.live:  # rewritten in place, which a line that wraps cannot be
             echo("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1], end="")
             self.line_open = True

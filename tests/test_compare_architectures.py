@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_finite_is_never_the_best_and_brings_a_warning(tmp_pa
                     '{"kind": "eval", "step": 400, "val_loss": -1e999}')
     run = tool.load_run(path)
     assert (run["val_loss"], run["final_val_loss"]) == (2.0, None)
-    assert run["warnings"] == ["the last evaluation gave no finite loss"]
+    assert run["warnings"] == ["the last evaluation gave no finite val_loss"]
 
 
 # ---- unfinished runs ----
@@ -472,7 +472,7 @@ def test_runs_of_earlier_versions_are_read():
 OF_THE_EXPERIMENT = {
     "objective", "eval_only", "dataset", "dataset_schedule", "max_epochs", "packing", "tokenizer", "batch_size",
     "gradient_accumulation_steps", "max_iters", "learning_rate", "lr_schedule", "warmup_iters", "lr_decay_iters",
-    "min_lr", "weight_decay", "beta1", "beta2", "grad_clip", "eval_interval", "eval_tokens", "skip_spikes",
+    "min_lr", "weight_decay", "beta1", "beta2", "grad_clip", "patience", "eval_interval", "eval_tokens", "skip_spikes",
     "spike_threshold", "device", "dtype", "tf32", "compile", "mfu_peak", "dry_run", "dry_run_gpus", "dry_run_gpu",
     "dry_run_mfu",
 }
@@ -483,6 +483,34 @@ def test_every_config_key_is_of_the_experiment_or_not():
     former = {"init_from", *RENAMED}
     assert keys == OF_THE_EXPERIMENT | (set(tool.NOT_THE_EXPERIMENT) - former)
     assert not OF_THE_EXPERIMENT & set(tool.NOT_THE_EXPERIMENT) and not former & keys
+
+
+def test_runs_are_ranked_by_the_criterion_that_they_record(tmp_path, capsys):
+    accuracy = {"metric": "accuracy", "more_is_better": True}
+    paths = [make_run(tmp_path / name, step(1), *(evaluation(i, 3.0, accuracy=value) for i, value in enumerate(values)),
+                      criterion=accuracy) for name, values in (("a", (0.2, 0.5, 0.4)), ("b", (0.6, 0.1)))]
+    other = make_run(tmp_path / "c")
+    comparison = compared(*paths, other)
+    b, a, c = comparison["runs"]
+    assert (b["name"], b["rank"], b["accuracy"], b["final_accuracy"], b["delta"]) == ("b", 1, 0.6, 0.1, 0)
+    assert (a["name"], a["accuracy"], a["delta"]) == ("a", 0.5, pytest.approx(-0.1)) and a["val_bpb"] is not None
+    assert (c["name"], c["rank"], c["delta"]) == ("c", None, None)
+    assert "c: not ranked, its criterion is val_loss and not accuracy (compare such runs apart)" in \
+        comparison["warnings"]
+    table = tool.render(comparison)
+    assert "accuracy" in table.splitlines()[0] and "val loss" not in table.splitlines()[0]
+    as_json = json.loads(tool.render(comparison, "json"))
+    assert as_json["criterion"] == accuracy and as_json["runs"][0]["accuracy"] == 0.6
+    assert names(compared(*paths, other, sort="final_accuracy")) == ["a", "b", "c"]
+    assert "best accuracy" in compared(paths[0], make_run(tmp_path / "d", evaluation(2, 3.0, accuracy=0.1), seed=1,
+                                                          criterion=accuracy))["notes"][0]
+
+
+@pytest.mark.parametrize("criterion", [{"metric": 3, "more_is_better": True}, {"metric": "x"},
+                                       {"metric": "tokens", "more_is_better": True}, {"metric": "\x1b"}])
+def test_a_criterion_that_cannot_be_used_is_a_broken_log(tmp_path, criterion):
+    assert tool.load_run(make_run(tmp_path / "a", criterion=criterion))["status"].startswith(
+        "broken: run.json: criterion ")
 
 
 def test_unequal_seeds_are_a_warning(tmp_path):
@@ -550,7 +578,8 @@ def test_json_parses_back_with_raw_numbers_differences_and_warnings(tmp_path, ca
     make_run(tmp_path / "b", preset="gpt2", losses=(2.5,))
     out, err = main(capsys, "--out_dir", tmp_path, "--format", "json")
     result = json.loads(out)
-    assert set(result) == {"runs", "differences", "warnings", "notes"}
+    assert set(result) == {"criterion", "runs", "differences", "warnings", "notes"}
+    assert result["criterion"] == {"metric": "val_loss", "more_is_better": False}
     assert result["runs"][0] == {
         "rank": 1, "name": "a", "architecture": "4L-4H-128D-RoPE-RMS-SwiGLU-PreNorm", "parameters": 124_300_000,
         "tokens": 100 * 2048, "val_loss": 2.123456789, "delta": 0.0, "final_val_loss": 2.123456789,

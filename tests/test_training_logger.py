@@ -32,11 +32,12 @@ SHORT = (*TINY, "--run_name=run", "--max_iters=4", "--eval_interval=2", "--gradi
          "--arch_preset=llama", "--n_kv_head=1")
 
 
-def log_step(log, step=1, loss=2.0, grad_norm=1.0, step_times=(0.1,), peaks=(2,), communication=None, **speed):
+def log_step(log, step=1, loss=2.0, grad_norm=1.0, step_times=(0.1,), peaks=(2,), communication=None, metrics=None,
+             **speed):
     """A training step into the log."""
     status = StepStatus(loss, [grad_norm] * len(step_times), [-1] * len(step_times), None, False, list(step_times),
                         list(peaks))
-    log.step(step, 8, status, 1e-3, {**SPEED, **speed}, dict(MEMORY), {"text": 8}, communication)
+    log.step(step, 8, status, 1e-3, {**SPEED, **speed}, dict(MEMORY), {"text": 8}, communication, metrics)
 
 
 def opened(*args):
@@ -126,6 +127,7 @@ def test_other_processes_write_nothing(tmp_path, capsys):
         log.info("x")
         log.warning("x")
         log.interrupted("x", 1)
+        log.finished("x")
         log.peer_lost("x")
     assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
 
@@ -334,6 +336,24 @@ def test_one_process_logs_no_ranks(new_log):
         log_step(log)
     assert lines(log) == [{"kind": "step", "step": 1, "tokens": 8, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, **SPEED,
                            "memory": MEMORY, "tokens_per_source": {"text": 8}}]
+
+
+def test_the_metrics_of_a_step_are_logged_and_printed(new_log, capsys):
+    with new_log() as log:
+        log_step(log, metrics={"accuracy": 0.25})
+        log_step(log, step=2, metrics={})
+    first, second = lines(log)
+    assert first["metrics"] == {"accuracy": 0.25} and "metrics" not in second
+    assert "   accuracy 0.2500\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reason, status_reason, printed", [
+    (None, None, "done: "), ("x stays", "stopped early: x stays", "stopped early: x stays")])
+def test_a_run_that_stopped_early_is_finished_with_the_reason(new_log, capsys, reason, status_reason, printed):
+    with new_log() as log:
+        log.finished(reason)
+    assert (run_json(log)["status"], run_json(log)["status_reason"]) == ("finished", status_reason)
+    assert printed in capsys.readouterr().out
 
 
 def test_beyond_64_ranks_the_log_summarises_them():

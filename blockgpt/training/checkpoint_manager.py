@@ -15,7 +15,7 @@ from blockgpt.errors import CheckpointError, SaveError
 from blockgpt.training import checkpoint, checkpoint_saver
 from blockgpt.training.diagnostics import LossSpikeDetector
 from blockgpt.training.launch import Runtime
-from blockgpt.training.objectives import Objective
+from blockgpt.training.objectives import Criterion, Objective
 
 
 class CheckpointLog(Protocol):
@@ -32,14 +32,17 @@ class Progress:
     step: int = 0  # optimizer steps done
     tokens: int = 0  # that these steps were trained on, over all processes
     skipped: int = 0  # updates left out because of a loss spike
-    best: dict[str, Any] | None = None  # {"step", metrics} of the evaluation with the lowest val_loss
+    best: dict[str, Any] | None = None  # {"step", metrics} of the best evaluation by the criterion
+    evaluations_since_best: int = 0
+    criterion: Criterion = field(default_factory=Criterion)
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Whether an evaluation of the current step is the best so far; it is then remembered."""
-        best = float("inf") if self.best is None else self.best["val_loss"]
-        if not metrics["val_loss"] < best:  # False for nan too
+        metric = self.criterion.metric
+        if not self.criterion.is_better(metrics[metric], None if self.best is None else self.best[metric]):
+            self.evaluations_since_best += 1
             return False
-        self.best = {"step": self.step, **metrics}
+        self.best, self.evaluations_since_best = {"step": self.step, **metrics}, 0
         return True
 
 
@@ -73,7 +76,7 @@ class CheckpointManager:
         """description: what sample.py needs to rebuild the model: {"model": its config, "tokenizer": its meta}."""
         self.config, self.runtime, self.objective, self.description = config, runtime, objective, description
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.progress, self.spikes = Progress(), LossSpikeDetector(config.spike_threshold)
+        self.progress, self.spikes = Progress(criterion=objective.criterion), LossSpikeDetector(config.spike_threshold)
         self.resumption: Resumption | None = None
         self.last_saved: int | None = None
 
@@ -102,7 +105,8 @@ class CheckpointManager:
             changed["world_size"] = [state["world_size"], runtime.world_size]
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(state["step"], state["tokens"], state["skipped"], state["best"])
+        self.progress = Progress(state["step"], state["tokens"], state["skipped"], state["best"],
+                                 state.get("evaluations_since_best", 0), self.objective.criterion)
         self.spikes = LossSpikeDetector(config.spike_threshold, state["spikes"])
         self.last_saved = self.progress.step
         return self.progress
@@ -114,6 +118,21 @@ class CheckpointManager:
         self.saver = checkpoint_saver.CheckpointSaver(run_dir, self.runtime, self.config.keep_last,
                                                       self.config.checkpoint_async)
 
+    @property
+    def stopped_early(self) -> str | None:
+        """Why the run is finished although steps are left; None if it is not."""
+        progress, patience, metric = self.progress, self.config.patience, self.objective.criterion.metric
+        if not patience or progress.evaluations_since_best < patience or progress.step >= self.config.max_iters:
+            return None
+        best = (f"the best is {progress.best[metric]:.4f} at step {progress.best['step']}" if progress.best
+                else "it was never finite")
+        return f"{metric} has not improved for {progress.evaluations_since_best} evaluations (patience); {best}"
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left: max_iters is reached, or the run has stopped early."""
+        return self.progress.step >= self.config.max_iters or self.stopped_early is not None
+
     def is_due(self, is_best: bool) -> bool:
         """Whether to save after the current step. The last step is saved in any case."""
         interval = (self.config.eval_interval if self.config.checkpoint_interval is None
@@ -121,7 +140,7 @@ class CheckpointManager:
         return bool(interval and (self.progress.step % interval == 0 or is_best))
 
     def save(self, final: bool = False) -> None:
-        """Write a checkpoint; at the end of training the weights alone, too. A failure is a warning.
+        """Write a checkpoint; when the run is finished the weights alone, too. A failure is a warning.
 
         Args:
             final: no step follows. Background saves are waited for, and a failure raises.
@@ -134,7 +153,7 @@ class CheckpointManager:
             path = self.saver.save(self.model, self.optimizer, self._state(), wait=final)
             if path:
                 self._saved(step, None, time.perf_counter() - started)
-            if final and step >= self.config.max_iters:
+            if final and self.finished:
                 assert path is not None  # a save that is waited for returns its directory
                 checkpoint.export(self.run_dir, path, {**self.description, "step": step}, self.runtime)
         except OSError as error:
@@ -172,6 +191,7 @@ class CheckpointManager:
         """state.json's content: see checkpoint.py."""
         progress = self.progress
         return {"step": progress.step, "tokens": progress.tokens, "best": progress.best, "skipped": progress.skipped,
-                "spikes": self.spikes.state, "scaler": self.scaler.state_dict() or None,
-                "data": self.objective.fingerprint, "description": self.description, "config": self.config.flat(),
-                "seed": self.config.seed, "sequences": progress.step * self.objective.sequences_per_step}
+                "evaluations_since_best": progress.evaluations_since_best, "spikes": self.spikes.state,
+                "scaler": self.scaler.state_dict() or None, "data": self.objective.fingerprint,
+                "description": self.description, "config": self.config.flat(), "seed": self.config.seed,
+                "sequences": progress.step * self.objective.sequences_per_step}

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,6 +58,19 @@ class MetricSums:
         return {name: means[name] for name in self.sums}  # in the order in which they were added
 
 
+class Criterion(NamedTuple):
+    """The metric of the evaluation that says which model is better. `best`, patience and the comparison read it."""
+
+    metric: str = "val_loss"
+    more_is_better: bool = False
+
+    def is_better(self, value: float, best: float | None) -> bool:
+        """Whether `value` is better than `best`, if there is one; nan never is."""
+        if best is None:
+            best = -math.inf if self.more_is_better else math.inf
+        return value > best if self.more_is_better else value < best
+
+
 class Objective(abc.ABC):
     """What a run learns from. train.py needs no more of it than this.
 
@@ -67,8 +80,10 @@ class Objective(abc.ABC):
         micro_steps: micro-batches of this process in a step.
         tokens_per_step, sequences_per_step: over all processes; the log and tokens/s count these tokens.
         fingerprint: hex digest of the data and of everything that decides the order in which it is read.
+        criterion: the metric of `evaluate` that says which model is better.
     """
 
+    criterion = Criterion()
     vocab_size: int
     tokenizer: dict[str, Any]
     micro_steps: int
@@ -85,8 +100,11 @@ class Objective(abc.ABC):
         """This process's micro-batches of step `step` (from 0), on the device: a function of (seed, step)."""
 
     @abc.abstractmethod
-    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """A micro-batch's term of the step's loss. The terms of all micro-batches and processes are added up."""
+    def loss(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, Metrics]:
+        """A micro-batch's term of the step's loss, and metrics for the log, the same names on all ranks.
+
+        The terms of all micro-batches and processes add up to the loss, the metrics' sums and weights to their means.
+        """
 
     @abc.abstractmethod
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
@@ -292,11 +310,11 @@ class LanguageModeling(TokenObjective):
                                         "prediction needs causal=True)")
         super().check_model()
 
-    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, Metrics]:
         """This micro-batch's term of the step's loss: the sum over its targets / the targets of the whole step."""
         y = batch["targets"]
         targets = y.numel() if self.config.packing == "stream" else (y != IGNORE_INDEX).sum()
-        return model(batch["tokens"], y, batch.get("segment_ids")) * (targets / self.step_targets)
+        return model(batch["tokens"], y, batch.get("segment_ids")) * (targets / self.step_targets), {}
 
     def evaluate_batch(self, model: torch.nn.Module, batch: Batch) -> Metrics:
         loss = model(batch["tokens"], batch["targets"], batch.get("segment_ids")).item()

@@ -9,6 +9,7 @@ from blockgpt.errors import CheckpointError, SaveError
 from blockgpt.training import checkpoint
 from blockgpt.training.checkpoint_manager import CheckpointManager, Progress
 from blockgpt.training.launch import Runtime
+from blockgpt.training.objectives import Criterion
 from model_builder import build_model
 from model_config import get_preset
 
@@ -30,11 +31,11 @@ def make(run_dir, fingerprint="data", resuming=False, **keys):
     """(manager, log) of a small run in run_dir."""
     config = SimpleNamespace(**{"spike_threshold": 6.0, "resuming": resuming, "resume": "must", "resume_force": False,
                                 "changed": {}, "forced": (), "keep_last": 2, "checkpoint_async": False, "seed": 1,
-                                "eval_interval": 10, "checkpoint_interval": None, "max_iters": 40,
+                                "eval_interval": 10, "checkpoint_interval": None, "max_iters": 40, "patience": 0,
                                 "flat": lambda: {"seed": 1}, **keys})
     model = build_model(get_preset("llama", **SIZES))
     optimizer = torch.optim.AdamW(model.parameters())
-    objective = SimpleNamespace(fingerprint=fingerprint, sequences_per_step=4)
+    objective = SimpleNamespace(fingerprint=fingerprint, sequences_per_step=4, criterion=Criterion())
     runtime = Runtime(0, 0, 1, torch.device("cpu"), torch.float32, False, False)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     manager = CheckpointManager(config, runtime, model, optimizer, scaler, objective,
@@ -66,6 +67,32 @@ def test_the_best_evaluation_has_the_lowest_loss_and_nan_is_never_best():
     assert found == [True, True, False, False, False, True, False]
     assert progress.best == {"step": 6, "val_loss": 1.0, "val_bpb": 0.5}
     assert not Progress().is_best({"val_loss": float("nan")})
+
+
+def test_with_another_criterion_the_best_evaluation_has_the_highest_value():
+    progress = Progress(criterion=Criterion("accuracy", more_is_better=True))
+    found = [progress.is_best({"val_loss": 1.0, "accuracy": value}) for value in (0.2, float("nan"), 0.1, 0.3)]
+    assert found == [True, False, False, True] and progress.best["accuracy"] == 0.3
+
+
+def test_a_run_without_improvement_for_patience_evaluations_is_finished_and_exported(tmp_path):
+    manager, _ = make(tmp_path, patience=2)
+    finished = []
+    for manager.progress.step, loss in enumerate((3.0, 3.5, 2.0, 2.0, float("nan")), 1):
+        manager.progress.is_best({"val_loss": loss})
+        finished.append(manager.finished)
+    assert finished == [False, False, False, False, True]
+    assert manager.stopped_early == ("val_loss has not improved for 2 evaluations (patience); the best is 2.0000 at "
+                                     "step 3")
+    manager.save(final=True)
+    assert checkpoint.read_export(tmp_path)[1]["step"] == 5
+    assert make(tmp_path, resuming=True, patience=2)[0].finished  # the count is part of the checkpoint
+    assert not make(tmp_path, resuming=True, patience=3)[0].finished
+    ended, _ = make(tmp_path, resuming=True, patience=2, max_iters=5)
+    assert ended.finished and ended.stopped_early is None
+    diverged, _ = make(tmp_path / "nan", patience=1)
+    diverged.progress.is_best({"val_loss": float("nan")})
+    assert diverged.stopped_early.endswith("it was never finite")
 
 
 def test_a_resumed_manager_has_the_progress_and_the_spike_averages_of_the_saved_one(tmp_path):

@@ -10,7 +10,7 @@ from dataset_helpers import concatenate, exact_losses, pair
 from blockgpt.data.loader import segments_by_eot
 from blockgpt.errors import DataError
 from blockgpt.training.launch import Runtime
-from blockgpt.training.objectives import LanguageModeling
+from blockgpt.training.objectives import LanguageModeling, MetricSums
 from configurator import load_config
 from model_builder import build_model
 
@@ -51,13 +51,13 @@ def test_the_micro_losses_of_a_step_sum_to_the_mean_over_its_tokens(config):
     batches = list(one.micro_batches(5))
     assert len(batches) == one.micro_steps == 4 and one.tokens_per_step == 4 * 3 * BLOCK
     mean = exact_losses(model, *pair(concatenate(batches))).mean().item()
-    assert sum(one.loss(model, b).item() for b in batches) == pytest.approx(mean, rel=1e-6)
+    assert sum(one.loss(model, b)[0].item() for b in batches) == pytest.approx(mean, rel=1e-6)
     micro_losses = []
     for rank in range(2):  # two processes split the same step
         half = LanguageModeling(c, runtime(rank, 2))
         assert half.micro_steps == 2 and half.tokens_per_step == one.tokens_per_step
-        micro_losses += [half.loss(model, b).item() for b in half.micro_batches(5)]
-    assert sorted(micro_losses) == sorted(one.loss(model, b).item() for b in batches)
+        micro_losses += [half.loss(model, b)[0].item() for b in half.micro_batches(5)]
+    assert sorted(micro_losses) == sorted(one.loss(model, b)[0].item() for b in batches)
 
 
 def test_an_evaluation_is_the_mean_over_the_whole_split(config):
@@ -102,7 +102,7 @@ def test_masked_documents_give_the_logits_of_each_document_alone(config):
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
     objective.step_targets = y.numel()
     batch = {"tokens": x, "targets": y, "segment_ids": segment_ids}
-    assert objective.loss(model, batch).item() * y.numel() == pytest.approx(expected, rel=1e-6)
+    assert objective.loss(model, batch)[0].item() * y.numel() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("packing", ["stream", "documents"])
@@ -120,6 +120,23 @@ def test_the_boundaries_of_documents_travel_with_the_batches(config, packing, mo
     assert seen[0][1] is batch["segment_ids"]
     eot = objective.datasets["text"].meta["eot"]
     assert all(torch.equal(s, segments_by_eot(x, eot)) for x, s in seen[1:]) and len(seen) > 1
+
+
+def test_metrics_are_weighted_means_over_micro_batches_and_ranks():
+    class Twice(Isolated):
+        def all_reduce_sum(self, *values):
+            return [2 * value + (i % 2) for i, value in enumerate(map(float, values))]  # weights grow by one more
+
+    sums = MetricSums()
+    assert sums.means(Twice(0, 0, 2, torch.device("cpu"), torch.float32, False, False)) == {}
+    graph = torch.ones(1, requires_grad=True).sum()
+    sums.add({"b": (3 * graph, 1), "a": (torch.tensor(2.0), torch.tensor(2))})
+    sums.add({"b": (1.0, 3), "a": (6.0, 0)})
+    assert not any(isinstance(v, torch.Tensor) and v.requires_grad for values in sums.sums.values() for v in values)
+    assert sums.means(runtime()) == {"b": 1.0, "a": 4.0} and list(sums.means(runtime())) == ["b", "a"]
+    assert sums.means(Twice(0, 0, 2, torch.device("cpu"), torch.float32, False, False)) == {"b": 8 / 9, "a": 16 / 5}
+    sums.add({"c": (0.0, 0)})
+    assert math.isnan(sums.means(runtime())["c"])
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # the server loads torch after its first lines; a rank under 
     import torch
 
     from blockgpt.training.faults import Watchdog
-    from blockgpt.training.objectives import LanguageModeling
+    from blockgpt.training.objectives import LanguageModeling, Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -203,15 +203,16 @@ class Fault:
         value, where, micro_steps = float(self.spec["value"]), self.spec["where"], self.spec["micro_steps"]
         call_to_poison = (self.n - 1) * micro_steps + 1 + self.spec["micro"]
 
-        def poisoned_loss(objective: "LanguageModeling", model: "torch.nn.Module", batch: Any) -> "torch.Tensor":
-            micro_loss = loss(objective, model, batch)
+        def poisoned_loss(objective: "LanguageModeling", model: "torch.nn.Module",
+                          batch: Any) -> "tuple[torch.Tensor, Metrics]":
+            micro_loss, metrics = loss(objective, model, batch)
             calls[0] += micro_loss.requires_grad  # not in an evaluation
             if micro_loss.requires_grad and calls[0] == call_to_poison:
                 if where == "loss":
                     micro_loss = micro_loss * value if value != value else micro_loss + value
                 elif where == "gradient":
                     micro_loss.register_hook(lambda gradient: gradient * value)
-            return micro_loss
+            return micro_loss, metrics
 
         def poisoned_clip(model: "torch.nn.Module", max_norm: float) -> float:
             calls[1] += 1
