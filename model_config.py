@@ -134,7 +134,7 @@ POSITION_ENCODING = {
                    keys=("rope_theta", "rope_theta_local", "rope_fraction", "rope_scaling")),
     "alibi": Option(lambda: model_positions.AlibiPositions, "ALiBi",
                     "scores fall with distance, each head at its own rate (Press 2022)", changes_scores=True),
-    "none": Option(lambda: model_positions.NoPositions, "NoPE", "only the causal mask tells the order (Haviv 2022)"),
+    "none": Option(lambda: model_positions.NoPositions, "NoPE", "only the causal mask orders the tokens (Haviv 2022)"),
 }
 ROPE_SCALING = {
     "none": Option(lambda: model_positions.NoScaling, "", "frequencies unchanged"),
@@ -233,7 +233,7 @@ PRESETS: dict[str, tuple[str, dict[str, typing.Any]]] = {
              "each head, biases.",
              dict(normalization="layernorm", norm_position="pre", parallel_block="two_norms", activation="gelu",
                   ffn_type="standard", position_encoding="rope", rope_fraction=0.25, bias=True, weight_tying=False)),
-    "modern": ("The strongest small model that docs/BENCHMARKS.md found: LLaMA with a tied head and each head's "
+    "modern": ("The best small model of docs/BENCHMARKS.md: LLaMA with a tied head and each head's "
                "queries and keys normalised.",
                dict(normalization="rmsnorm", norm_position="pre", ffn_type="swiglu", position_encoding="rope",
                     qk_norm="head", bias=False, weight_tying=True)),

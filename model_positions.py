@@ -18,7 +18,7 @@ CosSin = tuple[torch.Tensor, torch.Tensor]  # (T, R/2) each
 
 
 class NoPositions(nn.Module):
-    """No position encoding: only the causal mask tells the order. Haviv et al. 2022."""
+    """No position encoding: only the causal mask orders the tokens. Haviv et al. 2022."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ The tensors are fake CPU tensors, also where a GPU exists: the result is the sam
 is used. `CudaOperators` imitates CUDA's operators where they save other tensors than the CPU's.
 
 The forward pass runs all blocks. Blocks with equal parameters and equal saved bytes have the same signature. One block
-of each signature runs the backward pass, once for each activation checkpointing mode that is asked for. Only torch's
+of each signature runs the backward pass, once for each activation checkpointing mode that is requested. Only torch's
 tensors in eager execution are counted: torch.compile saves fewer, and memory inside a kernel is not seen.
 """
 
@@ -319,7 +319,7 @@ class MemoryAccount:
         yield PhaseBytes("optimizer", self.gradient_bytes, 0, 0)
 
     def _trace(self, checkpointing: str, accumulating: bool) -> StepTrace:
-        """The `StepTrace` of such a step, run when it is first asked for."""
+        """The `StepTrace` of such a step, computed at its first use."""
         key = checkpointing, accumulating
         if key not in self._traces:
             self._traces[key] = self._run_probes(*key)

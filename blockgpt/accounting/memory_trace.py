@@ -117,7 +117,7 @@ class SavedTensorRecorder:
                                  storage.nbytes())
             self.entries[storage._cdata] = weakref.ref(storage), entry
             weakref.finalize(storage, self.entries.pop, storage._cdata, None)  # the address may be reused
-        return t.detach()  # an output that is its own node's saved tensor would keep that node alive for ever
+        return t.detach()  # an output that is its own node's saved tensor would keep that node alive
 
     def alive(self) -> list[SavedStorage]:
         """What is still saved, in the order in which it was saved."""
