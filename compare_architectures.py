@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 from blockgpt.console import ArgumentParser, align_columns, check_ranges
 from blockgpt.errors import UserError, did_you_mean, exit_on_user_error
+from blockgpt.training.criterion import Criterion
 
 SCHEMA_VERSION = 1  # of run.json; this program does not know what a newer one means
 STATUSES = ("running", "finished", "interrupted", "failed")
@@ -61,17 +62,6 @@ SAME_TOKENS: dict[str, Callable[[Run], Any]] = {  # runs that are equal in all o
     "block_size": lambda run: run["model"].get("block_size"),
     "sequences per step": lambda run: run["data"].get("sequences_per_step"),
 }
-
-
-class Criterion(NamedTuple):
-    """The metric by which runs are ranked."""
-
-    metric: str = "val_loss"
-    more_is_better: bool = False
-
-    def sort_key(self, value: float) -> float:
-        """The smaller, the better the value."""
-        return -value if self.more_is_better else value
 
 
 class Comparison(TypedDict):

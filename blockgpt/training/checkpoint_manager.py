@@ -13,9 +13,10 @@ import torch
 
 from blockgpt.errors import CheckpointError, SaveError
 from blockgpt.training import checkpoint, checkpoint_saver
+from blockgpt.training.criterion import Criterion
 from blockgpt.training.diagnostics import LossSpikeDetector
 from blockgpt.training.launch import Runtime
-from blockgpt.training.objectives import Criterion, Objective
+from blockgpt.training.objectives import Objective
 
 
 class CheckpointLog(Protocol):

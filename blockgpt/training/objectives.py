@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -30,6 +30,7 @@ from blockgpt.data.mixture import MixedBatches, Mixture, check_epochs, describe_
 from blockgpt.data.packing import PackedBatches
 from blockgpt.data.tokenizer import describe_tokenizer
 from blockgpt.errors import ConfigError, DataError
+from blockgpt.training.criterion import Criterion
 from blockgpt.training.launch import Runtime
 
 Metrics = Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]]  # {metric: (sum, weight)}; its mean counts
@@ -56,19 +57,6 @@ class MetricSums:
         means = {name: totals[2 * i] / totals[2 * i + 1] if totals[2 * i + 1] else math.nan
                  for i, name in enumerate(names)}
         return {name: means[name] for name in self.sums}  # in the order in which they were added
-
-
-class Criterion(NamedTuple):
-    """The metric of the evaluation that says which model is better. `best`, patience and the comparison read it."""
-
-    metric: str = "val_loss"
-    more_is_better: bool = False
-
-    def is_better(self, value: float, best: float | None) -> bool:
-        """Whether `value` is better than `best`, if there is one; nan never is."""
-        if best is None:
-            best = -math.inf if self.more_is_better else math.inf
-        return value > best if self.more_is_better else value < best
 
 
 class Objective(abc.ABC):

@@ -8,8 +8,8 @@ import torch
 from blockgpt.errors import CheckpointError, SaveError
 from blockgpt.training import checkpoint
 from blockgpt.training.checkpoint_manager import CheckpointManager, Progress
+from blockgpt.training.criterion import Criterion
 from blockgpt.training.launch import Runtime
-from blockgpt.training.objectives import Criterion
 from model_builder import build_model
 from model_config import get_preset
 
