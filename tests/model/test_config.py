@@ -219,6 +219,26 @@ def test_auto_takes_the_first_backend_that_supports_the_other_keys():
     assert ModelConfig(attn_softcap=5.0, dropout=0.1).supported_backends() == ["manual"]
 
 
+@pytest.mark.parametrize("keys, cpu, cuda", [
+    (dict(), "sdpa", "sdpa"),
+    (dict(dropout=0.1), "sdpa", "sdpa"),
+    (dict(sliding_window=1024), "sdpa", "sdpa"),  # no layer sees less than the context of 1024
+    (dict(sliding_window=1023), "sdpa", "flex"),
+    (dict(sliding_window=8, window_pattern="L"), "sdpa", "sdpa"),
+    (dict(position_encoding="alibi"), "sdpa", "flex"),
+    (dict(mask_documents=True), "sdpa", "flex"),
+    (dict(attn_softcap=50.0), "manual", "flex"),
+    (dict(attn_softcap=50.0, mask_documents=True, sliding_window=8), "manual", "flex"),
+    (dict(attn_softcap=50.0, dropout=0.1), "manual", "manual"),
+    (dict(sliding_window=8, dropout=0.1), "sdpa", "sdpa"),
+], ids=str)
+def test_auto_takes_a_backend_that_needs_no_scores_in_memory_where_there_is_one(keys, cpu, cuda):
+    config = ModelConfig(**keys)
+    assert [config.resolve(device).attention_backend for device in ("cpu", "mps", "cuda")] == [cpu, cpu, cuda]
+    config.check_trainable_on("cpu")
+    config.check_trainable_on("cuda")
+
+
 def test_the_readmes_table_names_every_option():
     readme = (ROOT / "README.md").read_text()
     table = readme.partition("## The options")[2].partition("## ")[0]
