@@ -43,7 +43,8 @@ TYPE_NAMES = {int: "a number", str: "text", dict: "an object"}
 RECORD_FIELDS = {"step": ("tokens", "tokens_per_sec", "mfu", "step_time"), "eval": ("tokens", "val_loss", "val_bpb")}
 
 # Reported where runs differ in them, in addition to every key of the model that was built.
-TRAINING_KEYS = ("learning_rate", "max_iters", "batch_size", "gradient_accumulation_steps", "seed", "weight_decay")
+TRAINING_KEYS = ("learning_rate", "max_iters", "batch_size", "gradient_accumulation_steps", "seed", "weight_decay",
+                 "init_from")
 # Runs whose configs differ only in these keys are repeats of one experiment: another seed, or stored, logged or
 # parallelized differently. The former names of renamed keys are listed too, as old run.json files have them.
 NOT_THE_EXPERIMENT = ("seed", "run_name", "out_dir", "resume", "resume_force", "data_dir", "checkpoint_interval",
@@ -51,7 +52,8 @@ NOT_THE_EXPERIMENT = ("seed", "run_name", "out_dir", "resume", "resume_force", "
                       "wandb_project", "profile", "memory_snapshot", "rank_timeout", "save_timeout", "use_zero1",
                       "use_fsdp", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "dp_replicate", "tensor_parallel",
                       "activation_checkpointing",
-                      "init_from", "keep_checkpoints", "peer_timeout", "fsdp_replicas")  # the former names
+                      "keep_checkpoints", "peer_timeout", "fsdp_replicas")  # the former names
+NO_INIT_FROM = (None, "scratch", "resume")  # values of init_from that name no other run, of earlier versions too
 
 Run: TypeAlias = dict[str, Any]  # a value for each column, and more: see `load_run`
 
@@ -305,6 +307,8 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
         document = read_document(file)
         run["criterion"] = criterion = read_criterion(document)
         run |= {key: plain_values(document.get(key) or {}) for key in ("model", "config", "data", "hardware")}
+        if run["config"].get("init_from") in NO_INIT_FROM:
+            run["config"].pop("init_from", None)
         run |= {"architecture": printable(document["arch_name"]), "created_at": printable(document["created_at"]),
                 "parameters": numeric_value(document["parameters"], "total")}
         status, reason = document["status"], document.get("status_reason")

@@ -29,7 +29,13 @@ from blockgpt.config_fields import (
     with_location,
 )
 from blockgpt.errors import ConfigError, UserError, did_you_mean, short_repr
-from blockgpt.training.resume import check_resumable, recorded_config, run_exists
+from blockgpt.training.resume import (
+    FORMER_INIT_FROM,
+    check_resumable,
+    initial_architecture,
+    recorded_config,
+    run_exists,
+)
 from model_config import LazyModule, ModelConfig
 
 if TYPE_CHECKING:
@@ -76,6 +82,9 @@ class Config:
     resume: str = key("never", "never; auto: continue run_name from its newest usable checkpoint, or start it if "
                       "it does not exist; must: continue it, or fail. torchrun's restarts resume automatically",
                       group="run", choices=("never", "auto", "must"))
+    init_from: str | None = key(None, "start from the weights of another run: runs/NAME, its best checkpoint, or "
+                                "runs/NAME@step; its architecture and size are the defaults",
+                                group="run", example="runs/other@100")
     resume_force: bool = key(False, "resume even if changed keys make the run another experiment; the log records them",
                              group="run")
     eval_only: bool = key(False, "evaluate once and stop", group="run")
@@ -189,6 +198,9 @@ class Config:
             raise ConfigError("min_lr", f"{self.min_lr:g} is above learning_rate={self.learning_rate:g} (lower it)")
         if self.resume != "never" and not self.run_name:
             raise ConfigError("resume", f"{self.resume!r} needs --run_name=NAME, the run to continue")
+        if self.init_from in FORMER_INIT_FROM:
+            raise ConfigError("init_from", f"{self.init_from!r} was replaced by resume='must' (init_from names another "
+                                           "run to start from)")
         check_folder_name("run_name", self.run_name or "x")
         self.check_sources()
         self.profiled_steps()
@@ -296,8 +308,10 @@ class Config:
             return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=-(-n // 64) * 64))
         if self.model.vocab_size < n:
             datasets = " + ".join(self.phases()[0][1])
+            inherits = self.init_from is not None and self.explicit["vocab_size"] == self.explicit.get("init_from")
+            fix = "init_from a run with a larger vocabulary" if inherits else "drop the key to fit the data"
             raise ConfigError("vocab_size", f"{self.model.vocab_size} is too small for {datasets}, which has {n} token "
-                                            "ids (drop the key to fit the data)").at(self.explicit["vocab_size"])
+                                            f"ids ({fix})").at(self.explicit["vocab_size"])
         return self
 
     def flat(self) -> dict[str, Any]:
@@ -319,6 +333,8 @@ class Config:
             unused["fsdp_cpu_offload"] = f"device is {self.device}"
         if self.processes == 1:
             unused |= dict.fromkeys(("rank_timeout", "save_timeout"), "a single process has no peers")
+        if self.init_from is not None:
+            unused |= dict.fromkeys(("init_std", "zero_init_residual"), "init_from gives the weights")
         if self.resume == "never":
             unused["resume_force"] = "nothing is resumed"
         if not self.wandb_log:
@@ -367,8 +383,7 @@ def key_fields() -> dict[str, Field]:
 KEYS = key_fields()
 TYPES = key_types(ModelConfig) | key_types(Config)
 # Keys of earlier versions: {old name: new name}. Recorded runs that have them are read as they are.
-RENAMED_KEYS = {"fsdp_replicas": "dp_replicate", "keep_checkpoints": "keep_last", "peer_timeout": "rank_timeout",
-                "init_from": "resume"}
+RENAMED_KEYS = {"fsdp_replicas": "dp_replicate", "keep_checkpoints": "keep_last", "peer_timeout": "rank_timeout"}
 
 
 def world_size() -> int:
@@ -409,8 +424,14 @@ def load_config(argv: Sequence[str], restarted: str | None = None) -> Config:
         recorded = recorded_config(default_location, explicit["run_name"], KEYS, TYPES, RENAMED_KEYS)
         # The run keeps its vocab_size, whatever the dataset needs now.
         explicit.setdefault("vocab_size", explicit["run_name"])
+    inherited: dict[str, Any] = {}
+    if given.get("init_from") and not resuming and given["init_from"] not in FORMER_INIT_FROM:
+        location = explicit["init_from"]
+        inherited = initial_architecture(given["init_from"], location, given, KEYS, TYPES, RENAMED_KEYS)
+        explicit.setdefault("vocab_size", location)
+        default_location = location
     try:
-        config = make_config({**recorded, **given}, explicit)
+        config = make_config({**recorded, **inherited, **given}, explicit)
     except ConfigError as error:
         raise with_location(error, explicit, default_location) from None
     forced = check_resumable(config, given, recorded, KEYS)
@@ -432,10 +453,7 @@ def make_config(given: Mapping[str, Any], explicit: dict[str, str]) -> Config:
 def unknown_key(location: str, name: str) -> UserError:
     """The `UserError` for a key that does not exist, or no longer under this name."""
     is_flag = location == f"--{name}"
-    if name == "init_from":
-        message = "was replaced by --resume=must" if is_flag else "was replaced by resume = 'must'"
-        message += " (instead of init_from=resume; drop init_from=scratch)"
-    elif name in RENAMED_KEYS:
+    if name in RENAMED_KEYS:
         message = f"was renamed to {'--' * is_flag}{RENAMED_KEYS[name]}"
     else:
         message = f"no such key{did_you_mean(name, KEYS)}"

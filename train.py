@@ -52,7 +52,7 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
     progress = checkpoints.restore(run_dir)
     wrapped = parallel.wrap(model, config, runtime)
     meter = StepMeter(model, config, runtime, objective.tokens_per_step)
-    header = run_header(config, model, objective, runtime, meter)
+    header = run_header(config, model, objective, runtime, meter, checkpoints.initial_weights)
     log = RunLog(run_dir, header, config, quiet=not runtime.is_rank_zero)
     runtime.on_rank_zero(lambda: check_disk_space(run_dir, header["parameters"]["total"], config))
     run_dir = Path(runtime.on_rank_zero(log.open))  # run_dir may have been taken by another run

@@ -85,13 +85,13 @@ def find_restarted_run(config: Config, runtime: Runtime) -> str | None:
     return runtime.on_rank_zero(find) if runtime.launch_id != runtime.first_launch_id else None
 
 
-def run_header(config: Config, model: GPT, objective: Objective, runtime: Runtime, meter: StepMeter
-               ) -> dict[str, Any]:
-    """The content of run.json without status and results."""
+def run_header(config: Config, model: GPT, objective: Objective, runtime: Runtime, meter: StepMeter,
+               initial_weights: dict[str, Any] | None) -> dict[str, Any]:
+    """The content of run.json without status and results; initial_weights: see `CheckpointManager`."""
     inferred = model.infer_config()
     return {
         "arch_name": inferred.arch_name(), "config": config.flat(), "model": inferred.flat(),
-        "criterion": objective.criterion._asdict(),
+        "criterion": objective.criterion._asdict(), "initial_weights": initial_weights,
         "parameters": model.parameter_counts(), "flops_per_token": meter.flops, "data": objective.description(),
         "attention_kernels": model.attention_kernels(runtime.dtype),
         "hardware": {"device": str(runtime.device), "name": runtime.name(), "world_size": runtime.world_size,
@@ -216,6 +216,9 @@ class RunLog:
         if self.quiet:
             return
         print_header(self.header, self.config, model, self.dir)
+        weights = self.header.get("initial_weights")
+        if weights and (resumption is None or resumption.path is None):
+            self.info(f"weights of {weights['path']}, step {weights['step']}, sha256 {weights['sha256'][:12]}")
         if resumption is None:
             return
         self.info(f"resumed from {resumption.path} at step {step}" if resumption.path

@@ -56,7 +56,7 @@ CONFIG_FILES = {  # name: (text, the line after the file's name)
     "activated": ("ffn_type, activation = 'swiglu', 'relu'", "activation: 'relu' is incompatible .*swiglu.*drop it"),
     "out_dir": ("resume, run_name, out_dir = 'must', 'good', 5", "out_dir: 5 is int, not str"),
     "renamed": ("keep_checkpoints = 3", "keep_checkpoints: was renamed to keep_last$"),
-    "replaced": ("init_from = 'resume'", "init_from: was replaced by resume = 'must'"),
+    "replaced": ("init_from = 'resume'", "init_from: 'resume' was replaced by resume='must'"),
 }
 
 META = {  # name: (change to the meta.json of a good dataset, the line after its path)
@@ -113,8 +113,9 @@ COMMANDS = [
     ("train.py --mfu_peak=0", 2, "--mfu_peak: 0.0 is not dense, sparse, or"),
     ("train.py --normalization=rms", 2, r"--normalization: 'rms' is unknown \(did you mean rmsnorm\?\)"),
     ("train.py --arch_preset=lama", 2, r"--arch_preset: 'lama' is unknown \(did you mean llama\?\)"),
-    ("train.py --init_from=resume", 2, "--init_from: was replaced by --resume=must"),
-    ("train.py --init_from", 2, "--init_from: was replaced by --resume=must"),
+    ("train.py --init_from=resume", 2, "--init_from: 'resume' was replaced by resume='must'"),
+    ("train.py --init_from=runs/nowhere", 2, "--init_from: there is no run runs/nowhere"),
+    ("train.py --init_from", 2, "--init_from: needs a value"),
     ("train.py --peer_timeout 9", 2, "--peer_timeout: was renamed to --rank_timeout$"),
     ("train.py -n_layer=3", 2, r"'-n_layer=3': neither a config file .*did you mean --n_layer=…\?"),
     ("train.py n_layer=3", 2, r"'n_layer=3': neither a config file .*did you mean --n_layer=…\?"),

@@ -470,7 +470,7 @@ def test_runs_of_earlier_versions_are_read():
 
 # Keys of a config that make another experiment. Every key must be here or in NOT_THE_EXPERIMENT.
 OF_THE_EXPERIMENT = {
-    "objective", "eval_only", "dataset", "dataset_schedule", "max_epochs", "packing", "tokenizer", "batch_size",
+    "objective", "init_from", "eval_only", "dataset", "dataset_schedule", "max_epochs", "packing", "tokenizer", "batch_size",
     "gradient_accumulation_steps", "max_iters", "learning_rate", "lr_schedule", "warmup_iters", "lr_decay_iters",
     "min_lr", "weight_decay", "beta1", "beta2", "grad_clip", "patience", "eval_interval", "eval_tokens", "skip_spikes",
     "spike_threshold", "device", "dtype", "tf32", "compile", "mfu_peak", "dry_run", "dry_run_gpus", "dry_run_gpu",
@@ -480,7 +480,7 @@ OF_THE_EXPERIMENT = {
 
 def test_every_config_key_is_of_the_experiment_or_not():
     keys = {f.name for f in fields(configurator.Config) if f.metadata}
-    former = {"init_from", *RENAMED}
+    former = {*RENAMED}
     assert keys == OF_THE_EXPERIMENT | (set(tool.NOT_THE_EXPERIMENT) - former)
     assert not OF_THE_EXPERIMENT & set(tool.NOT_THE_EXPERIMENT) and not former & keys
 

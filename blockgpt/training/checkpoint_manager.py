@@ -11,10 +11,12 @@ from typing import Any, Protocol
 
 import torch
 
+from blockgpt.data.tokenizer import describe_tokenizer
 from blockgpt.errors import CheckpointError, SaveError
 from blockgpt.training import checkpoint, checkpoint_saver
 from blockgpt.training.criterion import Criterion
 from blockgpt.training.diagnostics import LossSpikeDetector
+from blockgpt.training.initial_weights import load_initial_weights
 from blockgpt.training.launch import Runtime
 from blockgpt.training.objectives import Objective
 
@@ -69,6 +71,7 @@ class CheckpointManager:
         progress: the run's `Progress`, updated by the training loop.
         spikes: the `LossSpikeDetector`, whose averages are part of a checkpoint.
         resumption: how the run was resumed; None for a new run.
+        initial_weights: where init_from's weights came from, {path, step, sha256, tokenizer}; None without init_from.
         last_saved: step of the newest checkpoint that is known to be good, or None.
     """
 
@@ -79,21 +82,24 @@ class CheckpointManager:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.progress, self.spikes = Progress(criterion=objective.criterion), LossSpikeDetector(config.spike_threshold)
         self.resumption: Resumption | None = None
+        self.initial_weights: dict[str, Any] | None = None
         self.last_saved: int | None = None
 
     def restore(self, run_dir: Path) -> Progress:
         """Fill model, optimizer and loss scaler from the run's newest usable checkpoint, if the run is resumed.
+
+        A run that has none gets the weights that init_from names.
 
         Raises:
             CheckpointError: there is no usable checkpoint, or it was made on other data.
         """
         config, runtime = self.config, self.runtime
         if not config.resuming:
-            return self.progress
+            return self._begin()
         path = checkpoint.find_newest(run_dir, runtime, or_none=config.resume == "auto")
         self.resumption = Resumption(path, dict(config.changed), config.forced)
         if path is None:
-            return self.progress
+            return self._begin()
         state = checkpoint.load(path, self.model, self.optimizer, runtime)
         changed = self.resumption.changed
         if state["data"] != self.objective.fingerprint:
@@ -109,12 +115,22 @@ class CheckpointManager:
         self.progress = Progress(state["step"], state["tokens"], state["skipped"], state["best"],
                                  state.get("evaluations_since_best", 0), self.objective.criterion)
         self.spikes = LossSpikeDetector(config.spike_threshold, state["spikes"])
+        self.initial_weights = state.get("initial_weights")
         self.last_saved = self.progress.step
+        return self.progress
+
+    def _begin(self) -> Progress:
+        if self.config.init_from is not None:
+            self.initial_weights = load_initial_weights(self.config.init_from, self.model, self.runtime)
         return self.progress
 
     def open(self, run_dir: Path, log: CheckpointLog) -> None:
         """Prepare for saves into `run_dir`; removes what killed saves left there. Called once, by all ranks."""
         self.run_dir, self.log = run_dir, log
+        before, now = (self.initial_weights or {}).get("tokenizer"), self.description["tokenizer"]
+        if before and before != now and not self.last_saved:
+            log.warning(f"the weights were trained with another tokenizer ({describe_tokenizer(before)}) than this "
+                        f"data's ({describe_tokenizer(now)})")
         self.runtime.on_rank_zero(lambda: checkpoint.clean(run_dir))
         self.saver = checkpoint_saver.CheckpointSaver(run_dir, self.runtime, self.config.keep_last,
                                                       self.config.checkpoint_async)
@@ -195,4 +211,5 @@ class CheckpointManager:
                 "evaluations_since_best": progress.evaluations_since_best, "spikes": self.spikes.state,
                 "scaler": self.scaler.state_dict() or None, "data": self.objective.fingerprint,
                 "description": self.description, "config": self.config.flat(), "seed": self.config.seed,
+                "initial_weights": self.initial_weights,
                 "sequences": progress.step * self.objective.sequences_per_step}

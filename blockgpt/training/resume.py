@@ -1,11 +1,12 @@
-"""Resuming a run from its run.json: the keys that it inherits, and the changes that are refused. No torch.
+"""The keys that a run inherits from the run.json of another: resuming one, or `init_from` one. No torch.
 
 A key that a resumed run does not inherit is a name in `NOT_INHERITED`. A key that makes the run another experiment is a
 name in `EXPERIMENT_KEYS`, or is in one of `EXPERIMENT_GROUPS`.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from blockgpt.errors import ConfigError, did_you_mean
 
 NOT_INHERITED = ("run_name", "out_dir", "resume", "resume_force", "eval_only", "profile")  # and the group "dry run"
 EXPERIMENT_GROUPS = ("architecture", "size")  # except attention_backend, which is the same function
-EXPERIMENT_KEYS = ("objective", "seed", "dataset", "dataset_schedule", "packing", "tokenizer")
+EXPERIMENT_KEYS = ("objective", "init_from", "seed", "dataset", "dataset_schedule", "packing", "tokenizer")
+
+FORMER_INIT_FROM = ("scratch", "resume")  # values of init_from when it was the key that is now `resume`
 
 
 def run_exists(run_dir: Path) -> bool:
@@ -46,10 +49,58 @@ def recorded_config(path: Path, location: str, keys: Mapping[str, Field], accept
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError("run_name", f"{path} cannot be read ({type(error).__name__}): the run cannot be resumed "
                                           "(start another)") from None
+    names = {name for name, f in keys.items() if name not in NOT_INHERITED and f.metadata["group"] != "dry run"}
     with located(path):
-        return {name: coerce(keys[name], accepted[name], value)
-                for name, value in ((renamed.get(k, k), v) for k, v in recorded)
-                if name in keys and name not in NOT_INHERITED and keys[name].metadata["group"] != "dry run"}
+        return coerced(recorded, names, keys, accepted, renamed)
+
+
+def coerced(recorded: Iterable[tuple[str, Any]], names: set[str], keys: Mapping[str, Field],
+            accepted: Mapping[str, Types], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """{key: value} of the recorded keys in `names`; the other arguments are those of `recorded_config`."""
+    return {name: coerce(keys[name], accepted[name], value)
+            for name, value in ((renamed.get(k, k), v) for k, v in recorded)
+            if name in names and not (name == "init_from" and value in FORMER_INIT_FROM)}
+
+
+def split_init_from(value: str) -> tuple[Path, int | None]:
+    """(run directory, step or None) of runs/NAME or runs/NAME@step."""
+    match = re.fullmatch("(.+)@([0-9]{1,18})", value)
+    return (Path(match[1]), int(match[2])) if match and not Path(value).is_dir() else (Path(value), None)
+
+
+def initial_architecture(init_from: str, location: str, given: Mapping[str, Any], keys: Mapping[str, Field],
+                         accepted: Mapping[str, Types], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """{key: value} of the architecture and size of the run whose weights a new run starts from.
+
+    The size alone if another arch_preset is given now.
+
+    Args:
+        init_from: the key's value.
+        location: where it was set.
+        given: {key: value} of the keys that are set.
+        keys, accepted, renamed: see `recorded_config`.
+
+    Raises:
+        UserError: there is no such run, or its record cannot be used.
+    """
+    run_dir, _ = split_init_from(init_from)
+    path, section = run_dir / "run.json", "config"
+    if not path.exists():  # an export alone
+        path, section = run_dir / "config.json", "model"
+    with located(location):
+        try:
+            recorded = dict(json.loads(path.read_bytes())[section].items())
+        except FileNotFoundError:
+            existing = sorted(p.parent.name for p in run_dir.parent.glob("*/run.json"))
+            raise ConfigError("init_from", f"there is no run {run_dir}"
+                              + did_you_mean(run_dir.name.partition("@")[0], existing)) from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError("init_from", f"{path} cannot be read ({type(error).__name__})") from None
+    other_preset = given.get("arch_preset", recorded.get("arch_preset")) != recorded.get("arch_preset")
+    groups = ("size",) if other_preset else EXPERIMENT_GROUPS
+    with located(path):
+        return coerced(recorded.items(), {name for name, f in keys.items() if f.metadata["group"] in groups}, keys,
+                       accepted, renamed)
 
 
 def check_resumable(config: Any, given: Mapping[str, Any], recorded: Mapping[str, Any],

@@ -32,7 +32,7 @@ def make(run_dir, fingerprint="data", resuming=False, **keys):
     config = SimpleNamespace(**{"spike_threshold": 6.0, "resuming": resuming, "resume": "must", "resume_force": False,
                                 "changed": {}, "forced": (), "keep_last": 2, "checkpoint_async": False, "seed": 1,
                                 "eval_interval": 10, "checkpoint_interval": None, "max_iters": 40, "patience": 0,
-                                "flat": lambda: {"seed": 1}, **keys})
+                                "init_from": None, "flat": lambda: {"seed": 1}, **keys})
     model = build_model(get_preset("llama", **SIZES))
     optimizer = torch.optim.AdamW(model.parameters())
     objective = SimpleNamespace(fingerprint=fingerprint, sequences_per_step=4, criterion=Criterion())
