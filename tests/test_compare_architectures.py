@@ -470,11 +470,11 @@ def test_runs_of_earlier_versions_are_read():
 
 # Keys of a config that make another experiment. Every key must be here or in NOT_THE_EXPERIMENT.
 OF_THE_EXPERIMENT = {
-    "objective", "init_from", "eval_only", "dataset", "dataset_schedule", "max_epochs", "packing", "tokenizer", "batch_size",
-    "gradient_accumulation_steps", "max_iters", "learning_rate", "lr_schedule", "warmup_iters", "lr_decay_iters",
-    "min_lr", "weight_decay", "beta1", "beta2", "grad_clip", "patience", "eval_interval", "eval_tokens", "skip_spikes",
-    "spike_threshold", "device", "dtype", "tf32", "compile", "mfu_peak", "dry_run", "dry_run_gpus", "dry_run_gpu",
-    "dry_run_mfu",
+    "objective", "init_from", "eval_only", "dataset", "dataset_schedule", "max_epochs", "packing", "tokenizer",
+    "batch_size", "gradient_accumulation_steps", "max_iters", "learning_rate", "lr_schedule", "warmup_iters",
+    "lr_decay_iters", "min_lr", "weight_decay", "beta1", "beta2", "grad_clip", "patience", "eval_interval",
+    "eval_tokens", "skip_spikes", "spike_threshold", "device", "dtype", "tf32", "compile", "mfu_peak", "dry_run",
+    "dry_run_gpus", "dry_run_gpu", "dry_run_mfu",
 }
 
 
