@@ -450,6 +450,13 @@ def make_config(given: Mapping[str, Any], explicit: dict[str, str]) -> Config:
     return Config(model=model, explicit=explicit, **{k: v for k, v in values.items() if k not in architecture})
 
 
+def source_model_config(init_from: str) -> ModelConfig:
+    """The model of the run whose weights `init_from` names; `UserError` if there is none."""
+    values = initial_architecture(init_from, "init_from", {}, KEYS, TYPES, RENAMED_KEYS)
+    with located("init_from"):
+        return ModelConfig(**values)
+
+
 def unknown_key(location: str, name: str) -> UserError:
     """The `UserError` for a key that does not exist, or no longer under this name."""
     is_flag = location == f"--{name}"

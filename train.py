@@ -29,11 +29,13 @@ from blockgpt.training.checkpoint_manager import CheckpointManager
 from blockgpt.training.checkpoint_saver import check_disk_space
 from blockgpt.training.diagnostics import gradient_statistics, is_usable, non_finite_error
 from blockgpt.training.faults import Watchdog
-from blockgpt.training.objectives import MetricSums
+from blockgpt.training.initial_weights import load_companion
+from blockgpt.training.objectives import MetricSums, step_generator
 from blockgpt.training.optimizers import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from blockgpt.training.profiling import StepProfiler, memory_history
-from configurator import Config
-from model_builder import build_model
+from configurator import Config, source_model_config
+from model_builder import GPT, build_model
+from model_config import ModelConfig
 from training_logger import RunLog, find_restarted_run, run_directory, run_header
 
 
@@ -43,8 +45,13 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
     run_dir = Path(runtime.on_rank_zero(lambda: str(run_directory(config))))
     objective = config.build_objective(runtime)
     config = config.for_vocabulary(objective.vocab_size)
-    model = build_model(config.model, config.seed, parallel.parameter_device(config, runtime),
-                        lambda model: parallel.parallelize(model, config, runtime))
+
+    def build(model_config: ModelConfig) -> GPT:
+        return build_model(model_config, config.seed, parallel.parameter_device(config, runtime),
+                           lambda model: parallel.parallelize(model, config, runtime))
+
+    model = build(config.model)
+    objective.build_companions(lambda run: load_companion(run, build(source_model_config(run)), runtime))
     optimizer = build_optimizer(model, config, runtime.device)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     checkpoints = CheckpointManager(config, runtime, model, optimizer, scaler, objective,
@@ -90,8 +97,8 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
             set_learning_rate(optimizer, lr)
 
             micro_losses = []  # terms of the step's loss: the sum over a micro-batch's tokens / the tokens of the step
-            metrics = MetricSums()
-            for micro_step, batch in enumerate(objective.micro_batches(step)):
+            metrics, generator = MetricSums(), step_generator(config.seed, step, runtime)
+            for micro_step, batch in enumerate(objective.micro_batches(step, wrapped, generator)):
                 parallel.seed_micro_batch(config.seed, step, micro_step * runtime.dp_size + runtime.dp_rank)
                 with parallel.gradient_sync(wrapped, now=micro_step == objective.micro_steps - 1):
                     with runtime.autocast():

@@ -1,4 +1,4 @@
-"""The weights of another run as the beginning of a new one: the key `init_from`, in any parallel mode.
+"""The weights of another run as the beginning of a new one (the key `init_from`), or frozen, in any parallel mode.
 
 They are read from a checkpoint, or from the export if the run has no usable one. Optimizer, step and data are the new
 run's. Each rank reads its own chunks. Names and shapes of all parameters are checked before the first is copied.
@@ -58,6 +58,12 @@ def load_initial_weights(init_from: str, model: torch.nn.Module, runtime: Runtim
     reshard_parameters(model)
     run_on_all_ranks(runtime, lambda: copy_weights(index, model))
     return source
+
+
+def load_companion(init_from: str, model: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:
+    """The model with the weights that `init_from` names, frozen: in eval mode, without gradients."""
+    load_initial_weights(init_from, model, runtime)
+    return model.requires_grad_(False).eval()
 
 
 def choose_source(run_dir: Path, step: int | None) -> str | None:

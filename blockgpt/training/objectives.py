@@ -9,7 +9,8 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,6 +60,12 @@ class MetricSums:
         return {name: means[name] for name in self.sums}  # in the order in which they were added
 
 
+def step_generator(seed: int, step: int, runtime: Runtime) -> torch.Generator:
+    """A generator on the device: a function of (seed, step, data-parallel rank), so that checkpoints need none."""
+    generator = torch.Generator(runtime.device)
+    return generator.manual_seed(random.Random(f"batches {seed} {step} {runtime.dp_rank}").getrandbits(63))
+
+
 class Objective(abc.ABC):
     """What a run learns from. train.py needs no more of it than this.
 
@@ -83,9 +90,27 @@ class Objective(abc.ABC):
     def __init__(self, config: Any, runtime: Runtime) -> None:
         """Open the data; `UserError` for what would stop the run."""
 
+    def build_companions(self, build: Callable[[str], torch.nn.Module]) -> None:  # noqa: B027 (most have none)
+        """Build frozen models, such as a teacher or a reference, and keep them.
+
+        Called once, on all ranks, before the first step. Optimizer, checkpoints and the log know nothing of them: a
+        resumed run builds them again.
+
+        Args:
+            build: returns the model with the weights that an `init_from` value names, sharded like the run's model, in
+                eval mode, without gradients. Call it under `torch.no_grad`.
+        """
+
     @abc.abstractmethod
-    def micro_batches(self, step: int) -> Iterator[Batch]:
-        """This process's micro-batches of step `step` (from 0), on the device: a function of (seed, step)."""
+    def micro_batches(self, step: int, model: torch.nn.Module | None = None, generator: torch.Generator | None = None
+                      ) -> Iterator[Batch]:
+        """This process's micro-batches of step `step` (from 0), on the device: a function of (seed, step).
+
+        Args:
+            step: from 0.
+            model: as it is before the step, for batches that depend on it.
+            generator: on the device, seeded from (seed, step, data-parallel rank), for batches that are sampled.
+        """
 
     @abc.abstractmethod
     def loss(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, Metrics]:
@@ -217,7 +242,8 @@ class TokenObjective(Objective):
 
     # ------------------------------------------------------------ training
 
-    def micro_batches(self, step: int) -> Iterator[Batch]:
+    def micro_batches(self, step: int, model: torch.nn.Module | None = None, generator: torch.Generator | None = None
+                      ) -> Iterator[Batch]:
         self.step_targets = self.batches.step_targets(step)
         for micro_step in range(self.micro_steps):
             self.runtime.heartbeat()

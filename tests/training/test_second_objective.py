@@ -8,13 +8,16 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, config_error, records
+from conftest import TINY, config_error, environment, records
+from dataset_helpers import single_process
+from forked import SERVER, exec_train
 
 import compare_architectures
-import train
+from blockgpt.training import checkpoint
 from blockgpt.training.criterion import Criterion
-from blockgpt.training.objectives import TokenObjective
+from blockgpt.training.objectives import LanguageModeling, TokenObjective
 from configurator import OBJECTIVES, ObjectiveOption, load_config
+from model_builder import build_model
 
 
 class MaskedTokens(TokenObjective):
@@ -53,12 +56,23 @@ FLAGS = ["--objective=masked_tokens", "--causal=False", "--arch_preset=llama", "
 def run(monkeypatch, tmp_path, data_dir):
     """run(name, *flags) -> the directory of a finished run of the objective."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(OBJECTIVES, "masked_tokens", ObjectiveOption(lambda: MaskedTokens, "predict hidden tokens"))
+    for name, option in ADDED.items():
+        monkeypatch.setitem(OBJECTIVES, name, option)
 
     def run_objective(name, *flags):
-        train.main(load_config([*TINY, *flags, f"--data_dir={data_dir}", f"--run_name={name}"]))
+        argv = [*TINY, *flags, f"--data_dir={data_dir}", f"--run_name={name}"]
+        process = SERVER.Process(target=exec_objective, args=(argv, str(tmp_path), environment(), f"{tmp_path}/output"))
+        process.start()
+        process.join(240)
+        assert process.exitcode == 0, (tmp_path / "output.err").read_text()
         return tmp_path / "runs" / name
     return run_objective
+
+
+def exec_objective(*args):
+    """`exec_train` with the objectives of this file."""
+    OBJECTIVES.update(ADDED)
+    exec_train(*args)
 
 
 def test_it_is_trained_evaluated_resumed_and_compared(run, capsys):
@@ -87,15 +101,17 @@ def test_it_is_trained_evaluated_resumed_and_compared(run, capsys):
         "--objective: the run was made with 'masked_tokens'")
 
 
-def test_the_metrics_of_a_step_are_over_all_its_micro_batches(run, monkeypatch):
-    seen = []
-    loss = MaskedTokens.loss
-    monkeypatch.setattr(MaskedTokens, "loss", lambda *args: seen.append(loss(*args)) or seen[-1])
-    step = records(run("short", *FLAGS, "--max_iters=1"))[1]
-    assert len(seen) == 2
-    correct, count = (sum(int(metrics["accuracy"][i]) for _, metrics in seen) for i in (0, 1))
+def test_the_metrics_of_a_step_are_over_all_its_micro_batches(run, data_dir):
+    flags = [*FLAGS, "--max_iters=1", "--dropout=0"]
+    step = records(run("short", *flags))[1]
+    config = load_config([*TINY, *flags, f"--data_dir={data_dir}"])
+    objective = config.build_objective(single_process())
+    model = build_model(config.for_vocabulary(objective.vocab_size).model, config.seed)
+    terms = [objective.loss(model, batch) for batch in objective.micro_batches(0)]
+    assert len(terms) == 2
+    correct, count = (sum(int(metrics["accuracy"][i]) for _, metrics in terms) for i in (0, 1))
     assert step["metrics"] == {"accuracy": pytest.approx(correct / count)}
-    assert step["loss"] == pytest.approx(sum(term.item() for term, _ in seen))
+    assert step["loss"] == pytest.approx(sum(term.item() for term, _ in terms), rel=1e-6)
 
 
 def test_its_criterion_stops_a_run_early(run):
@@ -108,6 +124,45 @@ def test_it_starts_from_the_weights_of_a_run_of_another_objective(run):
     run("causal", "--arch_preset=llama", "--max_iters=1")
     fine_tuned = run("fine_tuned", "--init_from=runs/causal", *FLAGS, "--max_iters=1")
     assert json.loads((fine_tuned / "run.json").read_text())["initial_weights"]["step"] == 1
+
+
+class Distillation(LanguageModeling):
+    """The teacher's probabilities of the next token as targets (Hinton et al. 2015)."""
+
+    def build_companions(self, build):
+        self.teacher = build("runs/teacher")
+
+    def micro_batches(self, step, model=None, generator=None):
+        assert isinstance(model, torch.nn.Module)
+        with open("drawn", "a") as file:
+            print(step, torch.rand(1, generator=generator).item(), file=file)
+        return super().micro_batches(step, model, generator)
+
+    def loss(self, model, batch):
+        assert not self.teacher.training and not any(p.requires_grad for p in self.teacher.parameters())
+        with torch.no_grad():
+            p = self.teacher(batch["tokens"]).softmax(-1)
+        loss = -(p * model(batch["tokens"]).log_softmax(-1)).sum(-1).mean()
+        return loss / self.config.gradient_accumulation_steps, {}
+
+
+ADDED = {"masked_tokens": ObjectiveOption(lambda: MaskedTokens, "predict hidden tokens"),
+         "distillation": ObjectiveOption(lambda: Distillation, "learn from a teacher")}
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_fsdp"]])
+def test_a_frozen_teacher_is_built_and_is_in_no_checkpoint(run, tmp_path, flags):
+    run("teacher", "--max_iters=2", "--arch_preset=llama", "--n_layer=3")
+    flags = ["--objective=distillation", "--lr_decay_iters=4", "--warmup_iters=1", "--eval_interval=2", *flags]
+    whole = run("whole", *flags, "--max_iters=4")
+    drawn = (tmp_path / "drawn").read_text().splitlines()
+    assert len(drawn) == len({line.split()[1] for line in drawn}) == 4
+    run("cut", *flags, "--max_iters=2")
+    cut = run("cut", "--resume=must", "--max_iters=4")
+    assert (tmp_path / "drawn").read_text().splitlines() == 2 * drawn  # the generator is a function of the step
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    names = checkpoint.read_weights(checkpoint.find_newest(whole)).keys()
+    assert any(name.startswith("blocks.1.") for name in names) and not any("blocks.2." in name for name in names)
 
 
 def test_an_objective_that_is_not_in_the_table_is_refused():
