@@ -169,11 +169,21 @@ def test_its_config_is_inferred_and_its_label_is_in_the_name(name, replaced):
     assert ("MoE" in words, "MLA" in words) == ("ffn_type" in NEW[name], "attention_type" in NEW[name])
 
 
-def test_a_components_own_norm_and_width_do_not_pass_for_the_models():
+def test_a_component_speaks_for_those_inside_it():
     model = build_model(config("both"))
-    model.blocks[0].ffn.experts[0].down_proj = nn.Linear(7, 32)  # an expert of another width, with a bias
-    model.blocks[0].ffn.config_values = lambda: {"d_ff": 24, "bias": False}
+    for block in model.blocks:
+        block.ffn.config_values = lambda: {"d_ff": 24, "bias": False}
+        for expert in block.ffn.experts:
+            expert.down_proj = nn.Linear(7, 32)  # another width, and a bias
     assert model.infer_config() == config("both").resolve()
+
+
+def test_its_scale_follows_from_its_own_width_of_keys():
+    assert build_model(config("mla")).blocks[0].attn.scale == pytest.approx(12**-0.5)
+    mup = build_model(config("mla", init="mup", mup_base_width=8))
+    assert mup.blocks[0].attn.scale == pytest.approx((12 * 4)**-0.5) and mup.infer_config().attn_scale is None
+    explicit = build_model(config("mla", attn_scale=0.5))
+    assert explicit.blocks[0].attn.scale == explicit.infer_config().attn_scale == 0.5
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "manual"])
