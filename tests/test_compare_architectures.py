@@ -273,6 +273,7 @@ def test_a_broken_log_is_listed_with_its_reason_after_the_ranked_ones(tmp_path, 
     assert out.index("b-sound") < out.index("a-broken") < out.index("broken: ")
 
 
+@pytest.mark.slow
 def test_deep_nesting_never_stops_the_comparison(tmp_path):
     path = make_run(tmp_path / "a")
     sound = (path / "run.json").read_text()

@@ -240,6 +240,7 @@ def test_a_disk_full_at_the_end_does_not_hide_what_ended_the_run(new_log, capsys
 
 # ---- the console
 
+@pytest.mark.slow
 def test_a_console_on_a_full_disk_is_given_up_with_one_warning(tmp_path, data_dir):
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
@@ -270,6 +271,7 @@ def on_a_terminal(command, columns, cwd, env):
     return process.wait(timeout=60), output.decode().replace("\r\n", "\n")
 
 
+@pytest.mark.slow
 def test_on_a_terminal_lines_fit_and_steps_are_rewritten_in_place(tmp_path, data_dir):
     code, output = on_a_terminal([ROOT / "train.py", *TINY, f"--data_dir={data_dir}", "--run_name=run", "--max_iters=6",
                                   "--eval_interval=4"], 72, tmp_path, environment())
@@ -283,6 +285,7 @@ def test_on_a_terminal_lines_fit_and_steps_are_rewritten_in_place(tmp_path, data
     assert output.count("\x1b") == output.count("\r\x1b[K") and "done: runs/run" in ends
 
 
+@pytest.mark.slow
 def test_the_header_prints_the_numbers_of_the_model_itself(plain):
     rows = {line[:22].strip(): line[23:] for line in plain.output.splitlines()}
     model = build_model(ModelConfig(**json.loads((plain.dir / "run.json").read_text())["model"]))

@@ -51,6 +51,7 @@ def account():
 # ---- the table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [2**28, 2**20])
 def test_the_largest_batch_fits_and_one_more_sequence_does_not(account, budget):
     rows = memory_table(account, load_config([*SMALL, *EIGHT_GPUS]), budget)
@@ -145,6 +146,7 @@ def test_without_prepared_data_the_vocabulary_must_be_given():
         dry_run(config, build_model)
 
 
+@pytest.mark.slow
 def test_notes_below_the_table_name_its_limits(account):
     flags = [*EIGHT_GPUS, "--use_fsdp"]
     notes = "\n".join(table_notes(load_config([*SMALL, *flags, "--fsdp_cpu_offload"]), account))
@@ -156,6 +158,7 @@ def test_notes_below_the_table_name_its_limits(account):
 # ---- the proposed change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     ["--batch_size=4096"], ["--batch_size=1000", "--gradient_accumulation_steps=3"],
     ["--batch_size=4096", *EIGHT_GPUS, "--dtype=float16"],
@@ -172,6 +175,7 @@ def test_the_proposed_batch_size_makes_the_run_fit(flags):
             == after.batch_size * after.gradient_accumulation_steps)
 
 
+@pytest.mark.slow
 def test_if_no_batch_fits_another_mode_is_proposed_or_none():
     large = ["--n_layer=6", "--n_embd=4096", "--n_head=32", "--batch_size=1"]  # 1.3B parameters: 20 GiB of state
     code, text = run(*large, *EIGHT_GPUS)
@@ -183,6 +187,7 @@ def test_if_no_batch_fits_another_mode_is_proposed_or_none():
     assert code == 1 and "no mode fits on 1 of these devices: use a smaller n_layer" in text
 
 
+@pytest.mark.slow
 def test_checkpointing_is_proposed_before_another_mode():
     code, text = run("--n_layer=10", "--n_embd=1024", "--n_head=16", "--block_size=16384", "--batch_size=1",
                      *EIGHT_GPUS)

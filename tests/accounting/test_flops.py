@@ -40,6 +40,7 @@ def count(model: GPT, T: int, B: int = 2) -> tuple[int, int]:
     return forward.get_total_flops(), backward.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residue", [0, *(pytest.param(i, marks=pytest.mark.long) for i in range(1, 8))])
 def test_flops_equal_torchs_count_for_all_pairs_of_options(eager_flex, residue):
     combinations = architectures.covering(at_least=200)[0]

@@ -166,6 +166,7 @@ def test_an_exported_bpe_splits_any_text_as_the_model_does(model_and_ranks, text
     check_same_tokens(*model_and_ranks, text)
 
 
+@pytest.mark.slow
 def test_only_bpe_can_be_exported(tmp_path, sentencepiece_model):
     from tools.train_tokenizer import main
     main(["--input", f"{sentencepiece_model.parent}/*.txt", "--vocab_size=400", "--model=unigram",

@@ -35,6 +35,7 @@ def test_the_incompatible_pairs_of_values_are_the_documented_ones():
     assert len(COVERING) >= 200
 
 
+@pytest.mark.slow
 def test_parameters_of_all_pairs_of_options_follow_from_the_config_by_formula():
     for choice in COVERING:
         with torch.device("meta"):

@@ -95,6 +95,7 @@ def named_keys(config):
                  if key not in NAME_OMITS and key not in full.unused_keys())
 
 
+@pytest.mark.slow
 def test_two_configs_have_the_same_name_only_if_they_are_the_same_architecture():
     """Over the covering array: each choice, and each with one key changed."""
     names, space = {}, {**architectures.SPACE, **SIZES}

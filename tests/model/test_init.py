@@ -56,6 +56,7 @@ def growth(**overrides):
     return ((x * y).sum() / (x * x).sum()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_coordinate_check(tied):
     """Yang et al. 2022, appendix D: with muP the change of the logits by a step does not grow with the width."""

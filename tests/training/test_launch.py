@@ -90,6 +90,7 @@ def join_launch(store, ranks, world_size, seconds=60.0):
         return list(pool.map(join, ranks))
 
 
+@pytest.mark.slow
 def test_each_launch_has_its_own_id_in_a_store_that_outlives_it():
     store, launches = dist.HashStore(), []
     for world_size in (1, 4, 4, 2, 5):

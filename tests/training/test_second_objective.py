@@ -150,6 +150,7 @@ ADDED = {"masked_tokens": ObjectiveOption(lambda: MaskedTokens, "predict hidden 
          "distillation": ObjectiveOption(lambda: Distillation, "learn from a teacher")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--use_fsdp"]])
 def test_a_frozen_teacher_is_built_and_is_in_no_checkpoint(run, tmp_path, flags):
     run("teacher", "--max_iters=2", "--arch_preset=llama", "--n_layer=3")
