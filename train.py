@@ -96,17 +96,15 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
             lr = learning_rate(step, config)
             set_learning_rate(optimizer, lr)
 
-            micro_losses = []  # terms of the step's loss: the sum over a micro-batch's tokens / the tokens of the step
-            metrics, generator = MetricSums(), step_generator(config.seed, step, runtime)
+            micro_losses, metrics, generator = [], MetricSums(), step_generator(config.seed, step, runtime)
             for micro_step, batch in enumerate(objective.micro_batches(step, wrapped, generator)):
                 parallel.seed_micro_batch(config.seed, step, micro_step * runtime.dp_size + runtime.dp_rank)
                 with parallel.gradient_sync(wrapped, now=micro_step == objective.micro_steps - 1):
                     with runtime.autocast():
                         micro_loss, micro_metrics = objective.loss(wrapped, batch)
                     scaler.scale(micro_loss * runtime.dp_size).backward()  # the ranks' gradients are averaged
-                micro_losses.append(micro_loss.detach())
-                if to_log:
-                    metrics.add({**{name: (value, 1) for name, value in model.metrics().items()}, **micro_metrics})
+                micro_losses.append(micro_loss.detach())  # terms of the step's loss, which add up to it
+                metrics.add(micro_metrics, model.metrics())
             scaler.unscale_(optimizer)
             grad_norm = clip_gradients(model, config.grad_clip)
 
@@ -141,12 +139,12 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
             if final or checkpoints.is_due(is_best):
                 watchdog.enter_phase("save")
                 checkpoints.save(final)
-            if checkpoints.finished:
+            if final:
                 break
-            if status.stop_reason:
-                log.interrupted(status.stop_reason, done)
-                return
-        log.finished(checkpoints.stopped_early)
+        if checkpoints.finished:
+            log.finished(checkpoints.stopped_early)
+        else:
+            log.interrupted(status.stop_reason or "", progress.step)
 
 
 def main(config: Config) -> None:

@@ -361,7 +361,7 @@ def test_help_lists_every_key_without_loading_torch():
 
 def test_train_is_one_page_and_its_loop_one_screen():
     source = (ROOT / "train.py").read_text()
-    loop = source[source.index("for step in range("):source.index("log.info(f\"done:")]
+    loop = source[source.index("for step in range("):source.index("if checkpoints.finished:\n            log.finished")]
     assert len(source.splitlines()) < 200 and len(loop.splitlines()) <= 55
     assert "class " not in source and "open(" not in source.replace("log.open", "").replace("checkpoints.open(", "")
 

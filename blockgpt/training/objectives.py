@@ -43,8 +43,9 @@ class MetricSums:
     def __init__(self) -> None:
         self.sums: dict[str, list[torch.Tensor | float]] = {}
 
-    def add(self, metrics: Metrics) -> None:
-        for name, values in metrics.items():
+    def add(self, metrics: Metrics, unweighted: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Add metrics; `unweighted` {metric: value} have weight 1."""
+        for name, values in {**{name: (v, 1.0) for name, v in (unweighted or {}).items()}, **metrics}.items():
             before = self.sums.get(name, (0.0, 0.0))
             self.sums[name] = [a + (b.detach() if isinstance(b, torch.Tensor) else b)
                                for a, b in zip(before, values, strict=True)]
