@@ -27,6 +27,7 @@ from blockgpt.data.packing import PackedBatches
 from blockgpt.data.prepare import prepare
 from blockgpt.data.sources import file_partitions
 from blockgpt.data.tokenizer import load_tokenizer
+from blockgpt.data.writer import Recipe
 from blockgpt.errors import exit_on_user_error
 
 BLOCK_SIZE, BATCH_SIZE, SEED = 1024, 16, 1
@@ -47,7 +48,8 @@ def bench_prepare(folder: Path, tokenizer_name: str, partitions: Any) -> Dataset
     tokenizer, name = load_tokenizer(tokenizer_name), Path(tokenizer_name).name
     tokenizer.encode("warm up")
     with contextlib.redirect_stdout(io.StringIO()):
-        meta, seconds = timed(lambda: prepare(folder / name, tokenizer, partitions, source="bench", workers=1))
+        meta, seconds = timed(lambda: prepare(folder / name, tokenizer, partitions, source="bench", workers=1,
+                                              recipe=Recipe(val_fraction=0.1)))  # a small corpus has both splits too
     size, tokens = (sum(split[key] for split in meta["splits"].values()) for key in ("bytes", "tokens"))
     print(f"prepare, {tokenizer_name}: {size / seconds / 1e6:.1f} MB/s, {tokens / seconds / 1e6:.2f} M tokens/s on one "
           f"core ({size / 1e6:.1f} MB)")
