@@ -1,6 +1,6 @@
 """What is in a dataset: counts, digests, the most frequent tokens, duplicates, a few sequences with token boundaries.
 
-    python -m tools.inspect_data pycode [--windows 3] [--block_size 64] [--verify]
+    python -m tools.inspect_data pycode [--sequences 3] [--block_size 64] [--verify]
 
 Reads up to --tokens of each split. In a printed sequence, | separates tokens and ⏹ is the end of a document.
 """
@@ -98,13 +98,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("dataset", help="a folder in --data_dir")
     parser.add_argument("--data_dir", help="the folder of the datasets; None: data/ in the project's folder")
     parser.add_argument("--tokenizer", help="of a dataset without meta.json: gpt2, … or a file")
-    parser.add_argument("--windows", type=int, default=3, help="sequences to print")
+    parser.add_argument("--sequences", type=int, default=3, help="sequences to print")
     parser.add_argument("--block_size", type=int, default=64, help="tokens of a printed sequence")
     parser.add_argument("--tokens", type=int, default=20_000_000, help="tokens of each split to read")
     parser.add_argument("--top", type=int, default=10, help="how many of the most frequent tokens to print")
     parser.add_argument("--verify", action="store_true", help="check the digest of every file, however large")
     args = parser.parse_args(argv)
-    minimums = {"windows": 0, "block_size": 1, "tokens": 1, "top": 0}
+    minimums = {"sequences": 0, "block_size": 1, "tokens": 1, "top": 0}
     check_ranges(args, {name: (getattr(args, name) >= n, f"at least {n}") for name, n in minimums.items()})
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIOWrapper; text may not be encodable
     dataset = open_dataset(args.dataset, args.data_dir, args.tokenizer)
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
         print("every file has the digest that meta.json says")
     for split in SPLITS:
         print_split(dataset, split, tokenizer, args.tokens, args.top)
-    print_sequences(dataset, tokenizer, args.block_size, args.windows)
+    print_sequences(dataset, tokenizer, args.block_size, args.sequences)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def test_the_contents_of_a_dataset_are_printed(tmp_path, capsys):
     texts = ["aaaa bbb", "second document", "aaaa bbb", "zz"]
     write_dataset(tmp_path / "x", ByteTokenizer(), [("train", t) for t in texts] + [("val", "aé")], source="a test",
                   skipped={"empty": 7})
-    inspect_data.main(["x", "--data_dir", str(tmp_path), "--block_size=8", "--windows=9", "--verify"])
+    inspect_data.main(["x", "--data_dir", str(tmp_path), "--block_size=8", "--sequences=9", "--verify"])
     out = capsys.readouterr().out
     for words in ("byte, vocabulary 257", "documents skipped when it was prepared: 7 empty",
                   "every file has the digest",
@@ -51,6 +51,6 @@ def test_token_ids_beyond_the_vocabulary_are_one_line(tmp_path, capsys, monkeypa
         inspect_data.main, ["x", "--data_dir", str(tmp_path), "--block_size=4"])
 
 
-@pytest.mark.parametrize("flag", ["--windows=-1", "--block_size=0", "--tokens=0", "--top=-1"])
+@pytest.mark.parametrize("flag", ["--sequences=-1", "--block_size=0", "--tokens=0", "--top=-1"])
 def test_a_value_out_of_range_is_one_line(flag):
     assert "is out of range, must be at least" in refusal(inspect_data.main, ["x", flag], error=UserError)
