@@ -231,13 +231,13 @@ def test_any_shard_equals_its_part_of_the_whole(data):
     shape = data.draw(st.lists(st.integers(1, 40), min_size=2, max_size=3))
     bounds = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape]
     key, block = data.draw(st.integers(0, 2**64 - 1)), data.draw(st.sampled_from((7, 64, BLOCK)))
-    part = torch.full([end - start for start, end in bounds], math.nan)
+    shard = torch.full([end - start for start, end in bounds], math.nan)
     whole = normal(shape, key, 0.5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_init, "BLOCK", block)
         patch.setattr(torch, "get_num_threads", lambda: data.draw(st.integers(1, 3)))
-        fill_normal(LocalChunk(tuple(shape), [start for start, _ in bounds], part), key, 0.5)
-    assert torch.equal(part, whole[tuple(slice(*bound) for bound in bounds)])
+        fill_normal(LocalChunk(tuple(shape), [start for start, _ in bounds], shard), key, 0.5)
+    assert torch.equal(shard, whole[tuple(slice(*bound) for bound in bounds)])
 
 
 def test_a_large_matrix_and_its_shards_are_equal_across_blocks():
@@ -297,8 +297,8 @@ def test_each_rank_generates_only_its_own_shards_of_the_same_weights():
         assert tiles([block for block in blocks if math.prod(block[1])], p.shape), name
         for shards, _ in ranks:
             offsets, sizes, values = shards[name]
-            part = p[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
-            assert torch.equal(torch.tensor(values).view(sizes), part), name
+            expected = p[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
+            assert torch.equal(torch.tensor(values).view(sizes), expected), name
     for shards, generated in ranks:
         assert generated == sum(math.prod(sizes) for _, sizes, _ in shards.values() if len(sizes) > 1)
 

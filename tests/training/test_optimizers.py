@@ -40,12 +40,12 @@ def test_matrices_decay_and_nothing_else_and_each_parameter_is_in_one_group(pres
     model.blocks[0].attn.q_proj.weight.requires_grad = False  # frozen: in none
     decay, keep = build_optimizer(model, settings_of(), CPU).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, kept = ({names[id(p)] for p in group["params"]} for group in (decay, keep))
+    decayed, undecayed = ({names[id(p)] for p in group["params"]} for group in (decay, keep))
     assert (decay["weight_decay"], keep["weight_decay"]) == (0.1, 0.0)
-    assert len(decay["params"]) + len(keep["params"]) == len(decayed) + len(kept) == len(names) - 1
-    assert all("norm" in name or name.endswith(".bias") for name in kept)
+    assert len(decay["params"]) + len(keep["params"]) == len(decayed) + len(undecayed) == len(names) - 1
+    assert all("norm" in name or name.endswith(".bias") for name in undecayed)
     assert not any("norm" in name or name.endswith(".bias") for name in decayed)
-    assert "blocks.0.attn.q_proj.weight" not in decayed | kept and "token_embedding.weight" in decayed
+    assert "blocks.0.attn.q_proj.weight" not in decayed | undecayed and "token_embedding.weight" in decayed
 
 
 def test_a_step_is_adamw_as_the_paper_has_it():
