@@ -15,6 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import model_config
+from blockgpt.checkpoints.resume import (
+    FORMER_INIT_FROM,
+    check_resumable,
+    initial_architecture,
+    recorded_config,
+    run_exists,
+)
 from blockgpt.config_fields import (
     Field,
     KeyParser,
@@ -29,13 +36,6 @@ from blockgpt.config_fields import (
     with_location,
 )
 from blockgpt.errors import ConfigError, UserError, did_you_mean, short_repr
-from blockgpt.training.resume import (
-    FORMER_INIT_FROM,
-    check_resumable,
-    initial_architecture,
-    recorded_config,
-    run_exists,
-)
 from model_config import LazyModule, ModelConfig
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from blockgpt.training.checkpoint_files import LocalChunk, local_chunk
+from blockgpt.checkpoints.files import LocalChunk, local_chunk
 from model_components import OutputHead, ResidualProjection
 from model_config import ModelConfig
 

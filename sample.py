@@ -61,7 +61,7 @@ def load_model(run_dir: Path, which: str, device: "torch.device") -> "tuple[GPT,
         UserError: run_dir is not a run directory.
         CheckpointError: there is no usable checkpoint and no export, or it was written by another version.
     """
-    import blockgpt.training.checkpoint as checkpoint
+    from blockgpt.checkpoints import checkpoint
     from blockgpt.data.tokenizer import from_meta
     from model_builder import build_model, load_weights
     from model_config import ModelConfig

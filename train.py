@@ -23,13 +23,13 @@ import torch
 from blockgpt.accounting.dry_run import dry_run
 from blockgpt.accounting.meter import StepMeter
 from blockgpt.accounting.out_of_memory import out_of_memory_error
+from blockgpt.checkpoints.initial_weights import load_companion
+from blockgpt.checkpoints.manager import CheckpointManager
+from blockgpt.checkpoints.saver import check_disk_space
 from blockgpt.errors import ConfigError
 from blockgpt.training import launch, parallel
-from blockgpt.training.checkpoint_manager import CheckpointManager
-from blockgpt.training.checkpoint_saver import check_disk_space
 from blockgpt.training.diagnostics import gradient_statistics, is_usable, non_finite_error
 from blockgpt.training.faults import Watchdog
-from blockgpt.training.initial_weights import load_companion
 from blockgpt.training.objectives import MetricSums, step_generator
 from blockgpt.training.optimizers import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from blockgpt.training.profiling import StepProfiler, memory_history

@@ -25,16 +25,16 @@ from typing import Any
 
 from blockgpt.accounting.hardware import dtype_name
 from blockgpt.accounting.meter import StepMeter
+from blockgpt.checkpoints.manager import Resumption
+from blockgpt.checkpoints.resume import run_exists
+from blockgpt.checkpoints.saver import versions
 from blockgpt.console import echo, human_bytes, human_time, in_columns, is_terminal, percentages
 from blockgpt.errors import UserError
 from blockgpt.files import write_json
 from blockgpt.training import parallel
-from blockgpt.training.checkpoint_manager import Resumption
-from blockgpt.training.checkpoint_saver import versions
 from blockgpt.training.faults import StepStatus
 from blockgpt.training.launch import Runtime
 from blockgpt.training.objectives import Objective
-from blockgpt.training.resume import run_exists
 from blockgpt.training.tracker import WandbTracker
 from configurator import Config
 from model_builder import GPT

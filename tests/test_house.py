@@ -19,6 +19,7 @@ LAYERS = (
     ("blockgpt.errors", "blockgpt.files", "blockgpt.console", "blockgpt.config_fields"),
     ("blockgpt.data", "blockgpt.kernels"),
     ("blockgpt.training",),
+    ("blockgpt.checkpoints",),
     ("blockgpt.accounting", "blockgpt.huggingface", "blockgpt.experiments", "blockgpt.posttraining"),
     ("root",),
     ("tools", "data"),  # tools/ and data/<name>/prepare.py

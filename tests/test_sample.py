@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import ROOT, run_python
 
-import blockgpt.training.checkpoint as checkpoint
 import sample
+from blockgpt.checkpoints import checkpoint
+from blockgpt.checkpoints.saver import CheckpointSaver
 from blockgpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from blockgpt.errors import CheckpointError, UserError
-from blockgpt.training.checkpoint_saver import CheckpointSaver
 from blockgpt.training.optimizers import build_optimizer
 from model_builder import GPT, build_model
 from model_config import get_preset

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from checkpoints import largest_file
+from checkpoint_helpers import largest_file
 from conftest import ROOT, TINY, environment, records, run_python
 
 import training_logger

@@ -51,8 +51,8 @@ def main(argv: list[str]) -> None:
     config = load_config([*(keys or GPT2), "--device=cpu"])
     import torch
 
-    import blockgpt.training.checkpoint as checkpoint
-    from blockgpt.training.checkpoint_saver import CheckpointSaver
+    from blockgpt.checkpoints import checkpoint
+    from blockgpt.checkpoints.saver import CheckpointSaver
 
     model, optimizer = model_and_optimizer(config)
     tensors = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]

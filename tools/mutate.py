@@ -36,8 +36,8 @@ from blockgpt.errors import DataError, UserError, did_you_mean, exit_on_user_err
 
 ROOT = Path(__file__).resolve().parent.parent
 
-CHECKPOINT_TESTS = ("tests/training/test_checkpoint.py", "tests/training/test_checkpoint_files.py",
-                    "tests/training/test_checkpoint_manager.py", "tests/training/test_checkpoint_saver.py")
+CHECKPOINT_TESTS = ("tests/checkpoints/test_checkpoint.py", "tests/checkpoints/test_files.py",
+                    "tests/checkpoints/test_manager.py", "tests/checkpoints/test_saver.py")
 INFER_TEST = "tests/model/test_builder.py::test_infer_config_is_the_config_of_every_preset"
 # module: the tests that are to notice a wrong line in it, those most likely to come first.
 TESTS: dict[str, tuple[str, ...]] = {
@@ -46,9 +46,9 @@ TESTS: dict[str, tuple[str, ...]] = {
                                         "tests/data/test_mixture.py", "tests/test_golden_run.py"),
     "blockgpt/training/optimizers.py": ("tests/training/test_optimizers.py", "tests/test_golden_run.py"),
     "blockgpt/training/diagnostics.py": ("tests/training/test_diagnostics.py", "tests/test_golden_run.py"),
-    "blockgpt/training/checkpoint.py": CHECKPOINT_TESTS,
-    "blockgpt/training/checkpoint_manager.py": (*CHECKPOINT_TESTS[::-1], "tests/test_golden_run.py"),
-    "blockgpt/training/checkpoint_saver.py": CHECKPOINT_TESTS[::-1],
+    "blockgpt/checkpoints/checkpoint.py": CHECKPOINT_TESTS,
+    "blockgpt/checkpoints/manager.py": (*CHECKPOINT_TESTS[::-1], "tests/test_golden_run.py"),
+    "blockgpt/checkpoints/saver.py": CHECKPOINT_TESTS[::-1],
     "blockgpt/data/loader.py": ("tests/data/test_loader.py", "tests/data/test_dataset.py"),
     "blockgpt/data/writer.py": ("tests/data/test_writer.py", "tests/data/test_prepare.py"),
     "blockgpt/data/tokenizer.py": ("tests/data/test_tokenizer.py", "tests/tools/test_train_tokenizer.py"),

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path, help="a checkpoint, or the directory of a run")
     path = parser.parse_args(argv).path
-    import blockgpt.training.checkpoint as checkpoint
+    from blockgpt.checkpoints import checkpoint
 
     if isinstance(sys.stdout, TextIOWrapper):  # the messages quote damaged files, which not every terminal can print
         sys.stdout.reconfigure(errors="replace")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from parity import config, equal
 
 import model_init
+from blockgpt.checkpoints.files import LocalChunk, local_chunk, tiles
 from blockgpt.training import launch, sharding
-from blockgpt.training.checkpoint_files import LocalChunk, local_chunk, tiles
 from blockgpt.training.optimizers import build_optimizer, set_learning_rate
 from model_builder import build_model
 from model_config import PRESETS, ModelConfig, get_preset

@@ -1,9 +1,9 @@
 """tools.verify_checkpoint: one line for each checkpoint and the export, and the exit code."""
 
 import pytest
-from checkpoints import MODEL, flip, saved_run
+from checkpoint_helpers import MODEL, flip, saved_run
 
-import blockgpt.training.checkpoint as checkpoint
+from blockgpt.checkpoints import checkpoint
 from blockgpt.errors import exit_on_user_error
 from tools.verify_checkpoint import main
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoints import largest_file
+from checkpoint_helpers import largest_file
 from conftest import ROOT, TINY, records, run_python
 from hypothesis import given
 from hypothesis import strategies as st

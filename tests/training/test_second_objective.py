@@ -13,7 +13,7 @@ from dataset_helpers import single_process
 from forked import SERVER, exec_train
 
 import compare_architectures
-from blockgpt.training import checkpoint
+from blockgpt.checkpoints import checkpoint
 from blockgpt.training.criterion import Criterion
 from blockgpt.training.objectives import LanguageModeling, TokenObjective
 from configurator import OBJECTIVES, ObjectiveOption, load_config

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import blockgpt.training.checkpoint as checkpoint
+from blockgpt.checkpoints import checkpoint
 from blockgpt.errors import CheckpointError
 from tools.torture.runs import Harness, Trial
 from tools.torture.trials import Row, run_trials

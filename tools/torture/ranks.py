@@ -36,20 +36,20 @@ ROOT = Path(__file__).resolve().parents[2]
 # The functions whose calls are the phases of a save. "rename" is what `commit_checkpoint` does from
 # its call of os.rename on.
 WRAPPED = {
-    "save": ("blockgpt.training.checkpoint_saver", "CheckpointSaver._write"),
-    "preallocate": ("blockgpt.training.checkpoint_files", "TensorFile.__init__"),
-    "write": ("blockgpt.training.checkpoint_saver", "write_chunks"),
-    "all_gather": ("blockgpt.training.checkpoint_saver", "run_on_all_ranks"),
-    "commit": ("blockgpt.training.checkpoint_saver", "commit_checkpoint"),
-    "verify": ("blockgpt.training.checkpoint_saver", "verify_written"),
-    "prune": ("blockgpt.training.checkpoint_saver", "CheckpointSaver._prune"),
-    "export": ("blockgpt.training.checkpoint", "write_export"),
+    "save": ("blockgpt.checkpoints.saver", "CheckpointSaver._write"),
+    "preallocate": ("blockgpt.checkpoints.files", "TensorFile.__init__"),
+    "write": ("blockgpt.checkpoints.saver", "write_chunks"),
+    "all_gather": ("blockgpt.checkpoints.saver", "run_on_all_ranks"),
+    "commit": ("blockgpt.checkpoints.saver", "commit_checkpoint"),
+    "verify": ("blockgpt.checkpoints.saver", "verify_written"),
+    "prune": ("blockgpt.checkpoints.saver", "CheckpointSaver._prune"),
+    "export": ("blockgpt.checkpoints.checkpoint", "write_export"),
 }
 PHASES = ("preallocate", "write", "all_gather", "commit", "rename", "verify", "prune", "export")
 EVENTS = {"open", "write", "fsync", "posix_fallocate", "posix_fadvise", "rename", "replace", "unlink", "rmdir", "mkdir",
           "close", "readinto", "scandir", "lstat", "allgather", "wait"}
 NEEDS_SPACE = {"open", "write", "fsync", "posix_fallocate", "rename", "replace", "mkdir"}
-PRELOADED = ("blockgpt.training.checkpoint_manager", "blockgpt.training.faults", "training_logger",
+PRELOADED = ("blockgpt.checkpoints.manager", "blockgpt.training.faults", "training_logger",
              "blockgpt.training.objectives", "blockgpt.training.optimizers", "blockgpt.training.parallel",
              "blockgpt.accounting.dry_run", "blockgpt.training.sharding", "model_builder", "torch.distributed.optim",
              "torch.distributed.tensor.parallel", "torch._dynamo")

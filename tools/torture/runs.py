@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import blockgpt.training.checkpoint as checkpoint
+from blockgpt.checkpoints import checkpoint
 from blockgpt.data.prepare import write_dataset
 from blockgpt.data.tokenizer import ByteTokenizer
 from blockgpt.errors import CheckpointError, UserError

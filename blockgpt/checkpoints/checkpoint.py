@@ -2,12 +2,12 @@
 
     checkpoints/step_00000250/model-00000.safetensors      the chunks of parameters that rank 0 wrote, by name
                               optimizer-00000.safetensors  … of the optimizer state, as <state>/<parameter name>
-                              index.json                   the chunks of each tensor (checkpoint_files.py)
+                              index.json                   the chunks of each tensor (files.py)
                               state.json                   step, tokens, best so far, scaler, config, versions, model,
                                                            tokenizer, the data's fingerprint
                               manifest.json                size and sha256 of the others, written last
 
-checkpoint_saver.py writes them. Nothing is unpickled, and nothing but the manifest is read before it is verified. An
+saver.py writes them. Nothing is unpickled, and nothing but the manifest is read before it is verified. An
 error on one rank is raised on all ranks. There is no generator state to save: batches and dropout are functions of
 (seed, step). All processes see one file system.
 
@@ -28,9 +28,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from blockgpt.errors import CheckpointError, UserError, short_repr
-from blockgpt.files import fsync_path, sha256_of, write_json
-from blockgpt.training.checkpoint_files import (
+from blockgpt.checkpoints.files import (
     TENSOR_FILE,
     Index,
     TensorEntry,
@@ -40,6 +38,8 @@ from blockgpt.training.checkpoint_files import (
     reshard_parameters,
     safetensors_errors,
 )
+from blockgpt.errors import CheckpointError, UserError, short_repr
+from blockgpt.files import fsync_path, sha256_of, write_json
 from blockgpt.training.launch import Runtime, run_on_all_ranks
 
 SCHEMA_VERSION = 2

@@ -1,7 +1,7 @@
 """The checkpoints of one run, for the training loop: resume from the newest, save, track the best and the last.
 
 train.py handles no files: it calls `CheckpointManager.restore` once before the loop, and `save` after the steps for
-which `is_due` is true. Files and formats belong to checkpoint.py, checkpoint_saver.py and checkpoint_files.py.
+which `is_due` is true. Files and formats belong to checkpoint.py, saver.py and files.py.
 """
 
 import time
@@ -11,12 +11,13 @@ from typing import Any, Protocol
 
 import torch
 
+from blockgpt.checkpoints import checkpoint
+from blockgpt.checkpoints.initial_weights import load_initial_weights
+from blockgpt.checkpoints.saver import CheckpointSaver
 from blockgpt.data.tokenizer import describe_tokenizer
 from blockgpt.errors import CheckpointError, SaveError
-from blockgpt.training import checkpoint, checkpoint_saver
 from blockgpt.training.criterion import Criterion
 from blockgpt.training.diagnostics import LossSpikeDetector
-from blockgpt.training.initial_weights import load_initial_weights
 from blockgpt.training.launch import Runtime
 from blockgpt.training.objectives import Objective
 
@@ -132,8 +133,7 @@ class CheckpointManager:
             log.warning(f"the weights were trained with another tokenizer ({describe_tokenizer(before)}) than this "
                         f"data's ({describe_tokenizer(now)})")
         self.runtime.on_rank_zero(lambda: checkpoint.clean(run_dir))
-        self.saver = checkpoint_saver.CheckpointSaver(run_dir, self.runtime, self.config.keep_last,
-                                                      self.config.checkpoint_async)
+        self.saver = CheckpointSaver(run_dir, self.runtime, self.config.keep_last, self.config.checkpoint_async)
 
     @property
     def stopped_early(self) -> str | None:

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from blockgpt.errors import CheckpointError, ConfigError
-from blockgpt.files import sha256_of
-from blockgpt.training import checkpoint
-from blockgpt.training.checkpoint_files import (
+from blockgpt.checkpoints import checkpoint
+from blockgpt.checkpoints.files import (
     TORCH_DTYPES,
     Index,
     StoredChunk,
@@ -22,8 +20,10 @@ from blockgpt.training.checkpoint_files import (
     reshard_parameters,
     safetensors_errors,
 )
+from blockgpt.checkpoints.resume import split_init_from
+from blockgpt.errors import CheckpointError, ConfigError
+from blockgpt.files import sha256_of
 from blockgpt.training.launch import Runtime, run_on_all_ranks
-from blockgpt.training.resume import split_init_from
 
 
 def load_initial_weights(init_from: str, model: torch.nn.Module, runtime: Runtime) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-import blockgpt.training.checkpoint as checkpoint
+from blockgpt.checkpoints import checkpoint, files
+from blockgpt.checkpoints import saver as saver_module
+from blockgpt.checkpoints.saver import CheckpointSaver
 from blockgpt.errors import CheckpointError, UserError
-from blockgpt.training import checkpoint_files, checkpoint_saver, launch
-from blockgpt.training.checkpoint_saver import CheckpointSaver
+from blockgpt.training import launch
 from blockgpt.training.optimizers import build_optimizer
 from configurator import load_config
 from model_builder import build_model
@@ -87,10 +88,10 @@ def state(step, best=None):
 
 def full_tensors(model, optimizer):
     """{key: whole tensor} of this rank's parameters and of the optimizer state it has."""
-    checkpoint_files.reshard_parameters(model)
+    files.reshard_parameters(model)
     full = {}
     for name, p in model.named_parameters():
-        state = checkpoint_files.local_optimizer(optimizer).state.get(p, {})
+        state = files.local_optimizer(optimizer).state.get(p, {})
         for key, value in {name: p, **{f"{k}/{name}": v for k, v in state.items()}}.items():
             full[key] = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
     return full
@@ -118,12 +119,12 @@ def check_local_chunks(runtime):
             for shape in ((1, 1), (2, 3), (4, 8), (5, 7), (9, 2), (17, 16)):
                 whole = torch.arange(shape[0] * shape[1]).reshape(shape).float()
                 tensor = distribute_tensor(whole, mesh, placements)
-                _, offsets, local = checkpoint_files.local_chunk(tensor)
+                _, offsets, local = files.local_chunk(tensor)
                 block = tuple(slice(o, o + m) for o, m in zip(offsets, local.shape, strict=True))
                 assert torch.equal(whole[block], local), (placements, shape)
-                chunks = runtime.all_gather_object([offsets, list(local.shape), checkpoint_files.is_owner(tensor)])
+                chunks = runtime.all_gather_object([offsets, list(local.shape), files.is_owner(tensor)])
                 owned = [(tuple(o), tuple(s)) for o, s, is_owner in chunks if is_owner and 0 not in s]
-                assert checkpoint_files.tiles(owned, shape), (placements, shape, owned)
+                assert files.tiles(owned, shape), (placements, shape, owned)
 
 
 def main(folder):
@@ -215,7 +216,7 @@ def main(folder):
     before = digests(path)
     for name in ("write_chunks", "commit_checkpoint", "verify_written", "own_chunks"):
         rank = 0 if name == "commit_checkpoint" else n - 1
-        with broken(checkpoint_saver, name, runtime.rank == rank):
+        with broken(saver_module, name, runtime.rank == rank):
             check_raises(OSError, f"rank {rank}: broken", lambda: synchronous.save(model, optimizer, state(8)))
             if name != "own_chunks":
                 in_background.save(model, optimizer, state(8))

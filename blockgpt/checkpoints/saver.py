@@ -19,10 +19,7 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from blockgpt.console import human_bytes
-from blockgpt.errors import CheckpointError, UserError
-from blockgpt.files import drop_page_cache, fsync_path, sha256_of, write_json
-from blockgpt.training.checkpoint import (
+from blockgpt.checkpoints.checkpoint import (
     JSON_FILES,
     SCHEMA_VERSION,
     SINGLE_PROCESS,
@@ -31,7 +28,10 @@ from blockgpt.training.checkpoint import (
     list_checkpoints,
     verify,
 )
-from blockgpt.training.checkpoint_files import Index, LocalChunk, own_chunks, write_chunks
+from blockgpt.checkpoints.files import Index, LocalChunk, own_chunks, write_chunks
+from blockgpt.console import human_bytes
+from blockgpt.errors import CheckpointError, UserError
+from blockgpt.files import drop_page_cache, fsync_path, sha256_of, write_json
 from blockgpt.training.launch import Runtime, run_on_all_ranks
 
 RANDOM = "random numbers are functions of (seed, step, rank, sequence id): there is no generator state to save"

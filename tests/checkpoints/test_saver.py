@@ -11,15 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from checkpoint_helpers import MODEL, OPTIMIZER, contents, flip, largest_file, names, save, saved_run
 from checkpoint_ranks import learn, state
-from checkpoints import MODEL, OPTIMIZER, contents, flip, largest_file, names, save, saved_run
 from conftest import ROOT, TINY, environment, run_python
 
-import blockgpt.training.checkpoint as checkpoint
+from blockgpt.checkpoints import checkpoint
+from blockgpt.checkpoints import saver as saver_module
+from blockgpt.checkpoints.saver import CheckpointSaver, check_disk_space
 from blockgpt.errors import UserError
 from blockgpt.files import PreallocatedFile
-from blockgpt.training import checkpoint_saver
-from blockgpt.training.checkpoint_saver import CheckpointSaver, check_disk_space
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def run(tmp_path):
 
 def test_the_newest_two_and_the_best_are_kept_and_nothing_is_removed_before_the_new_one_is_verified(run, monkeypatch):
     seen = []
-    monkeypatch.setattr(checkpoint_saver, "verify_written", lambda *_: seen.append(names(run.folder)))
+    monkeypatch.setattr(saver_module, "verify_written", lambda *_: seen.append(names(run.folder)))
     for step, best, expected in ((6, 2, [2, 4, 6]), (8, 8, [6, 8]), (10, 6, [6, 8, 10]), (12, 6, [6, 10, 12]),
                              (14, None, [12, 14])):
         before = names(run.folder)
@@ -48,7 +48,7 @@ def test_the_newest_two_and_the_best_are_kept_and_nothing_is_removed_before_the_
 @pytest.mark.parametrize("name", [MODEL, OPTIMIZER, "index.json", "state.json"])
 def test_a_checkpoint_that_reads_back_differently_is_removed_and_the_older_ones_stay(run, monkeypatch, name):
     before = contents(run.folder)
-    monkeypatch.setattr(checkpoint_saver, "drop_page_cache", lambda path: path.name == name and flip(path, -1))
+    monkeypatch.setattr(saver_module, "drop_page_cache", lambda path: path.name == name and flip(path, -1))
     with pytest.raises(OSError, match=f"{name}: its content on the disk differs from what was written"):
         save(run.dir, run.model, run.optimizer, state(6))
     assert contents(run.folder) == before
@@ -84,11 +84,11 @@ def test_a_save_removes_what_killed_saves_left(run):
 
 KILLED_ANYWHERE = """
 import os, shutil, signal, sys
-sys.path[:0] = [sys.argv[2], sys.argv[2] + "/training"]
+sys.path[:0] = [sys.argv[2], sys.argv[2] + "/checkpoints"]
 from pathlib import Path
-import blockgpt.training.checkpoint as checkpoint
+from blockgpt.checkpoints import checkpoint
 from checkpoint_ranks import learn, state
-from checkpoints import make, names, save
+from checkpoint_helpers import make, names, save
 
 os.fsync = lambda descriptor: None  # a kill leaves what was written to the system
 base, run_dir = Path(sys.argv[1], "base"), Path(sys.argv[1], "run")
@@ -219,7 +219,7 @@ set -e
 mount -t tmpfs -o size=700k tmpfs "$1"; shift
 code=0; "$@" || code=$?
 ls -A small/run/checkpoints
-"$PYTHON" -c 'import sys, blockgpt.training.checkpoint as c; c.verify(c.find_newest("small/run"))'
+"$PYTHON" -c 'import sys, blockgpt.checkpoints.checkpoint as c; c.verify(c.find_newest("small/run"))'
 exit $code
 """
 
@@ -295,7 +295,7 @@ def test_a_failure_in_the_background_is_polled_and_the_next_save_waits_for_it(ru
 
 def test_a_bug_in_the_background_is_raised_as_itself(run, monkeypatch):
     saver = CheckpointSaver(run.dir, asynchronous=True)
-    monkeypatch.setattr(checkpoint_saver, "commit_checkpoint", lambda *_: 1 / 0)
+    monkeypatch.setattr(saver_module, "commit_checkpoint", lambda *_: 1 / 0)
     saver.save(run.model, run.optimizer, state(6))
     with pytest.raises(ZeroDivisionError):
         saver.wait()

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from blockgpt.checkpoints import checkpoint
+from blockgpt.checkpoints.manager import CheckpointManager, Progress
 from blockgpt.errors import CheckpointError, SaveError
-from blockgpt.training import checkpoint
-from blockgpt.training.checkpoint_manager import CheckpointManager, Progress
 from blockgpt.training.criterion import Criterion
 from blockgpt.training.launch import Runtime
 from model_builder import build_model

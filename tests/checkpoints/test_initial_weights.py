@@ -9,14 +9,14 @@ import torch
 from conftest import ROOT, TINY, config_error, environment, records
 from forked import run_train
 
+from blockgpt.checkpoints import checkpoint
+from blockgpt.checkpoints.checkpoint import SINGLE_PROCESS
+from blockgpt.checkpoints.initial_weights import load_initial_weights
+from blockgpt.checkpoints.resume import split_init_from
 from blockgpt.data.prepare import write_dataset
 from blockgpt.data.tokenizer import ByteTokenizer
 from blockgpt.errors import CheckpointError, UserError
 from blockgpt.files import sha256_of
-from blockgpt.training import checkpoint
-from blockgpt.training.checkpoint import SINGLE_PROCESS
-from blockgpt.training.initial_weights import load_initial_weights
-from blockgpt.training.resume import split_init_from
 from configurator import load_config
 from model_builder import build_model
 

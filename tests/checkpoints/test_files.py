@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from blockgpt import files
-from blockgpt.training.checkpoint_files import (
+from blockgpt.checkpoints.files import (
     SAFETENSORS_DTYPES,
     TORCH_DTYPES,
     Index,

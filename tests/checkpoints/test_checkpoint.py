@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import checkpoint_ranks
 import pytest
 import torch
-from checkpoint_ranks import learn, state
-from checkpoints import (
+from checkpoint_helpers import (
     FILES,
     MODEL,
     OPTIMIZER,
@@ -26,10 +25,11 @@ from checkpoints import (
     save,
     saved_run,
 )
+from checkpoint_ranks import learn, state
 from conftest import ROOT, run_python
 from safetensors.torch import load_file
 
-import blockgpt.training.checkpoint as checkpoint
+from blockgpt.checkpoints import checkpoint
 from blockgpt.errors import CheckpointError, UserError
 
 
@@ -351,7 +351,7 @@ def of_one_process(tmp_path_factory):
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)])
 def test_every_mode_loads_what_any_other_saved_on_any_number_of_ranks(of_one_process, ranks):
     done = run_python("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                      ROOT / "tests/checkpoint_ranks.py", of_one_process)
+                      ROOT / "tests/checkpoints/checkpoint_ranks.py", of_one_process)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["passed"] * ranks
     expected = checkpoint.read_weights(of_one_process / "plain/checkpoints/step_00000003")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from checkpoint_ranks import CONFIG, learn, state
 
+from blockgpt.checkpoints import checkpoint
+from blockgpt.checkpoints.saver import CheckpointSaver
 from blockgpt.errors import CheckpointError
 from blockgpt.files import sha256_of
-from blockgpt.training import checkpoint
-from blockgpt.training.checkpoint_saver import CheckpointSaver
 from blockgpt.training.optimizers import build_optimizer
 from model_builder import build_model
 from model_config import get_preset
