@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from model_components import ResidualProjection, build_norm, component, softcap
+from model_components import (
+    PlacesWeights,
+    ResidualProjection,
+    build_norm,
+    component,
+    joint_linear,
+    place_adjacent,
+    softcap,
+)
 from model_config import ModelConfig
 from model_positions import apply_rotary_emb
 
@@ -326,7 +334,7 @@ class Attention(nn.Module):
                 "block_size": self.block_size}
 
 
-class StandardAttention(Attention):
+class StandardAttention(PlacesWeights, Attention):
     """Multi-head self-attention; n_head / n_kv_head query heads use one key/value head (Vaswani 2017, Ainslie 2023)."""
 
     tp_plan: typing.ClassVar[dict[str, str]] = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise",
@@ -347,9 +355,10 @@ class StandardAttention(Attention):
 
     def forward(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # -1: all heads, or this rank's under tensor parallelism
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        q, k, v = (projected.reshape(B, T, -1, self.head_dim)  # -1: all heads, or this rank's under tensor parallelism
+                   for projected in joint_linear(x, self.q_proj, self.k_proj, self.v_proj))
+        if context.cos_sin[self.window] is not None and not self.qk_norm.saves_input:
+            v = v.contiguous()  # else v alone would keep the joint product, three times as large, for the backward pass
         q, k = self.qk_norm(q, k)
         if self.value_mix is not None and self.value_table is not None:
             v = self.value_mix(v, context.value_embeddings[self.value_table].view(v.shape))
@@ -359,6 +368,9 @@ class StandardAttention(Attention):
             k, v = context.caches[self.layer].append(k, v, self.block_size)  # (B, G, S, D)
         y = self.attend(q, k, v, context)
         return self.o_proj(self.gate(y.transpose(1, 2), x).flatten(2))  # (B, T, H, D) -> (B, T, C)
+
+    def place_weights(self, device: torch.device) -> None:
+        place_adjacent(self.q_proj, self.k_proj, self.v_proj)
 
     def flops(self, seq_len: int) -> dict[str, float]:
         projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
@@ -386,9 +398,14 @@ def credited_keys(seq_len: int, window: int | None, causal: bool, convention: st
 
 
 class NoQKNorm(nn.Module):
-    """Queries (B, T, H, D) and keys (B, T, G, D) unchanged. across_heads: whether the norm mixes heads."""
+    """Queries (B, T, H, D) and keys (B, T, G, D) unchanged.
 
-    across_heads = False
+    Attributes:
+        across_heads: whether the norm mixes heads.
+        saves_input: whether its backward pass needs what it was given.
+    """
+
+    across_heads, saves_input = False, False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -399,6 +416,8 @@ class NoQKNorm(nn.Module):
 
 class QKNormPerHead(NoQKNorm):
     """Each head normalised over its D channels, with one gain for all heads. Henry et al. 2020; Qwen3, Gemma 3."""
+
+    saves_input = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -412,7 +431,7 @@ class QKNormPerHead(NoQKNorm):
 class QKNormProjection(NoQKNorm):
     """All heads normalised as one vector of H D channels. OLMo 2."""
 
-    across_heads = True
+    across_heads, saves_input = True, True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

@@ -258,9 +258,14 @@ class GPT(nn.Module):
         losses = [report() for report in self._reports("aux_loss")]
         return torch.stack(losses).sum() if losses else None
 
-    def _reports(self, method: str) -> list[Callable[[], Any]]:
+    def _reports(self, method: str) -> list[Callable[..., Any]]:
         """The bound `method` of every component that has it."""
         return [getattr(module, method) for module in self.modules() if module is not self and hasattr(module, method)]
+
+    def place_weights(self, device: torch.device) -> None:
+        """Let the components move their parameters in memory as suits `device`, as they do when they are moved."""
+        for place in self._reports("place_weights"):
+            place(device)
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """{name: mean over the components that report it} of the last forward pass."""

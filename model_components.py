@@ -22,6 +22,7 @@ A component says of itself, in methods that are all optional:
     inactive_parameters()   how many of its parameters one token does not use, such as those of other experts
     aux_loss()        a scalar to be added to the loss of the last forward pass
     metrics()         {name: scalar tensor} of the last forward pass
+    place_weights(device)   moves its parameters in memory, after they have got a new device or dtype
 
 For `config_values` and `flops` a component speaks for the components inside it. The shapes of its tensors must not
 depend on data; otherwise the memory account and torch.compile cannot trace it.
@@ -32,11 +33,12 @@ component (see blockgpt/training/sharding.py); without a plan, every rank does t
 To add a component: write its class here, add a line to the axis table, test it in tests/model/test_components.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
+from torch.distributed.tensor import DTensor
 
 from model_config import AXES, ModelConfig
 
@@ -53,6 +55,90 @@ def build_norm(config: ModelConfig, dim: int | None = None) -> nn.Module:
 
 class ResidualProjection(nn.Linear):
     """A linear layer that writes to the residual stream."""
+
+
+# ---------------------------------------------------------------- linear layers that read the same input
+
+
+class JointLinear(torch.autograd.Function):
+    """x W^T + b for several linear layers that read the same x, as one product without a copy of their weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, *weights: torch.Tensor) -> torch.Tensor:
+        """x (…, C), bias (sum of F) and each weight (F, C), adjacent in memory -> (…, sum of F)."""
+        rows, columns = sum(len(weight) for weight in weights), weights[0].shape[1]
+        joint = weights[0].as_strided((rows, columns), (columns, 1))
+        ctx.sizes, ctx.bias_dtype = [len(weight) for weight in weights], None if bias is None else bias.dtype
+        ctx.weight_dtype, joint = joint.dtype, joint.to(x.dtype)  # the backward pass runs without autocast
+        ctx.save_for_backward(x, joint)
+        return nn.functional.linear(x, joint, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, joint = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_x = grad @ joint if ctx.needs_input_grad[0] else None
+        grad_bias = rows.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+        needed = ctx.needs_input_grad[2:]
+        grad_weights = (rows.t() @ x.flatten(0, -2)).to(ctx.weight_dtype).split(ctx.sizes) if any(needed) else needed
+        return grad_x, grad_bias, *(g if n else None for g, n in zip(grad_weights, needed, strict=True))
+
+
+class PlacesWeights(nn.Module):
+    """A module that places its parameters in memory whenever they are allocated or converted."""
+
+    def place_weights(self, device: torch.device) -> None:
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PlacesWeights":
+        super()._apply(fn, recurse)  # what `to`, `to_empty`, `double`, … call
+        self.place_weights(next(self.parameters()).device)
+        return self
+
+
+def place_adjacent(*layers: nn.Linear) -> None:
+    """Move the weights of `layers` into one allocation, one after the other, so that `joint_linear` joins them.
+
+    Sharded weights stay where they are.
+    """
+    if any(isinstance(layer.weight, DTensor) for layer in layers):
+        return
+    joint = torch.cat([layer.weight.detach() for layer in layers])
+    for layer, weight in zip(layers, joint.split([len(layer.weight) for layer in layers]), strict=True):
+        layer.weight.data = weight
+
+
+def joint_linear(x: torch.Tensor, *layers: nn.Linear) -> Sequence[torch.Tensor]:
+    """[layer(x) for layer in layers]: one product where `place_adjacent` has put the weights and they still are.
+
+    Elsewhere one product each: where the weights are sharded, were moved, or belong to other modules than `nn.Linear`.
+    A compiler that writes GPU kernels joins them by a copy. Under autocast x is cast, and saved, once.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    weights = [layer.weight for layer in layers]
+    if all(type(layer) is nn.Linear for layer in layers):
+        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        sizes = [len(weight) for weight in weights]
+        if torch.compiler.is_compiling():
+            if x.is_cuda and not any(isinstance(weight, DTensor) for weight in weights):
+                return nn.functional.linear(x, torch.cat(weights), bias).split(sizes, -1)
+        elif are_adjacent(weights):
+            return JointLinear.apply(x, bias, *weights).split(sizes, -1)
+    return [layer(x) for layer in layers]
+
+
+def are_adjacent(weights: Sequence[torch.Tensor]) -> bool:
+    """Whether each weight, an ordinary contiguous matrix, begins in memory where the one before it ends."""
+    first = weights[0]
+    if any(isinstance(weight, DTensor) or not weight.is_contiguous() for weight in weights):
+        return False
+    storage, end = first.untyped_storage()._cdata, first.storage_offset()
+    for weight in weights:
+        if weight.untyped_storage()._cdata != storage or weight.storage_offset() != end:
+            return False
+        end += weight.numel()
+    return True
 
 
 # ---------------------------------------------------------------- norms
@@ -260,7 +346,7 @@ class StandardFFN(nn.Module):
         return {"d_ff": self.down_proj.in_features, "bias": self.down_proj.bias is not None}
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(PlacesWeights):
     """down(activation(gate(x)) * up(x)) with SiLU as the activation. Shazeer 2020."""
 
     tp_plan: ClassVar[dict[str, str]] = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
@@ -274,7 +360,12 @@ class SwiGLU(nn.Module):
         self.down_proj = ResidualProjection(config.d_ff, config.n_embd, bias=config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.gate(self.gate_proj(x), self.up_proj(x)))  # (B, T, F) twice inside
+        gate, up = joint_linear(x, self.gate_proj, self.up_proj)  # (B, T, F) each
+        return self.down_proj(self.gate(gate, up))
+
+    def place_weights(self, device: torch.device) -> None:
+        if device.type == "cuda":  # one product of this size is slower on a CPU
+            place_adjacent(self.gate_proj, self.up_proj)
 
     def gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """activation(gate) * up, (B, T, F) each: the place of a fused kernel."""

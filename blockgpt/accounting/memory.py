@@ -184,6 +184,7 @@ class MemoryAccount:
                             fake = torch.empty(t.shape, dtype=t.dtype)
                             fakes[t] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
                         table[name] = None if t is None else fakes[t]
+            model.place_weights(torch.device("cuda" if self.gpu else "cpu"))  # type: ignore[operator] # of the GPT
         return model.train()
 
     # ---------------------------------------------------------------- what exists between steps

@@ -1,5 +1,7 @@
 """model_components: each component against an independent implementation, outputs and gradients, in float64."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -230,3 +232,56 @@ def test_dropout_acts_only_in_training(backend):
     assert not torch.equal(m(idx), m(idx))
     m.eval()
     assert torch.equal(m(idx), m(idx))
+
+
+# ---------------------------------------------------------------- linear layers that read the same input
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [None, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_linear_layers_joined_in_one_product_are_the_layers(bias, frozen, dtype):
+    weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    layers = [torch.nn.Linear(6, width, bias=bias, dtype=weight_dtype) for width in (8, 4, 4)]
+    x = torch.randn(2, 5, 6, dtype=weight_dtype, requires_grad=True)
+    if frozen is not None:
+        layers[frozen].weight.requires_grad = False
+
+    def results():
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            outputs = components.joint_linear(x, *layers)
+        parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+        loss = sum((i + 1) * y.double().sin().sum() for i, y in enumerate(outputs))
+        return *outputs, *torch.autograd.grad(loss, [x, *parameters])
+
+    expected = results()
+    values = [layer.weight.clone() for layer in layers]
+    components.place_adjacent(*layers)
+    assert all(torch.equal(layer.weight, value) for layer, value in zip(layers, values, strict=True))
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-2  # bfloat16 has 8 bits
+    for actual, wanted in zip(results(), expected, strict=True):
+        assert actual.dtype == wanted.dtype
+        torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
+
+
+def joined(attn):
+    return components.are_adjacent([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])
+
+
+def test_a_new_model_projects_queries_keys_and_values_in_one_product():
+    blocks = build_model(config(n_layer=2)).blocks
+    assert all(joined(block.attn) for block in blocks)
+    assert joined(blocks[0].to(torch.bfloat16).attn)
+    assert not joined(copy.deepcopy(blocks[0].attn))
+
+
+def test_weights_that_are_joined_learn_as_those_that_are_not():
+    joint = build_model(config())
+    separate = copy.deepcopy(joint)
+    assert joined(joint.blocks[0].attn) and not joined(separate.blocks[0].attn)
+    for net in (joint, separate):
+        tokens = torch.arange(16).view(2, 8)
+        net(tokens, tokens).backward()
+        torch.optim.SGD(net.parameters(), lr=0.1).step()
+    for (name, p), q in zip(joint.named_parameters(), separate.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7, msg=name)
