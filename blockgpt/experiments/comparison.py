@@ -6,6 +6,7 @@ gets a line in one of the two tables, with its reason. Statistics over repeats b
 """
 
 import collections
+import re
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypedDict
 
@@ -18,6 +19,7 @@ NOT_COMPARED = {  # {key: why it cannot matter}
     "run_name": "where the run is stored",
     "out_dir": "where the run is stored",
     "data_dir": "where the data is; the fingerprint says which data it is",
+    "max_epochs": "only refuses a run, at its start",
     "resume": "a resumed run equals an uninterrupted one; what changed is compared",
     "resume_force": "what it allowed to change is compared",
     "checkpoint_interval": "only saves",
@@ -104,7 +106,7 @@ def changes_of(run: Run) -> list[Change]:
 def value_text(value: Any) -> str:
     """A value in a message; a digest or commit by its first characters."""
     text = printable(value)
-    return text[:12] if len(text) >= 40 and set(text) <= set("0123456789abcdef") else text
+    return re.sub("^([0-9a-f]{12})[0-9a-f]{28,}", r"\1", text)  # a dirty tree's commit ends in -dirty
 
 
 def change_text(change: Change) -> str:

@@ -24,7 +24,7 @@ QUIET_SECONDS = 15 * 60  # a run with status running that has written nothing fo
 REQUIRED_SECTIONS = {"schema_version": int, "status": str, "created_at": str, "arch_name": str, "parameters": dict,
                      "model": dict, "config": dict, "data": dict}
 OPTIONAL_SECTIONS = {"status_reason": str, "results": dict, "hardware": dict, "criterion": dict, "resumes": list,
-                     "launches": list, "initial_weights": dict}
+                     "launches": list, "initial_weights": dict, "val_data": dict}
 TYPE_NAMES = {int: "a number", str: "text", dict: "an object", list: "a list"}
 RECORD_FIELDS = {"step": ("tokens", "tokens_per_sec", "mfu", "step_time"), "eval": ("tokens", "val_loss", "val_bpb")}
 DATA_KEYS = ("data", "dataset", "dataset_schedule", "eval_tokens", "block_size", "objective")  # decide the val data
@@ -268,7 +268,7 @@ def describe_val_data(document: dict[str, Any], config: dict[str, Any], model: d
     if isinstance(sources, dict) and all(isinstance(source, dict) for source in sources.values()):
         content = sorted(json.dumps([source.get("fingerprint"), source.get("share")]) for source in sources.values()
                          if source.get("share"))
-    return printable([config.get("objective"), config.get("eval_tokens"), model.get("block_size"), content])
+    return printable([config.get("eval_tokens"), model.get("block_size"), content])
 
 
 # ---- metrics.jsonl ----
@@ -301,6 +301,11 @@ def is_beyond(record: dict[str, Any], step: float) -> bool:
     return type(record.get("step")) in (int, float) and record["step"] > step
 
 
+def read_val_data(section: dict[str, Any]) -> tuple[Any, str | None]:
+    """(tokens, digest) of what evaluations were made on, None where it was not recorded."""
+    return numeric_value(section, "tokens"), printable(section["digest"]) if section.get("digest") else None
+
+
 def parse_record(raw: dict[str, Any], metric: str) -> tuple[str, dict[str, Any]] | None:
     """(its record type, the values of a record of metrics.jsonl that are used); None for a type that is not used."""
     record_type = raw.get("kind")
@@ -311,7 +316,7 @@ def parse_record(raw: dict[str, Any], metric: str) -> tuple[str, dict[str, Any]]
     memory, val_data = raw.get("memory"), raw.get("val_data")
     record["peak_memory"] = numeric_value(memory, "peak") if isinstance(memory, dict) else None
     if isinstance(val_data, dict):
-        record["val_data"] = (numeric_value(val_data, "tokens"), printable(val_data.get("digest")))
+        record["val_data"] = read_val_data(val_data)
     if record["step"] is None:
         raise BrokenLogError("metrics.jsonl: a record without a step")
     return record_type, record
@@ -447,6 +452,7 @@ def describe_run(document: dict[str, Any], upgrade: Upgrade, renamed: dict[str, 
     # The hardware of the newest launch is a section of its own, also in run.json files without launches.
     newest = {**(launches[-1] if isinstance(launches[-1], dict) else {}), "hardware": document.get("hardware")}
     digest = weights.get("sha256")
+    tokens, val_digest = read_val_data(document.get("val_data") or {})
     return {"architecture": printable(document["arch_name"]), "created_at": printable(document["created_at"]),
             "parameters": numeric_value(document["parameters"], "total"),
             "config": plain_values(config), "model": plain_values(model),
@@ -454,4 +460,4 @@ def describe_run(document: dict[str, Any], upgrade: Upgrade, renamed: dict[str, 
             "environment": launch_environment(newest),
             "initial_weights": f"{printable(digest)[:12]}@{printable(weights.get('step'))}" if digest else None,
             "changes": changes,
-            "val_data": ValData(None, None, describe_val_data(document, config, model))}
+            "val_data": ValData(tokens, val_digest, describe_val_data(document, config, model))}

@@ -148,7 +148,7 @@ def test_runs_of_earlier_versions_are_read():
 
 # Keys of a run that is no repeat where they differ. Every other key is in a table of comparison.py, with its reason.
 OF_THE_EXPERIMENT = {
-    "objective", "init_from", "eval_only", "max_epochs", "packing", "tokenizer", "max_iters", "learning_rate",
+    "objective", "init_from", "eval_only", "packing", "tokenizer", "max_iters", "learning_rate",
     "lr_schedule", "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay", "beta1", "beta2", "grad_clip",
     "patience", "eval_interval", "eval_tokens", "skip_spikes", "spike_threshold", "device", "dtype", "tf32", "compile",
 } | {name for name, f in KEYS.items() if f.metadata["group"] in ("architecture", "size")} - {"arch_preset"}
@@ -281,6 +281,18 @@ def test_a_forced_change_is_a_warning(tmp_path):
     assert not any("over 2 seeds" in note for note in comparison["notes"])
 
 
+def test_a_seed_that_changed_on_the_way_is_no_repeat(tmp_path):
+    comparison = compared(make_run(tmp_path / "a", **resumed((40, {"seed": [1, 0]}, "seed"))),
+                          make_run(tmp_path / "b", seed=3))
+    assert not any("over 2 seeds" in note for note in comparison["notes"])
+    assert comparison["differences"]["seed"] == {"a": "1 → 0 at step 40", "b": 3}
+
+
+def test_a_forced_change_stays_forced_if_the_run_is_resumed_at_the_same_step_again(tmp_path):
+    run = make_run(tmp_path / "a", **resumed((40, {"dropout": [0.1, 0.2]}, "dropout"), (40, {"dropout": [0.2, 0.3]})))
+    assert compared(run)["warnings"] == ["a: resume_force changed dropout: 0.1 → 0.3 at step 40"]
+
+
 @pytest.mark.parametrize("resumes, changes", [
     ([(0, {"learning_rate": [1, 2]})], ""),  # nothing was trained before it
     ([(40, {"learning_rate": [1, 2]}), (60, {"learning_rate": [2, 3]})], "1 → 2 at step 40, 2 → 3 at step 60"),
@@ -299,15 +311,16 @@ def test_changes_are_those_of_the_training_that_counts(tmp_path, resumes, change
 
 
 def test_what_changed_between_launches_is_shown(tmp_path):
-    first = {"step": 0, "git_commit": "a" * 40, "versions": {"torch": "2.12", "platform": "x"}, "command": ["train.py"],
+    first = {"step": 0, "command": ["train.py"], "git_commit": "a" * 40 + "-dirty",
+             "versions": {"torch": "2.12", "platform": "x"},
              "hardware": {"device": "cuda:0", "name": "H100", "dtype": "bfloat16", "world_size": 1}}
     second = {**first, "step": 40, "git_commit": "b" * 40, "versions": {"torch": "2.13", "platform": "y"},
               "hardware": {"device": "cuda:1", "name": "A100", "dtype": "float32", "world_size": 2}}
     run = make_run(tmp_path / "a", hardware=second["hardware"], **resumed(
         (40, {"dtype": ["auto", "float32"], "world_size": [1, 2]}), launches=(first, second)))
     assert compared(run)["notes"] == [
-        "a: git_commit: aaaaaaaaaaaa → bbbbbbbbbbbb at step 40; torch: 2.12 → 2.13 at step 40; hardware: H100 → A100 "
-        "at step 40; world_size: 1 → 2 at step 40; dtype: bfloat16 → float32 at step 40"]
+        "a: git_commit: aaaaaaaaaaaa-dirty → bbbbbbbbbbbb at step 40; torch: 2.12 → 2.13 at step 40; hardware: H100 → "
+        "A100 at step 40; world_size: 1 → 2 at step 40; dtype: bfloat16 → float32 at step 40"]
     other = make_run(tmp_path / "b", seed=2, hardware=second["hardware"])
     assert compared(run, other)["differences"]["dtype"] == {"a": "bfloat16 → float32 at step 40", "b": "float32"}
 
@@ -340,6 +353,18 @@ def test_seeds_that_ran_elsewhere_are_repeats(tmp_path, where):
              "config": {**common["config"], **where.get("config", {})}}
     comparison = compared(make_run(tmp_path / "a", seed=1, **common), make_run(tmp_path / "b", seed=2, **other))
     assert comparison["warnings"] == [] and any("over 2 seeds" in note for note in comparison["notes"])
+
+
+def test_the_index_of_a_gpu_that_was_asked_for_does_not_matter(tmp_path):
+    runs = [make_run(tmp_path / str(i), hardware={}, seed=i, config={"device": f"cuda:{i}"}) for i in (1, 2)]
+    comparison = compared(*runs)
+    assert comparison["differences"].keys() == {"seed"} and "over 2 seeds" in comparison["notes"][0]
+
+
+def test_runs_with_larger_steps_are_no_repeats(tmp_path):
+    runs = [make_run(tmp_path / str(size), seed=size, config={"batch_size": size}, data={"sequences_per_step": size})
+            for size in (4, 8)]
+    assert not any("over 2 seeds" in note for note in compared(*runs)["notes"])
 
 
 def test_other_initial_weights_of_the_same_path_are_a_difference(tmp_path):

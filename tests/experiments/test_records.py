@@ -88,6 +88,70 @@ def test_a_loss_that_is_not_finite_is_never_the_best_and_brings_a_warning(tmp_pa
     assert run["warnings"] == ["the last evaluation gave no finite val_loss"]
 
 
+def test_records_of_abandoned_training_are_dropped_at_the_resume_that_goes_back(tmp_path):
+    def resume(at):
+        return {"kind": "resume", "step": at, "changed": {}, "forced": []}
+
+    lines = [step(100), evaluation(100, 2.5), step(200), evaluation(200, 1.0), resume(100),  # 200 is abandoned
+             step(150), evaluation(150, 2.4), {"kind": "spike", "step": 160}, "garbage", resume(150), step(160),
+             evaluation(300, 2.6)]
+    path = make_run(tmp_path / "a", *lines)
+    run = tool.load_run(path)
+    assert (run["val_loss"], run["final_val_loss"], run["tokens"]) == (2.4, 2.6, 300 * 2048)
+    log, broken = records.read_log(path / "metrics.jsonl")
+    assert broken == 1 and [(r["kind"], r["step"]) for r in log] == [
+        ("step", 100), ("eval", 100), ("resume", 100), ("step", 150), ("eval", 150), ("resume", 150), ("step", 160),
+        ("eval", 300)]
+    ended = make_run(tmp_path / "b", *lines[:5], results={"tokens": 200 * 2048, "best_val_loss": 1.0})
+    assert (tool.load_run(ended)["val_loss"], tool.load_run(ended)["tokens"]) == (2.5, 100 * 2048)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 9)), max_size=12))
+def test_the_log_read_is_that_of_a_run_that_never_went_back(events):
+    """Whatever was trained and abandoned: after it, the steps are 1, 2, 3 … up to the newest one."""
+    lines, done = [], 0
+    for goes_back, amount in events:
+        if goes_back:
+            done = min(done, amount)
+            lines.append({"kind": "resume", "step": done})
+        else:
+            lines += [{"kind": "step", "step": done + i, "line": len(lines) + i} for i in range(1, amount + 1)]
+            done += amount
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "metrics.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        log, _ = records.read_log(path)
+    assert [record["step"] for record in log if record["kind"] == "step"] == [*range(1, done + 1)]
+
+
+def test_an_evaluation_of_eval_only_is_not_read(tmp_path):
+    path = make_run(tmp_path / "a", evaluation(100, 2.0), {**evaluation(100, 1.0), "kind": "eval_only"})
+    assert (tool.load_run(path)["val_loss"], tool.load_run(path)["final_val_loss"]) == (2.0, 2.0)
+
+
+def test_evaluations_on_other_data_than_the_last_one_do_not_count(tmp_path):
+    other = {"val_data": {"tokens": 64, "digest": "0ther"}}
+    run = tool.load_run(make_run(tmp_path / "a", evaluation(100, 1.0, **other), evaluation(200, 2.0)))
+    assert run["val_loss"] == 2.0 and run["val_data"].digest == "5eed"
+    assert run["warnings"] == ["its first 1 evaluations were made on other validation data and do not count"]
+    plain = {"val_data": None}
+    changed = {"resumes": [{"step": 100, "changed": {"eval_tokens": [64, 65536]}, "forced": [], "world_size": 1}]}
+    old = (evaluation(100, 1.0, **plain), evaluation(200, 2.0, **plain))
+    assert tool.load_run(make_run(tmp_path / "b", *old, **changed))["val_loss"] == 2.0
+    assert tool.load_run(make_run(tmp_path / "c", *old))["val_loss"] == 1.0
+    continued = tool.load_run(make_run(tmp_path / "d", old[0], evaluation(200, 2.0)))  # by a version that records it
+    assert (continued["val_loss"], continued["val_data"].digest) == (1.0, "5eed")
+
+
+@pytest.mark.parametrize("sections", [
+    {"resumes": [1]}, {"resumes": [{"step": "x", "changed": {}, "forced": []}]},
+    {"resumes": [{"step": 1, "changed": {"a": [1]}, "forced": []}]}, {"resumes": [{"step": 1, "changed": 3}]},
+    {"resumes": [{"step": 1, "changed": {}, "forced": []}], "launches": [1, 2]}, {"launches": 3},
+    {"val_data": {"tokens": "x"}}, {"val_data": 3}, {"initial_weights": []}])
+def test_damaged_records_of_launches_are_a_broken_log(tmp_path, sections):
+    assert tool.load_run(make_run(tmp_path / "a", **sections))["status"].startswith("broken: run.json: ")
+
+
 # ---- unfinished runs ----
 
 def age(path, seconds):
@@ -244,13 +308,17 @@ def test_a_directory_of_only_broken_logs_is_still_a_table(tmp_path, capsys):
 
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda inner: (
     st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)), max_leaves=8)
-record_keys = st.sampled_from(["step", *records.RECORD_FIELDS["step"], *records.RECORD_FIELDS["eval"], "memory"])
+record_keys = st.sampled_from(["step", *records.RECORD_FIELDS["step"], *records.RECORD_FIELDS["eval"], "memory",
+                                "val_data"])
 metric_lines = st.builds(lambda kind, fields: json.dumps({**fields, "kind": kind}).encode(),
-                         st.sampled_from(["step", "eval", "gradients"]), st.dictionaries(record_keys, values))
+                         st.sampled_from(["step", "eval", "gradients", "resume"]), st.dictionaries(record_keys, values))
 metric_files = st.binary() | st.lists(st.binary(max_size=20) | metric_lines, max_size=6).map(b"\n".join)
 section_keys = st.sampled_from(["total", "tokens", "best_val_loss", "val_loss", "seed", "name", "fingerprint"])
 sections = values | st.dictionaries(section_keys, values)
-changes = st.dictionaries(st.sampled_from([*document(), "results"]), sections, max_size=3)
+launch_keys = st.sampled_from(["step", "changed", "forced", "git_commit", "versions", "hardware"])
+launches = st.lists(st.dictionaries(launch_keys, values | st.dictionaries(st.text(max_size=3), values)), max_size=3)
+section_names = st.sampled_from([*document(), "results", "resumes", "launches", "val_data", "initial_weights"])
+changes = st.dictionaries(section_names, sections | launches, max_size=3)
 run_files = st.binary() | changes.map(lambda changed: json.dumps({**document(), **changed}).encode())
 
 
