@@ -234,6 +234,13 @@ def test_runs_that_recorded_no_digest_are_told_apart_by_what_decides_the_windows
     assert [run["rank"] for run in compared(runs[0], same)["runs"]] == [1, 2]
 
 
+def test_a_source_without_weight_at_the_end_is_not_a_part_of_the_validation_data(tmp_path):
+    used, unused = {"fingerprint": "u", "share": 1.0}, {"fingerprint": "x", "share": 0.0}
+    runs = [make_run(tmp_path / str(i), evaluation(1, 2.0, val_data=None), data={"sources": sources})
+            for i, sources in enumerate(({"a": used}, {"a": used, "b": unused}))]
+    assert [run["rank"] for run in compared(*runs)["runs"]] == [1, 2]
+
+
 def test_an_old_run_ranks_with_a_new_one_whose_run_json_describes_the_same_data(tmp_path):
     old = make_run(tmp_path / "old", evaluation(1, 2.0, val_data=None))
     new, other = make_run(tmp_path / "new"), make_run(tmp_path / "x", evaluation(1, 1.0, **val_data("0ther")))
