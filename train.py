@@ -62,7 +62,8 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
     header = run_header(config, model, objective, runtime, meter, checkpoints.initial_weights)
     log = RunLog(run_dir, header, config, quiet=not runtime.is_rank_zero)
     runtime.on_rank_zero(lambda: check_disk_space(run_dir, header["parameters"]["total"], config))
-    run_dir = Path(runtime.on_rank_zero(log.open))  # run_dir may have been taken by another run
+    # run_dir may have been taken by another run
+    run_dir = Path(runtime.on_rank_zero(lambda: log.open(checkpoints.resumption, progress)))
     checkpoints.open(run_dir, log)
     watchdog.on_peer_lost = log.peer_lost
 

@@ -12,6 +12,8 @@ import time
 import pytest
 from conftest import ROOT, TINY, environment, records, run_python
 
+from compare_architectures import load_run
+
 LOSSES = ("loss", "grad_norm", "lr", "tokens")
 
 
@@ -97,7 +99,42 @@ def test_eval_only_trains_nothing(tmp_path, train):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/base/model.safetensors").read_bytes() == before
     last = [json.loads(line) for line in (tmp_path / "runs/base/metrics.jsonl").read_text().splitlines()][-3:]
-    assert [r["kind"] for r in last] == ["eval", "save", "eval"] and last[0]["val_loss"] == last[2]["val_loss"]
+    assert [r["kind"] for r in last] == ["eval", "save", "eval_only"] and last[0]["val_loss"] == last[2]["val_loss"]
+
+
+def test_evaluating_a_finished_run_on_other_data_changes_neither_its_results_nor_its_rank(tmp_path, train):
+    train("base", "--max_iters=5", "--eval_interval=2")
+    run_dir = tmp_path / "runs/base"
+    record, ranked = json.loads((run_dir / "run.json").read_text()), load_run(run_dir)
+    evals = records(run_dir, "eval")
+    assert {r["val_data"]["digest"] for r in evals.values()} == {record["val_data"]["digest"]}
+    assert record["val_data"]["tokens"] == 512
+    done = train("base", "--resume=must", "--eval_only", "--eval_tokens=64")
+    assert done.returncode == 0, done.stderr
+    evaluation = records(run_dir, "eval_only")[5]
+    assert evaluation["val_data"]["tokens"] == 64 and evaluation["val_loss"] != evals[5]["val_loss"]
+    assert evaluation["val_data"]["digest"] != record["val_data"]["digest"]
+    assert "--eval_only" in evaluation["launch"]["command"]
+    assert {**json.loads((run_dir / "run.json").read_text()), "updated_at": 0} == {**record, "updated_at": 0}
+    assert load_run(run_dir) == ranked
+
+
+def test_what_an_abandoned_end_logged_is_not_read_after_a_roll_back(tmp_path, train):
+    train("back", "--max_iters=6", "--eval_interval=3")
+    run_dir = tmp_path / "runs/back"
+    for path in (run_dir / "checkpoints").glob("step_00000006"):
+        shutil.rmtree(path)
+    log = run_dir / "metrics.jsonl"
+    log.write_text("".join(json.dumps(r | {"val_loss": 0.5} if r["kind"] == "eval" and r["step"] == 6 else r) + "\n"
+                           for r in map(json.loads, log.read_text().splitlines())))
+    assert load_run(run_dir)["val_loss"] == 0.5
+    assert train("back", "--resume=must", "--max_iters=5", "--lr_decay_iters=6").returncode == 0
+    assert sorted(records(run_dir)) == [1, 2, 3, 4, 5] and sorted(records(run_dir, "eval")) == [3, 5]
+    assert load_run(run_dir)["val_loss"] > 0.5
+    first, second = json.loads((run_dir / "run.json").read_text())["launches"]
+    assert first["step"] == 0 and second["step"] == 3
+    assert "--max_iters=6" in first["command"] and "--max_iters=5" in second["command"]
+    assert set(first) == {"step", "started_at", "command", "git_commit", "versions", "hardware"}
 
 
 def test_a_run_stops_early_without_improvement_and_continues_with_more_patience(tmp_path, train):

@@ -117,6 +117,8 @@ class CheckpointManager:
                                  state.get("evaluations_since_best", 0), self.objective.criterion)
         self.spikes = LossSpikeDetector(config.spike_threshold, state["spikes"])
         self.initial_weights = state.get("initial_weights")
+        if state.get("val_data", self.objective.val_data) != self.objective.val_data:
+            self.progress.best, self.progress.evaluations_since_best = None, 0  # they were measured on other data
         self.last_saved = self.progress.step
         return self.progress
 
@@ -211,5 +213,5 @@ class CheckpointManager:
                 "evaluations_since_best": progress.evaluations_since_best, "spikes": self.spikes.state,
                 "scaler": self.scaler.state_dict() or None, "data": self.objective.fingerprint,
                 "description": self.description, "config": self.config.flat(), "seed": self.config.seed,
-                "initial_weights": self.initial_weights,
+                "initial_weights": self.initial_weights, "val_data": self.objective.val_data,
                 "sequences": progress.step * self.objective.sequences_per_step}

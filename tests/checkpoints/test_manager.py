@@ -27,7 +27,7 @@ class Log:
         self.saves.append(step)
 
 
-def make(run_dir, fingerprint="data", resuming=False, **keys):
+def make(run_dir, fingerprint="data", resuming=False, val_data="same", **keys):
     """(manager, log) of a small run in run_dir."""
     config = SimpleNamespace(**{"spike_threshold": 6.0, "resuming": resuming, "resume": "must", "resume_force": False,
                                 "changed": {}, "forced": (), "keep_last": 2, "checkpoint_async": False, "seed": 1,
@@ -35,7 +35,8 @@ def make(run_dir, fingerprint="data", resuming=False, **keys):
                                 "init_from": None, "flat": lambda: {"seed": 1}, **keys})
     model = build_model(get_preset("llama", **SIZES))
     optimizer = torch.optim.AdamW(model.parameters())
-    objective = SimpleNamespace(fingerprint=fingerprint, sequences_per_step=4, criterion=Criterion())
+    objective = SimpleNamespace(fingerprint=fingerprint, sequences_per_step=4, criterion=Criterion(),
+                                val_data={"tokens": 8, "digest": val_data})
     runtime = Runtime(0, 0, 1, torch.device("cpu"), torch.float32, False, False)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     manager = CheckpointManager(config, runtime, model, optimizer, scaler, objective,
@@ -161,3 +162,15 @@ def test_the_last_save_of_training_exports_the_weights(tmp_path):
     manager.save(final=True)
     tensors, description = checkpoint.read_export(tmp_path)
     assert description["step"] == 2 and tensors.keys() == dict(manager.model.named_parameters()).keys()
+
+
+def test_the_best_of_evaluations_on_other_data_is_forgotten(tmp_path):
+    manager, _ = make(tmp_path)
+    manager.progress.step = 10
+    manager.progress.is_best({"val_loss": 1.0})
+    manager.progress.is_best({"val_loss": 2.0})
+    manager.save(final=True)
+    same, _ = make(tmp_path, resuming=True)
+    assert same.progress.best["val_loss"] == 1.0 and same.progress.evaluations_since_best == 1
+    other, _ = make(tmp_path, resuming=True, val_data="other")
+    assert other.progress.best is None and other.progress.evaluations_since_best == 0

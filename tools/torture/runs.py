@@ -24,6 +24,7 @@ from blockgpt.checkpoints import checkpoint
 from blockgpt.data.prepare import write_dataset
 from blockgpt.data.tokenizer import ByteTokenizer
 from blockgpt.errors import CheckpointError, UserError
+from blockgpt.experiments.records import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES: dict[str, tuple[int, list[str]]] = {  # {name: (processes, flags)}
@@ -329,13 +330,8 @@ def is_running(pid: int) -> bool:
 
 def read_losses(run_dir: Path) -> dict[int, float]:
     """{step: loss} by the last record of each step. The incomplete line of a killed run or a full disk is skipped."""
-    losses = {}
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if record["kind"] == "step":
-                losses[record["step"]] = record["loss"]
-    return losses
+    records, _ = read_log(run_dir / "metrics.jsonl")
+    return {record["step"]: record["loss"] for record in records if record["kind"] == "step"}
 
 
 @dataclass
