@@ -48,10 +48,10 @@ TRAINING_KEYS = ("learning_rate", "max_iters", "batch_size", "gradient_accumulat
 # Runs whose configs differ only in these keys are repeats of one experiment: another seed, or stored, logged or
 # parallelized differently. The former names of renamed keys are listed too, as old run.json files have them.
 NOT_THE_EXPERIMENT = ("seed", "run_name", "out_dir", "resume", "resume_force", "data_dir", "checkpoint_interval",
-                      "keep_last", "checkpoint_async", "log_interval", "gradient_log_interval", "wandb_log",
-                      "wandb_project", "profile", "memory_snapshot", "rank_timeout", "save_timeout", "use_zero1",
-                      "use_fsdp", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "dp_replicate", "tensor_parallel",
-                      "activation_checkpointing",
+                      "keep_last", "keep_best", "checkpoint_async", "log_interval", "gradient_log_interval",
+                      "wandb_log", "wandb_project", "profile", "memory_snapshot", "rank_timeout", "save_timeout",
+                      "use_zero1", "use_fsdp", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "dp_replicate",
+                      "tensor_parallel", "activation_checkpointing",
                       "keep_checkpoints", "peer_timeout", "fsdp_replicas")  # the former names
 NO_INIT_FROM = (None, "scratch", "resume")  # values of init_from that name no other run, of earlier versions too
 
