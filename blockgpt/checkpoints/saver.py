@@ -209,7 +209,7 @@ def commit_checkpoint(temporary: Path, final: Path, rank_files: list[dict[str, A
     json_files = {name: manifest_entry(temporary / name) for name in JSON_FILES}
     write_json(temporary / "manifest.json", dict(sorted({**manifest, **json_files}.items())))
     fsync_path(temporary)
-    if os.path.lexists(final):  # it is damaged, or of other data or another model (resume_force)
+    if final in list_dir(final.parent):  # it is damaged, or of other data or another model (resume_force)
         discard(final)
     os.rename(temporary, final)
     fsync_path(final.parent)
