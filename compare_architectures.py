@@ -13,7 +13,6 @@ and comparison.py ranks runs and says what they differ in. This program needs no
 import contextlib
 import csv
 import dataclasses
-import glob
 import io
 import json
 import os
@@ -27,6 +26,7 @@ from blockgpt.console import ArgumentParser, align_columns, check_ranges
 from blockgpt.errors import UserError, exit_on_user_error
 from blockgpt.experiments.comparison import Comparison, compare, shorten_middle
 from blockgpt.experiments.records import COLUMNS, Column, Run, columns, printable, read_run
+from blockgpt.files import exists, is_dir, list_dir, matching
 from configurator import KEYS, RENAMED_KEYS
 from model_config import ModelConfig
 
@@ -135,26 +135,26 @@ def render(comparison: Comparison, format: str = "table") -> str:
 # ---- the command ----
 
 def find_directories(pattern: str) -> list[str]:
-    return sorted(filter(os.path.isdir, glob.glob(pattern)))
+    return [str(path) for path in matching(pattern) if is_dir(path)]
 
 
 def run_directories(path: str) -> list[str]:
     """The run directory itself, or the run directories in a directory of runs."""
-    if os.path.lexists(os.path.join(path, "run.json")):
+    if exists(os.path.join(path, "run.json")):
         return [path]
-    return sorted(map(os.path.dirname, glob.glob(os.path.join(glob.escape(path), "*", "run.json")))) or [path]
+    return [str(run) for run in list_dir(path) if exists(run / "run.json")] or [path]
 
 
 def select_runs(patterns: list[str], out_dir: str) -> list[str]:
     """The run directories that the patterns name, each once; without patterns all in `out_dir`."""
-    found = [] if patterns else find_directories(os.path.join(glob.escape(out_dir), "*"))
+    found = [] if patterns else [str(path) for path in list_dir(out_dir) if is_dir(path)]
     for pattern in patterns:
-        matches = [pattern] if os.path.isdir(pattern) else find_directories(pattern)
+        matches = [pattern] if is_dir(pattern) else find_directories(pattern)
         if not matches:
             raise UserError(f"no such run directory: {pattern}")
         found += [run for path in matches for run in run_directories(path)]
     if not found:
-        problem = "no runs in" if os.path.isdir(out_dir) else "no such directory:"
+        problem = "no runs in" if is_dir(out_dir) else "no such directory:"
         raise UserError(f"{problem} {out_dir} ({HOW_TO_START})")
     return list({os.path.realpath(path): path for path in found}.values())
 

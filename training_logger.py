@@ -32,7 +32,7 @@ from blockgpt.checkpoints.saver import versions
 from blockgpt.console import echo, human_bytes, human_time, in_columns, is_terminal, percentages
 from blockgpt.errors import UserError
 from blockgpt.experiments.records import BrokenLogError, first_launch, read_log
-from blockgpt.files import write_json
+from blockgpt.files import FolderLock, exists, is_dir, list_dir, unreadable, write_json
 from blockgpt.training import parallel
 from blockgpt.training.faults import StepStatus
 from blockgpt.training.launch import Runtime
@@ -44,6 +44,7 @@ from model_builder import GPT
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parent
 MAX_RANKS_LISTED = 64  # with more processes, the log summarises their values
+RESTART_SECONDS = 30.0  # that torchrun's restart waits for the lock of a process that is being killed
 STRAGGLER_RATIO = 1.05  # × the median step time: a rank that the console names
 RUN_KEYS = ("resume", "resume_force", "eval_only")  # how a run was started, not what it is
 
@@ -61,11 +62,32 @@ def run_directory(config: Config) -> Path:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         name = f"{stamp}-{config.model.arch_preset}"
         names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-        return next(p for p in (Path(config.out_dir) / n for n in names) if not os.path.lexists(p))
+        return next(p for p in (Path(config.out_dir) / n for n in names) if not exists(p))
     path = Path(config.out_dir) / config.run_name
-    if not config.resuming and os.path.lexists(path) and not (config.resume == "auto" and path.is_dir()):
+    if not config.resuming and exists(path) and not (config.resume == "auto" and is_dir(path)):
         raise UserError(f"--run_name: {path} exists (--resume=auto to continue it, or another name)")
     return path
+
+
+def claim_run_directory(config: Config, runtime: Runtime) -> Path:
+    """`run_directory`; that of a resumed run is locked until this process ends (`RunLog.open` locks a new one).
+
+    Raises:
+        UserError: also if another process trains in it. Nothing was changed.
+    """
+    run_dir = run_directory(config)
+    if config.resuming:
+        restarted = runtime.launch_id != runtime.first_launch_id
+        lock_run_directory(run_dir, wait=RESTART_SECONDS if restarted else 1.0)
+    return run_dir
+
+
+def lock_run_directory(run_dir: Path, wait: float = 1.0) -> None:
+    """Lock a run's directory until this process ends; `UserError` if another process has locked it."""
+    try:
+        FolderLock(run_dir, "trains in it", wait)
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be written: {error.strerror} (--out_dir=…)") from None
 
 
 def find_restarted_run(config: Config, runtime: Runtime) -> str | None:
@@ -74,13 +96,18 @@ def find_restarted_run(config: Config, runtime: Runtime) -> str | None:
     It is the run that an earlier launch of the same job began: a directory of another run stays refused.
     """
     def find() -> str | None:
-        runs = [Path(config.out_dir, config.run_name)] if config.run_name else sorted(Path(config.out_dir).glob("*"))
+        runs = [Path(config.out_dir, config.run_name)] if config.run_name else list_dir(config.out_dir)
+        closed: OSError | None = None
         for run in reversed(runs):
             try:
                 if json.loads((run / "run.json").read_bytes())["launch"] == runtime.first_launch_id:
                     return run.name
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
                 continue
+            except OSError as error:  # perhaps another user's run
+                closed = error
+        if closed is not None:
+            raise unreadable(closed.filename, closed)
         return config.run_name if config.run_name and not run_exists(runs[0]) else None
 
     # Not by torchrun's own count of restarts, which differs from node to node.
@@ -156,6 +183,10 @@ class RunLog:
         try:
             if not self.config.resuming:
                 self._create_directory()
+                lock_run_directory(self.dir)
+                if run_exists(self.dir):
+                    raise UserError(f"{self.dir}: another process has trained in it meanwhile (--resume=auto to "
+                                    "continue it, or another --run_name)")
             self.metrics = open(self.dir / "metrics.jsonl", "a+b")  # noqa: SIM115 (lives as long as self)
             if resumption and progress:
                 header = self._take_over(header, resumption, progress)
@@ -186,7 +217,7 @@ class RunLog:
     def _take_over(self, header: dict[str, Any], resumption: Resumption, progress: Progress) -> dict[str, Any]:
         """The content of a resumed run's run.json: what stays valid of the old one, and how the run continues."""
         self._end_incomplete_line()
-        for stale in self.dir.glob(".run.json.*.tmp"):  # of a killed process
+        for stale in list_dir(self.dir, ".run.json.*.tmp"):  # of a killed process
             stale.unlink()
         before = json.loads((self.dir / "run.json").read_bytes())
         self.results = before.get("results") or {}
@@ -359,6 +390,7 @@ class RunLog:
             return
         self._append("save", {"step": step, "seconds": seconds})
         self.results["saved_step"] = step
+        self._update_record()  # a resume must know that there was a checkpoint
         self.info(f"step {step:>6}   saved" + ("" if seconds is None else f" in {seconds:.2f} s"))
 
     # ------------------------------------------------------------ the console

@@ -24,6 +24,7 @@ from typing import Any
 
 from blockgpt.console import ArgumentParser
 from blockgpt.errors import ConfigError, UserError, did_you_mean, short_repr
+from blockgpt.files import list_dir
 
 Field = dataclasses.Field[Any]
 Types = tuple[type, ...]
@@ -171,7 +172,7 @@ def read_config_file(path: str, root: Path) -> dict[str, Any]:
     """
     found = next((p for p in (path, str(root / path)) if os.path.isfile(p)), None)
     if found is None:
-        existing = sorted(f"config/{p.name}" for p in (root / "config").glob("[!_]*.py"))
+        existing = sorted(f"config/{p.name}" for p in list_dir(root / "config", "[!_]*.py"))
         raise UserError(f"{path}: {'not a file' if os.path.isdir(path) else 'no such config file'}"
                         f"{did_you_mean(path, existing)}")
     namespace: dict[str, Any] = {"__name__": Path(found).stem, "__file__": found}

@@ -155,8 +155,8 @@ def find(path: str | Path) -> os.stat_result | None:
         except OSError as error:
             raise unreadable(ancestor, error) from None
         if stat.S_ISLNK(status.st_mode) and not os.path.exists(ancestor):
-            raise UserError(f"{ancestor}: is a link to {os.readlink(ancestor)}, which does not exist (mount that disk, or "
-                            "remove the link)")
+            raise UserError(f"{ancestor}: is a link to {os.readlink(ancestor)}, which does not exist (mount that "
+                            "disk, or remove the link)")
         break
     return None
 
@@ -240,7 +240,7 @@ class FolderLock:
     """The lock of a folder that one process at a time may write to: a run, a dataset, a sweep. A context manager.
 
     `<folder>/.lock` is locked with flock, and has the holder's pid and host. The kernel frees the lock when the
-    process ends, however it ends; the file stays. A forked process does not hold it. Where the file system has no
+    process ends, however it ends; then the file stays. A forked process does not hold it. Where the file system has no
     locks, a warning says so. A process that holds the lock already shares it.
 
     Args:
@@ -256,20 +256,25 @@ class FolderLock:
     held: ClassVar[dict[tuple[int, int], int]] = {}  # {(device, inode) of the file: its descriptor}
 
     def __init__(self, folder: str | Path, activity: str, wait: float = 1.0) -> None:
-        self.path = Path(folder, ".lock")
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        status = os.fstat(descriptor)
-        self.key = (status.st_dev, status.st_ino)
-        self.owned = self.key not in self.held
-        if not self.owned:
+        self.path, deadline = Path(folder, ".lock"), time.monotonic() + wait
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            status = os.fstat(descriptor)
+            self.key = (status.st_dev, status.st_ino)
+            self.owned = self.key not in self.held
+            try:
+                if self.owned:
+                    self._acquire(descriptor, activity, deadline)
+                    current = find(self.path)
+                    if current is not None and (current.st_dev, current.st_ino) == self.key:
+                        self.held[self.key] = descriptor
+                        return
+            except BaseException:
+                os.close(descriptor)
+                raise
             os.close(descriptor)
-            return
-        try:
-            self._acquire(descriptor, activity, time.monotonic() + wait)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        self.held[self.key] = descriptor
+            if not self.owned:
+                return  # else the holder before has removed the file
 
     def _acquire(self, descriptor: int, activity: str, deadline: float) -> None:
         while True:
@@ -290,8 +295,10 @@ class FolderLock:
             os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
 
     def release(self) -> None:
-        """Free the lock before the process ends."""
+        """Free the lock before the process ends, and remove its file."""
         if self.owned and self.key in self.held:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
             os.close(self.held.pop(self.key))
 
     def __enter__(self) -> "FolderLock":

@@ -24,6 +24,7 @@ NOT_COMPARED = {  # {key: why it cannot matter}
     "resume_force": "what it allowed to change is compared",
     "checkpoint_interval": "only saves",
     "keep_last": "only removes checkpoints",
+    "keep_best": "only saves",
     "checkpoint_async": "only saves, and step time excludes saves",
     "rank_timeout": "only ends a run whose processes are lost",
     "save_timeout": "only ends a run whose processes are lost",

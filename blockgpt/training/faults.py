@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch.distributed as dist
 
 from blockgpt.errors import DataError, PeerLostError, first_line
+from blockgpt.training.background import BackgroundThread
 from blockgpt.training.launch import FIRST_CALL_TIMEOUT, Runtime, connect_store, exit_process, no_heartbeat
 
 HEARTBEAT_SECONDS = 0.5  # between two heartbeats
@@ -89,11 +90,14 @@ class Watchdog:
         self.single_process = runtime.world_size == 1
         self.store = None if self.single_process else connect_watchdog_store(runtime.launch_id)
         self.exiting = threading.Event()
+        self.thread: BackgroundThread | None = None
 
     # ------------------------------------------------------------ progress
 
     def enter_phase(self, phase: str, step: int | None = None) -> None:
         """Record what the process does from now on. The first time, a phase has the longer FIRST_CALL_TIMEOUT."""
+        if self.thread is not None:
+            self.thread.check()
         self.finished_phases.add(self.phase)
         self.phase = phase
         if step is not None:
@@ -135,8 +139,7 @@ class Watchdog:
         os.set_blocking(self.read_fd, False)
         os.set_blocking(self.write_fd, False)
         self.launcher_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self.thread = threading.Thread(target=self._monitor, name="watchdog", daemon=True)
-        self.thread.start()
+        self.thread = BackgroundThread(self._monitor, "watchdog")
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None,
@@ -147,9 +150,12 @@ class Watchdog:
             self.exiting.set()
             os.write(self.write_fd, b"\0")  # wakes the thread
             self.runtime.heartbeat = no_heartbeat
+            assert self.thread is not None
             self.thread.join()
             os.close(self.read_fd)
             os.close(self.write_fd)
+        if error is None:
+            self.thread.check()
 
     @contextlib.contextmanager
     def training(self) -> Iterator["Watchdog"]:

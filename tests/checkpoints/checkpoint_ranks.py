@@ -207,8 +207,9 @@ def main(folder):
         if step == 2:
             assert in_background.wait() == (2, None) and not in_background.ended and in_background.poll() is None
             assert digests(path) == digests(two / "checkpoints" / path.name)
-    assert in_background.save(model, optimizer, state(6), wait=True).name == "step_00000006"  # after the save of step 4
-    assert in_background.poll() == (4, None) and in_background.wait() is None
+    assert in_background.wait() == (4, None)
+    assert in_background.save(model, optimizer, state(6), wait=True).name == "step_00000006"
+    assert in_background.poll() is None and in_background.wait() is None
     assert digests(path) != digests(two / "checkpoints/step_00000006")
     assert digests(path) == digests(two / "checkpoints/step_00000004")
 
