@@ -11,8 +11,8 @@ from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 
-from blockgpt.console import ArgumentParser
 from blockgpt.checkpoints.resume import last_recorded_save
+from blockgpt.console import ArgumentParser
 from blockgpt.errors import CheckpointError, UserError, exit_on_user_error
 from blockgpt.files import exists, is_dir, list_dir
 

@@ -30,10 +30,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from blockgpt.checkpoints.files import (
+    JSON_SUFFIX,
     TENSOR_FILE,
     Index,
     TensorEntry,
     TensorFile,
+    is_dtensor,
     local_chunk,
     local_optimizer,
     reshard_parameters,
@@ -251,21 +253,25 @@ def load_tensors(index: Index, model: torch.nn.Module, optimizer: torch.optim.Op
         if name not in entries:
             raise CheckpointError(f"{index.directory}: has no optimizer state for {name}")
         for state_key, entry in entries[name].items():
-            if entry.shape not in ((), tuple(p.shape)):
-                raise CheckpointError(f"{index.directory}: {state_key} of {name} has shape {entry.shape}, not "
-                                      f"{tuple(p.shape)}")
+            if is_dtensor(p) and entry.shape not in ((), tuple(p.shape)) and not state_key.endswith(JSON_SUFFIX):
+                raise UserError(f"{index.directory}: {state_key} of {name} has shape {entry.shape}, which cannot be "
+                                f"sharded as the parameter's {tuple(p.shape)} is (resume without use_fsdp and "
+                                "tensor_parallel)")
     for name, p in parameters.items():
         chunk = local_chunk(p)
         index.read_into(name, chunk.data, chunk.offsets)
     optimizer.state.clear()
     for name, p in own:
         for state_key, entry in entries[name].items():
-            if entry.shape == tuple(p.shape):
+            is_json = state_key.endswith(JSON_SUFFIX)
+            if entry.shape == tuple(p.shape) and not is_json:
                 value = torch.zeros_like(p, dtype=entry.dtype)  # sharded as p is
             else:
                 value = torch.zeros(entry.shape, dtype=entry.dtype, device=p.device)
             chunk = local_chunk(value)
             index.read_into(f"{state_key}/{name}", chunk.data, chunk.offsets)
+            if is_json:
+                state_key, value = state_key.removesuffix(JSON_SUFFIX), json.loads(bytes(value.tolist()))
             optimizer.state[p][state_key] = value
 
 

@@ -201,7 +201,8 @@ def commit_checkpoint(temporary: Path, final: Path, rank_files: list[dict[str, A
         manifest |= answer["files"]
         for key, (file, dtype, shape, offsets, sizes) in answer["chunks"].items():
             entry = index.setdefault(key, {"dtype": dtype, "shape": shape, "pieces": []})
-            entry["pieces"].append({"file": file, "offset": offsets, "shape": sizes})
+            if 0 not in sizes:
+                entry["pieces"].append({"file": file, "offset": offsets, "shape": sizes})
     Index(final, index)  # raises unless the chunks of all ranks tile every tensor
     write_json(temporary / "index.json", index, indent=None)
     write_json(temporary / "state.json", state)

@@ -35,7 +35,8 @@ def collect(root: str | Path, skipped: collections.Counter[str]) -> Iterator[tup
     """
     files: dict[str, Path] = {}
     def refuse(error: OSError) -> None:
-        raise unreadable(error.filename, error)
+        if not isinstance(error, FileNotFoundError):
+            raise unreadable(error.filename, error)
 
     for directory, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [f for f in folders if f not in NOT_STDLIB]
