@@ -100,14 +100,14 @@ def records(run_dir, kind="step"):
 
 @pytest.fixture
 def train(tmp_path, tmp_path_factory, data_dir):
-    """train(name, *flags, env={}) -> the finished process of a tiny run in tmp_path/runs/name."""
+    """train(name, *flags, env={}, unprivileged=False) -> the finished process of a tiny run in tmp_path/runs/name."""
     output = tmp_path_factory.mktemp("output") / "train"
 
-    def run(name, *flags, env=None):
+    def run(name, *flags, env=None, unprivileged=False):
         argv = [*TINY, f"--data_dir={data_dir}", f"--run_name={name}", *map(str, flags)]
         if any(key.startswith("PYTHON") for key in env or ()):  # which an interpreter reads at its start
             return run_python(ROOT / "train.py", *argv, cwd=tmp_path, env=env)
-        return run_train(argv, tmp_path, environment(**(env or {})), output)
+        return run_train(argv, tmp_path, environment(**(env or {})), output, unprivileged=unprivileged)
     return run
 
 

@@ -42,7 +42,7 @@ from blockgpt.checkpoints.files import (
     safetensors_errors,
 )
 from blockgpt.errors import CheckpointError, UserError, short_repr
-from blockgpt.files import find, fsync_path, list_dir, sha256_of, unreadable, write_json
+from blockgpt.files import find, fsync_path, is_dir, list_dir, sha256_of, unreadable, write_json
 from blockgpt.training.launch import Runtime, run_on_all_ranks
 
 SCHEMA_VERSION = 2
@@ -137,9 +137,9 @@ def verify_own_files(path: Path, runtime: Runtime) -> None:
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     """{file name: {"size", "sha256"}} of a checkpoint; `CheckpointError` unless exactly these regular files exist."""
-    if path.is_symlink():
-        raise CheckpointError(f"{path}: is a symbolic link")
     status = find(path)
+    if status is not None and path.is_symlink():
+        raise CheckpointError(f"{path}: is a symbolic link")
     if status is None or not stat.S_ISDIR(status.st_mode):
         raise CheckpointError(f"{path}: {'does not exist' if status is None else 'is not a directory'}")
     manifest = read_json(path / "manifest.json")
@@ -366,7 +366,7 @@ def discard(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+    if not path.is_symlink() and is_dir(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -182,7 +182,7 @@ def describes(path: Path, state: Mapping[str, Any]) -> bool:
     """Whether a verified checkpoint says of model, data and progress what `state` says."""
     saved = read_state(path)
     now = json.loads(json.dumps(state))
-    return all(saved.get(key) == value for key, value in now.items() if key in ("step", "data", "val_data", "description"))
+    return all(saved.get(key) == now.get(key) for key in ("step", "data", "val_data", "description"))
 
 
 def commit_checkpoint(temporary: Path, final: Path, rank_files: list[dict[str, Any]],
@@ -209,7 +209,7 @@ def commit_checkpoint(temporary: Path, final: Path, rank_files: list[dict[str, A
     json_files = {name: manifest_entry(temporary / name) for name in JSON_FILES}
     write_json(temporary / "manifest.json", dict(sorted({**manifest, **json_files}.items())))
     fsync_path(temporary)
-    if os.path.lexists(final):  # it is damaged, or of other data or another model (resume_force)
+    if final in list_dir(final.parent):  # it is damaged, or of other data or another model (resume_force)
         discard(final)
     os.rename(temporary, final)
     fsync_path(final.parent)

@@ -297,7 +297,8 @@ class Trial:
         losses = read_losses(self.run_dir)
         if losses != reference.losses:
             self.report_broken("different", f"losses {losses}")
-        stale = [p for p in self.run_dir.rglob("*") if p.name.startswith(".") or p.name.endswith(".tmp")]
+        stale = [p for p in self.run_dir.rglob("*")
+                 if p.name != ".lock" and (p.name.startswith(".") or p.suffix == ".tmp")]
         if stale:
             self.report_broken("temporaries", stale)
         self.check_checkpoints()
