@@ -307,7 +307,7 @@ def test_every_lookup_of_a_file_has_three_answers(tree):
 
 
 def test_every_thread_is_asked_how_it_ended(tree):
-    """A plain `threading.Thread` prints its exception, and the program exits with code 0; `BackgroundThread` keeps it."""
+    """A plain `threading.Thread` prints its exception, and the program exits with code 0."""
     found = {path for path, text in tree.items() if "threading.Thread(" in text}
     assert found == {"blockgpt/training/tracker.py",  # warns of every error of its threads
                      "blockgpt/data/prepare.py",  # ends the process
