@@ -24,7 +24,8 @@ LAYERS = (
     ("root",),
     ("tools", "data"),  # tools/ and data/<name>/prepare.py
 )
-WRITING_DATA = {f"blockgpt.data.{name}" for name in ("sources", "filters", "writer", "prepare", "commands")}
+WRITING_DATA = {f"blockgpt.data.{name}" for name in ("sources", "paths", "readers", "hub", "filters", "writer",
+                                                   "prepare", "commands")}
 READING_DATA = {f"blockgpt.data.{name}" for name in ("loader", "packing", "mixture")}
 
 IMPORTERS = ("import_module", "__import__", "resolve_name")  # their first argument is a module

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockgpt.data import sources
-from blockgpt.data.sources import file_partitions, hub_partitions
+from blockgpt.data.hub import hub_partitions
+from blockgpt.data.sources import file_partitions
 from blockgpt.errors import DataError
 
 TEXTS = ["First document.\nTwo lines.\n", "Żółw 🐢\r\n\tend", 'with, "commas"\nand \\n', " ", "last"]
