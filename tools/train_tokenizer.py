@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.data.commands import add_input, add_max_loss, input_partitions
-from blockgpt.data.losses import Skipped, user_path
+from blockgpt.data.losses import MAX_LOSS, Skipped, user_path
 from blockgpt.data.sources import Partition
 from blockgpt.data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, Tokenizer, pack_bytes, to_ranks
 from blockgpt.errors import DataError, UserError, exit_on_user_error, first_line, require_package
@@ -30,7 +30,7 @@ HELD_OUT_EVERY = 50  # one sentence in 50 is held out of training, for the measu
 MAX_HELD_OUT = 1000
 
 
-def sentences(partitions: Iterable[Partition], max_loss: float) -> Iterator[str]:
+def sentences(partitions: Iterable[Partition], max_loss: float = MAX_LOSS) -> Iterator[str]:
     """Yield the documents in chunks of whole lines, about SENTENCE_BYTES long; a longer line is split."""
     for partition in partitions:
         for _, text in partition.documents(Skipped(max_loss=max_loss)):

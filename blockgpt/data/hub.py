@@ -46,8 +46,8 @@ class HubPartition:
             DataError: after ATTEMPTS failures in a row.
         """
         name, n, before = f"{hub_name(self.arguments)} shard {self.index}", 0, skipped.begin()
-        for number, row in enumerate(self.rows(), 1):
-            skipped.position = (name, "row", number)
+        for i, row in enumerate(self.rows(), 1):
+            skipped.position = (name, "row", i)
             text = row.get(self.text_key)
             if type(text) is str:
                 n += 1

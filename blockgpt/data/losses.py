@@ -45,8 +45,8 @@ class Skipped(Counter[str]):
 
     def where(self) -> str:
         """The position as text: "a.jsonl line 3"."""
-        path, unit, number = self.position
-        return f"{path} {unit} {number}".strip() if number else path
+        path, unit, i = self.position
+        return f"{path} {unit} {i}".strip() if i else path
 
     def lose(self, reason: str, seen: str) -> None:
         """Count the record at `position` as lost.

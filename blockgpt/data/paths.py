@@ -88,7 +88,7 @@ def stat_input(path: str) -> os.stat_result:
 
 
 def is_output(path: str, outputs: dict[str, bool]) -> bool:
-    """Whether a file is part of a dataset that this program wrote, or began to write.
+    """Whether a file is component of a dataset that this program wrote, or began to write.
 
     Args:
         outputs: {folder: whether it has a dataset}, filled here.
@@ -116,23 +116,23 @@ def expand(pattern: str) -> Iterator[str]:
     if os.path.isdir(pattern):
         return match_below(pattern, ["**", "*"], set())
     root = "/" if pattern.startswith("/") else ""
-    parts = [part for part in pattern.split("/") if part]
-    return match_below(root, parts + ["*"] * (parts[-1:] == ["**"]), set())
+    components = [component for component in pattern.split("/") if component]
+    return match_below(root, components + ["*"] * (components[-1:] == ["**"]), set())
 
 
-def match_below(folder: str, parts: Sequence[str], seen: set[tuple[int, int, int]]) -> Iterator[str]:
-    """The paths below `folder` whose components match `parts`.
+def match_below(folder: str, components: Sequence[str], seen: set[tuple[int, int, int]]) -> Iterator[str]:
+    """The paths below `folder` whose components match `components`.
 
     Args:
-        seen: (device, inode, remaining parts) of the folders that a ** has entered: links can lead back to them.
+        seen: (device, inode, remaining components) of the folders that a ** has entered: links can lead back to them.
     """
-    if not parts:
+    if not components:
         yield folder
         return
-    part, rest = parts[0], parts[1:]
-    if part == "**":
+    component, rest = components[0], components[1:]
+    if component == "**":
         status = stat_input(folder or ".")
-        key = (status.st_dev, status.st_ino, len(parts))
+        key = (status.st_dev, status.st_ino, len(components))
         if key in seen:
             return
         seen.add(key)
@@ -142,13 +142,13 @@ def match_below(folder: str, parts: Sequence[str], seen: set[tuple[int, int, int
             names = ["snapshots"]
         for name in names:
             if os.path.isdir(os.path.join(folder, name)):
-                yield from match_below(os.path.join(folder, name), parts, seen)
-    elif not glob.has_magic(part) or os.path.lexists(os.path.join(folder, part)):
-        if exists(os.path.join(folder, part)):
-            yield from match_below(os.path.join(folder, part), rest, seen)
+                yield from match_below(os.path.join(folder, name), components, seen)
+    elif not glob.has_magic(component) or os.path.lexists(os.path.join(folder, component)):
+        if exists(os.path.join(folder, component)):
+            yield from match_below(os.path.join(folder, component), rest, seen)
     else:
         for name in list_folder(folder):
-            if fnmatch.fnmatchcase(name, part) and name.startswith(".") <= part.startswith("."):
+            if fnmatch.fnmatchcase(name, component) and name.startswith(".") <= component.startswith("."):
                 yield from match_below(os.path.join(folder, name), rest, seen)
 
 

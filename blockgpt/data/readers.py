@@ -65,7 +65,7 @@ def read_lines(file: BinaryIO, span: FileSpan, skipped: Skipped | None = None) -
     Args:
         skipped: where to count the lines longer than MAX_DOCUMENT, which are left out; None: yield them in slices.
     """
-    position, stop, number = 0, None, 0
+    position, stop, n_lines = 0, None, 0
     if span.stop is not None:  # a compressed file cannot be read from the middle and is one span
         position, stop = next_line_start(file, span.start), next_line_start(file, span.stop)
         file.seek(position)
@@ -75,16 +75,16 @@ def read_lines(file: BinaryIO, span: FileSpan, skipped: Skipped | None = None) -
         if not line:
             return
         position += len(line)
-        number += 1
+        n_lines += 1
         if skipped is not None:
-            skipped.position = (span.path, unit, number)
+            skipped.position = (span.path, unit, n_lines)
             if len(line) == MAX_DOCUMENT and not line.endswith(b"\n"):
                 skipped.lose("too_long", f"more than {MAX_DOCUMENT:,} bytes, {seen(line)}")
                 while line and not line.endswith(b"\n"):
                     line = file.readline(MAX_DOCUMENT)
                     position += len(line)
                 continue
-        yield line.removeprefix(codecs.BOM_UTF8) if number == 1 and not span.start else line
+        yield line.removeprefix(codecs.BOM_UTF8) if n_lines == 1 and not span.start else line
 
 
 def next_line_start(file: BinaryIO, position: int) -> int:
@@ -172,8 +172,8 @@ def jsonl_documents(span: FileSpan, options: ReadOptions, skipped: Skipped) -> I
 def json_documents(span: FileSpan, options: ReadOptions, skipped: Skipped) -> Iterator[str]:
     """A record is an element of an array, or one of several objects that follow each other, or the only object."""
     with open_span(span) as file:
-        for number, value in enumerate(json_values(file, span.path, options.text_key), 1):
-            skipped.position = (span.path, "record", number)
+        for i, value in enumerate(json_values(file, span.path, options.text_key), 1):
+            skipped.position = (span.path, "record", i)
             yield from yield_text(value, options.text_key, skipped)
 
 
@@ -348,17 +348,17 @@ def parquet_documents(span: FileSpan, options: ReadOptions, skipped: Skipped) ->
         check_column(span.path, file.schema_arrow, text_key)
         stop = file.num_row_groups if span.stop is None else span.stop
         for group in range(span.start, stop):
-            number = 0
+            n_rows = 0
             batches = file.iter_batches(256, row_groups=[group], columns=[text_key])
             while True:
-                with library_errors(f"{span.path}: row group {group}, after row {number}: cannot be read"):
+                with library_errors(f"{span.path}: row group {group}, after row {n_rows}: cannot be read"):
                     batch = next(batches, None)
                     texts = [] if batch is None else batch.column(0).to_pylist()
                 if batch is None:
                     break
                 for text in texts:
-                    number += 1
-                    skipped.position = (span.path, f"row group {group} row", number)
+                    n_rows += 1
+                    skipped.position = (span.path, f"row group {group} row", n_rows)
                     if type(text) is str:
                         yield text
                     else:

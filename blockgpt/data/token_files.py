@@ -29,10 +29,10 @@ ARRAY_FUNCTIONS = "np.fromfile(FILE, '<{}').astype('<{}').tofile(FILE)"
 def libc() -> ctypes.CDLL:
     """The C library, with the types of the functions that are called here."""
     library = ctypes.CDLL(None, use_errno=True)
-    size, address, number = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int
-    library.mmap.argtypes, library.mmap.restype = [address, size, number, number, number, ctypes.c_long], address
+    size, address, integer = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int
+    library.mmap.argtypes, library.mmap.restype = [address, size, integer, integer, integer, ctypes.c_long], address
     library.munmap.argtypes = [address, size]
-    library.madvise.argtypes = [address, size, number]
+    library.madvise.argtypes = [address, size, integer]
     return library
 
 
@@ -47,8 +47,8 @@ def memory_map(path: str | Path, dtype: np.dtype | str) -> np.ndarray:
             return np.frombuffer(b"", dtype)
         address = libc().mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
     if address == ctypes.c_void_p(-1).value:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(path))
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(path))
     buffer = (ctypes.c_char * size).from_address(address)
     weakref.finalize(buffer, libc().munmap, address, size).atexit = False
     array: np.ndarray = np.frombuffer(buffer, dtype)  # type: ignore[call-overload]  # numpy's stubs know no ctypes
@@ -133,14 +133,14 @@ def is_utf8_text(head: bytes) -> bool:
 
 
 def wide_dtype(head: bytes, dtype: np.dtype) -> np.dtype | None:
-    """The wider dtype that the first ids of a file have, if only their low parts are used."""
+    """The wider dtype that the first ids of a file have, if only their low words are used."""
     for wide in (np.dtype("<i8"), np.dtype("<i4")):
         n = wide.itemsize // dtype.itemsize
-        parts = np.frombuffer(head[:len(head) // wide.itemsize * wide.itemsize], dtype).reshape(-1, n)
-        if n == 1 or len(parts) < 8 or not parts[:, 0].any():
+        words = np.frombuffer(head[:len(head) // wide.itemsize * wide.itemsize], dtype).reshape(-1, n)
+        if n == 1 or len(words) < 8 or np.mean(words[:, 0] != 0) < 0.5:
             continue
-        rest = parts[:, 1:]
-        if not rest.any() or (n == 2 and rest.max() < 16 and parts[:, 0].max() >= 1024 and np.mean(rest == 0) > 0.5):
+        rest = words[:, 1:]
+        if not rest.any() or (n == 2 and rest.max() < 16 and words[:, 0].max() >= 1024 and np.mean(rest == 0) > 0.5):
             return wide
     return None
 

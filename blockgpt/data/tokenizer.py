@@ -291,8 +291,8 @@ class HFTokenizer(RoundTripTokenizer):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        kept = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.eot]
-        return self.tokenizer.decode(kept, skip_special_tokens=True)
+        text_ids = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.eot]
+        return self.tokenizer.decode(text_ids, skip_special_tokens=True)
 
     def to_meta(self) -> dict[str, Any]:
         return {"name": self.name, "json": self.json, "eot": self.eot_text}
