@@ -384,10 +384,11 @@ def workspace(tmp_path_factory):
 
     data, chars = workspace / "data", workspace / "data" / "chars"
     characters = CharTokenizer("abcdefgh \n.")
-    write_dataset(chars, characters, [("train", "abc def gh\n" * 200), ("val", "a.b.\n" * 40)], source="a test")
+    write_dataset(chars, characters, [("train", "abc def gh\n" * 200), ("val", "a.b.\n" * 40)], source="a test",
+                  separate=False)
     write_dataset(data / "bytes", ByteTokenizer(), [("train", "abc" * 100), ("val", "abc" * 100)], source="a test")
     write_dataset(workspace / "other/chars", characters, [("train", "hg " * 200), ("val", "abc" * 100)],
-                  source="a test")
+                  source="a test", separate=False)
     train = (chars / "train.bin").read_bytes()
     for name in ("truncated", "padded", "flipped", "beyond", "lost", "meta_text", "meta_folder", *META):
         shutil.copytree(chars, data / name)

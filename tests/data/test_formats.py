@@ -434,6 +434,6 @@ def test_a_version_of_a_hub_dataset_is_part_of_its_identity(tmp_path):
 def test_a_repeated_flag_is_refused_or_adds_to_the_first(monkeypatch):
     parser = command_parser("a test", None)
     add_input(parser)
-    assert parser.parse_args(["--input", "a", "--input=b", "c"]).input == ["a", "b", "c"]
+    assert parser.parse_args(["--input", "a", "--input", "b", "c"]).input == ["a", "b", "c"]
     for flags in (["--tokenizer=byte", "--tokenizer", "gpt2"], ["--workers=1", "--workers=1"]):
         assert "is given twice" in refusal(parser.parse_args, ["--input=a", *flags], error=UserError)
