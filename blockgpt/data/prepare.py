@@ -116,7 +116,13 @@ def prepare(out_dir: str | Path, tokenizer: Tokenizer, partitions: Sequence[Part
         if done:
             print(f"continuing: {done} of {len(paths)} partitions are finished", flush=True)
         progress = ProgressDisplay(len(paths), done)
-        encode_partitions(todo, tokenizer, recipe, max_loss, min(workers or n_cores(), len(todo)), progress)
+        try:
+            encode_partitions(todo, tokenizer, recipe, max_loss, min(workers or n_cores(), len(todo)), progress)
+        except DataError as error:
+            if any(map(is_done, paths)):
+                raise DataError(f"{error} {CONTINUES}") from None
+            shutil.rmtree(work, ignore_errors=True)
+            raise
         skipped = sum_partition_stats(paths)
         try:
             meta = assemble(out_dir, work, paths, tokenizer, recipe, skipped, source=source,
@@ -269,10 +275,7 @@ def encode_partitions(todo: Mapping[Path, Partition], tokenizer: Tokenizer, reci
             encode_and_finish(path, partition, tokenizer, recipe, max_loss, progress.advance)
             progress.update(1)
     except concurrent.futures.process.BrokenProcessPool:
-        raise DataError("a worker process was killed, perhaps because memory ran out: use fewer --workers "
-                        f"{CONTINUES}") from None
-    except DataError as error:
-        raise DataError(f"{error} {CONTINUES}") from None
+        raise DataError("a worker process was killed, perhaps because memory ran out: use fewer --workers") from None
     finally:
         progress.close()
 
