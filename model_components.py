@@ -118,13 +118,12 @@ def joint_linear(x: torch.Tensor, *layers: nn.Linear) -> Sequence[torch.Tensor]:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     weights = [layer.weight for layer in layers]
     if all(type(layer) is nn.Linear for layer in layers):
-        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-        sizes = [len(weight) for weight in weights]
-        if torch.compiler.is_compiling():
-            if x.is_cuda and not any(isinstance(weight, DTensor) for weight in weights):
-                return nn.functional.linear(x, torch.cat(weights), bias).split(sizes, -1)
-        elif are_adjacent(weights):
-            return JointLinear.apply(x, bias, *weights).split(sizes, -1)
+        compiled = torch.compiler.is_compiling()
+        if (x.is_cuda and not any(isinstance(w, DTensor) for w in weights)) if compiled else are_adjacent(weights):
+            bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+            joint = (nn.functional.linear(x, torch.cat(weights), bias) if compiled else
+                     JointLinear.apply(x, bias, *weights))
+            return joint.split([len(weight) for weight in weights], -1)
     return [layer(x) for layer in layers]
 
 

@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         measure_bytes(json.loads(options.measure))
     elif options.table == "bytes":
         print_bytes(options.presets)
-    elif compare_modes(options.modes, options.presets, options.steps) > 1e-4:
+    elif compare_modes(options.modes, options.presets, options.steps) > 1e-6:
         sys.exit(1)
 
 

@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from blockgpt.checkpoints import checkpoint, files
 from blockgpt.checkpoints import saver as saver_module
@@ -24,6 +23,7 @@ from blockgpt.checkpoints.saver import CheckpointSaver
 from blockgpt.errors import CheckpointError, UserError
 from blockgpt.training import launch
 from blockgpt.training.optimizers import build_optimizer
+from blockgpt.training.sharding import apply_tensor_parallel
 from configurator import load_config
 from model_builder import build_model
 from model_config import get_preset
@@ -39,17 +39,14 @@ def architecture(preset, **more):
 
 def make(mode, seed=1, preset="llama", world=1, **more):
     """(model, optimizer) in a mode; the weights are a function of the seed alone."""
-    model = build_model(architecture(preset, **more), seed)
+    tensor = (init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("shard", "tensor")) if mode in ("tp", "fsdp+tp")
+              else None)
+    model = build_model(architecture(preset, **more), seed, "cpu",
+                        tensor and (lambda model: apply_tensor_parallel(model, tensor["tensor"])))
     replicas = 2 if mode == "hsdp" else 1
-    if mode in ("tp", "fsdp+tp"):
-        tensor = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("shard", "tensor"))
-        for block in model.blocks:
-            parallelize_module(block, tensor["tensor"], {
-                "ffn.up_proj": ColwiseParallel(), "ffn.gate_proj": ColwiseParallel(),
-                "ffn.down_proj": RowwiseParallel()})
-        if mode == "fsdp+tp":
-            for module in (*model.blocks, model):
-                fully_shard(module, mesh=tensor["shard"])
+    if mode == "fsdp+tp":
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=tensor["shard"])
     if mode in ("fsdp", "hsdp"):
         mesh = init_device_mesh("cpu", (world,)) if replicas == 1 else init_device_mesh(
             "cpu", (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
