@@ -199,7 +199,7 @@ from blockgpt.files import FolderLock
 lock = FolderLock(sys.argv[1], "trains in it")
 child = os.fork()
 if not child:
-    time.sleep(60)
+    time.sleep(3600)
     os._exit(0)
 print(child, flush=True)
 time.sleep(60)
@@ -226,13 +226,27 @@ def test_a_second_process_is_refused_by_name_until_the_first_is_killed(tmp_path,
                                  "(wait until it ends, or end it)")
     assert (tmp_path / ".lock").read_bytes() == before
     other_process.kill()  # the process that it has forked lives on, and has no lock
-    with FolderLock(tmp_path, "trains in it", wait=60) as lock:
+    with FolderLock(tmp_path, "trains in it", wait=10) as lock:
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
         with FolderLock(tmp_path, "again"):  # the process has it already
             pass
         assert lock.key in FolderLock.held
     assert lock.key not in FolderLock.held and not (tmp_path / ".lock").exists()
     FolderLock(tmp_path, "trains in it", wait=0).release()
+
+
+def test_a_lock_on_a_file_that_its_holder_has_removed_is_taken_again(tmp_path, monkeypatch):
+    flock, calls = fcntl.flock, []
+
+    def removed_meanwhile(*arguments):
+        if not calls:
+            (tmp_path / ".lock").unlink()
+        calls.append(flock(*arguments))
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    with FolderLock(tmp_path, "trains in it") as lock:
+        status = (tmp_path / ".lock").stat()
+        assert lock.key == (status.st_dev, status.st_ino) and len(calls) == 2
 
 
 def test_a_holder_without_its_name_is_another_process(tmp_path, other_process):
