@@ -49,7 +49,8 @@ TRAINING_KEYS = ("learning_rate", "max_iters", "batch_size", "gradient_accumulat
 # parallelized differently. The former names of renamed keys are listed too, as old run.json files have them.
 NOT_THE_EXPERIMENT = ("seed", "run_name", "out_dir", "resume", "resume_force", "data_dir", "checkpoint_interval",
                       "keep_last", "checkpoint_async", "log_interval", "gradient_log_interval", "wandb_log",
-                      "wandb_project", "profile", "memory_snapshot", "rank_timeout", "save_timeout", "use_zero1",
+                      "wandb_project", "profile", "memory_snapshot", "rank_timeout", "save_timeout", "join_timeout",
+                      "use_zero1",
                       "use_fsdp", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "dp_replicate", "tensor_parallel",
                       "activation_checkpointing",
                       "keep_checkpoints", "peer_timeout", "fsdp_replicas")  # the former names
