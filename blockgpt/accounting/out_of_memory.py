@@ -45,12 +45,12 @@ def out_of_memory_error(error: Exception, config: Any, build_model: Callable[[An
     with contextlib.suppress(MemoryError, RuntimeError, ValueError):  # there may be no memory for this either
         state = process_state(config, build_model)
         sizes.append(f"a process needs {human_bytes(state.parameters)} for parameters, {human_bytes(state.gradients)} "
-                     f"for gradients and {human_bytes(state.optimizer)} for AdamW, besides activations")
+                     f"for gradients and {human_bytes(state.optimizer)} for the optimizer, besides activations")
     sizes.append(f"there are {human_bytes(limit)} in all")
     too_large = state is not None and state.parameters + state.gradients + state.optimizer > limit
     changes = smaller_batch(config) if phase in IN_STEPS and not too_large else []
     changes += ["--checkpoint_async=False"] if phase == "save" and config.checkpoint_async else []
-    changes += less_state(config)
+    changes += less_state(config, on_gpu=watchdog is not None and watchdog.runtime.device.type == "cuda")
     return OutOfMemoryError(f"out of memory {PHASES[phase]}: {'; '.join(filter(None, sizes))} "
                             f"({', then '.join(changes)}; {DRY_RUN})")
 
@@ -89,15 +89,15 @@ def smaller_batch(config: Any) -> list[str]:
     return changes or ["a smaller block_size"]
 
 
-def less_state(config: Any) -> list[str]:
+def less_state(config: Any, on_gpu: bool) -> list[str]:
     """Flags that reduce what a process stores of the model, those in use left out."""
     changes = []
     if config.data_processes > 1 and not (config.use_zero1 or config.use_fsdp):
         changes.append("--use_zero1=True")
     if config.data_processes > 1 and not config.use_fsdp:
         changes.append("--use_fsdp=True")
-    if config.use_fsdp and not config.fsdp_cpu_offload and config.device != "cpu" and torch.cuda.is_available():
+    elif on_gpu and config.data_processes == 1:
+        changes.append("more processes with --use_fsdp=True")
+    elif on_gpu and not config.fsdp_cpu_offload:
         changes.append("--fsdp_cpu_offload=True")
-    if config.data_processes == 1:
-        changes.append("several processes with --use_fsdp=True")
     return [*changes, "a smaller n_embd, n_layer or vocab_size"]

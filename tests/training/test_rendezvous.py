@@ -96,14 +96,14 @@ def test_the_interface_is_named_when_processes_do_not_reach_each_other(monkeypat
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     assert "GLOO_SOCKET_IFNAME=ib0" in rendezvous.no_connection(2)[0]
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    with pytest.raises(PeerLostError, match="(?s)all 2 processes are here.*boom.*GLOO_SOCKET_IFNAME"):  # noqa: SIM117
+    with pytest.raises(PeerLostError, match=r"(?s)all 2 processes are here.*boom.*GLOO_SOCKET_IFNAME"):  # noqa: SIM117
         with Deadline(0, 60).watch() as deadline:
             deadline.wait_for(*rendezvous.no_connection(2))
             raise RuntimeError("boom")
 
 
 def test_errors_of_the_user_pass_through():
-    with pytest.raises(UserError, match="^mine$"), Deadline(0, 60).watch():
+    with pytest.raises(UserError, match=r"^mine$"), Deadline(0, 60).watch():
         raise UserError("mine")
 
 
