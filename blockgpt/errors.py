@@ -147,7 +147,7 @@ def exit_on_user_error(exit_process: Callable[[int], Any] = sys.exit) -> Iterato
 def report_error(error: UserError) -> None:
     """Print the line of an error, unless another process does, and record it for torchrun."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
-    record_for_torchrun(line)
+    record_for_torchrun(f"error: {line}")
     if is_reported_here(error):
         with contextlib.suppress(OSError):  # the terminal is gone
             print(f"error: {line}", file=sys.stderr, flush=True)

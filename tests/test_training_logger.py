@@ -128,7 +128,7 @@ def test_other_processes_write_nothing(tmp_path, capsys):
         log.warning("x")
         log.interrupted("x", 1)
         log.finished("x")
-        log.peer_lost("x")
+        log.ended("failed", "x")
     assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
 
 

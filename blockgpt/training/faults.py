@@ -169,28 +169,28 @@ class Watchdog:
             select.select([self.signals.read_fd], [], [], HEARTBEAT_SECONDS)
             now = self.clock.time()
             self._tell_pause()
-            for number in self.signals.read():
-                self._on_signal(number, now)
+            for signum in self.signals.read():
+                self._on_signal(signum, now)
             if self.launcher_pid is not None and os.getppid() != self.launcher_pid and self.stop_requested is None:
                 self.stop_requested, self.stop_time = LAUNCHER_EXIT, now
             if self.heartbeats is not None:
                 self._check_progress(self.heartbeats, now)
 
-    def _on_signal(self, number: int, now: float) -> None:
+    def _on_signal(self, signum: int, now: float) -> None:
         """The first signal of a run that trains requests a stop, any other one ends the process."""
         if self.stoppable and self.stop_requested is None:
-            self.stop_requested, self.stop_time = number, now
-            self._tell(f"{signal_name(number)}: stopping after this step and saving; again to leave now")
+            self.stop_requested, self.stop_time = signum, now
+            self._tell(f"{signal_name(signum)}: stopping after this step and saving; again to leave now")
         elif not self.stoppable or (now - self.stop_time > SIGNAL_REPEAT_SECONDS
-                                      and number not in REPEATED_BY_KERNEL):
-            reason = f"{signal_name(number)} at step {self.step} in phase {self.phase}"
+                                      and signum not in REPEATED_BY_KERNEL):
+            reason = f"{signal_name(signum)} at step {self.step} in phase {self.phase}"
             try:
                 if self.log is not None:
                     self.log.ended("interrupted", f"{reason}, not saved")
                 if self.runtime.is_rank_zero:
                     echo(f"interrupted by {reason}, not saved", sys.stderr)
             finally:
-                os._exit(128 + number)
+                os._exit(128 + signum)
 
     def _tell(self, text: str) -> None:
         if self.log is not None:

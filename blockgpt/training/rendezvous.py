@@ -67,11 +67,11 @@ class Deadline:
     A call of torch that waits for another process cannot be interrupted: a thread ends the process then.
 
     Args:
-        leave: ends the process.
+        exit_process: ends the process.
     """
 
-    def __init__(self, rank: int, seconds: float, leave: Callable[[int], object] = os._exit) -> None:
-        self.rank, self.seconds, self.leave = rank, seconds, leave
+    def __init__(self, rank: int, seconds: float, exit_process: Callable[[int], object] = os._exit) -> None:
+        self.rank, self.seconds, self.exit_process = rank, seconds, exit_process
         self.waiting_for, self.advice = "nothing", ""
         self.clock, self.met = RunningClock(), threading.Event()
 
@@ -111,7 +111,7 @@ class Deadline:
                 echo(f"rank {self.rank} on {socket.gethostname()}: waiting: {self.waiting_for}")
             if seconds > self.seconds + GRACE_SECONDS:
                 report_error(self._error(f" for {self.seconds:.0f} s", "; --join_timeout=SECONDS waits longer"))
-                self.leave(PeerLostError.exit_code)
+                self.exit_process(PeerLostError.exit_code)
                 return
 
 

@@ -27,12 +27,12 @@ HANDLED = frozenset(int(s) for s in signal.valid_signals()) - {int(getattr(signa
 REPEATED_BY_KERNEL = frozenset({signal.SIGXCPU, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO})
 
 
-def signal_name(number: int) -> str:
+def signal_name(signum: int) -> str:
     """SIGTERM for 15; SIGRTMIN+2 for 36."""
     try:
-        return signal.Signals(number).name
+        return signal.Signals(signum).name
     except ValueError:
-        return f"SIGRTMIN+{number - signal.SIGRTMIN}"
+        return f"SIGRTMIN+{signum - signal.SIGRTMIN}"
 
 
 class SignalPipe:
@@ -49,7 +49,7 @@ class SignalPipe:
         defaults = (signal.SIG_DFL, signal.default_int_handler)
         self.previous = {s: signal.getsignal(s) for s in sorted(HANDLED) if signal.getsignal(s) in defaults}
         for s in self.previous:
-            signal.signal(s, lambda number, frame: None)
+            signal.signal(s, lambda signum, frame: None)
         return self
 
     def __exit__(self, *error: object) -> None:

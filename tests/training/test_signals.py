@@ -11,15 +11,15 @@ from blockgpt.training.signals import CANNOT_BE_CAUGHT, FAULT, HANDLED, UNHANDLE
 CONTINUES, STOPS, ENDS = "continues", "stops", "ends"
 
 
-def default_effect(number):
+def default_effect(signum):
     """What a signal does to a process that does not handle it."""
     pid = os.fork()
     if pid == 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if number not in (signal.SIGKILL, signal.SIGSTOP):
-            signal.signal(number, signal.SIG_DFL)
+        if signum not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(signum, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signum)
         os._exit(0)
     _, status = os.waitpid(pid, os.WUNTRACED)
     if os.WIFSTOPPED(status):
@@ -30,14 +30,14 @@ def default_effect(number):
 
 
 def test_every_signal_that_ends_a_process_is_handled_or_has_a_reason_why_not():
-    for number in map(int, signal.valid_signals()):
-        reason = UNHANDLED.get(signal_name(number))
-        assert (reason is None) == (number in HANDLED), number
-        effect = default_effect(number)
+    for signum in map(int, signal.valid_signals()):
+        reason = UNHANDLED.get(signal_name(signum))
+        assert (reason is None) == (signum in HANDLED), signum
+        effect = default_effect(signum)
         if effect == ENDS and reason not in (FAULT, CANNOT_BE_CAUGHT):  # else Python has replaced the default
-            assert number in HANDLED or signal.getsignal(number) == signal.SIG_IGN, signal_name(number)
+            assert signum in HANDLED or signal.getsignal(signum) == signal.SIG_IGN, signal_name(signum)
         if reason is None:
-            assert effect == ENDS, signal_name(number)
+            assert effect == ENDS, signal_name(signum)
 
 
 @pytest.fixture
@@ -50,17 +50,17 @@ def defaults():
 
 
 def test_every_handled_signal_arrives_in_the_pipe(defaults):
-    for number in sorted(HANDLED):
+    for signum in sorted(HANDLED):
         with SignalPipe() as pipe:
-            signal.raise_signal(number)
+            signal.raise_signal(signum)
             pipe.wake()
-            assert pipe.read() == [number] and pipe.read() == [], signal_name(number)
+            assert pipe.read() == [signum] and pipe.read() == [], signal_name(signum)
 
 
 def test_an_ignored_signal_stays_ignored_and_that_of_a_library_its_own(defaults):
     arrived = []
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
-    signal.signal(signal.SIGALRM, lambda number, frame: arrived.append(number))
+    signal.signal(signal.SIGALRM, lambda signum, frame: arrived.append(signum))
     with SignalPipe() as pipe:
         signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGALRM)
@@ -69,5 +69,5 @@ def test_an_ignored_signal_stays_ignored_and_that_of_a_library_its_own(defaults)
 
 
 def test_every_signal_has_a_name():
-    names = [signal_name(number) for number in sorted(map(int, signal.valid_signals()))]
+    names = [signal_name(signum) for signum in sorted(map(int, signal.valid_signals()))]
     assert len(set(names)) == len(names) and "SIGTERM" in names
