@@ -204,12 +204,11 @@ class Trial:
                        timeout: float, peer_timeout: float, schedule: Schedule) -> LaunchResult:
         server, outputs = self.harness.server, [str(self.folder / f"launch{self.launches}-rank{rank}")
                                                 for rank in range(self.world_size)]
-        namespaces: Sequence[Path | None]
-        envs, namespaces = self.nodes or (rank_environments(self.world_size), [None] * self.world_size)
+        envs, namespaces = self.nodes or (rank_environments(self.world_size), [])
         self.ranks = ranks = server.fork([
             {"argv": argv, "cwd": str(self.folder), "out": output, "fault": fault, "env": env,
-             "network": namespace and str(namespace)}
-            for output, env, namespace in zip(outputs, envs, namespaces, strict=True)])
+             "network": str(namespaces[rank]) if namespaces else None}
+            for rank, (output, env) in enumerate(zip(outputs, envs, strict=True))])
         started, failed_at, hung, killed = time.monotonic(), None, False, False
         while any(rank.code is None for rank in ranks):
             now = time.monotonic()
