@@ -22,7 +22,7 @@ from blockgpt.console import echo
 from blockgpt.errors import DataError, PeerLostError, first_line, report_error
 from blockgpt.training.heartbeats import HEARTBEAT_SECONDS, Heartbeats, Peer
 from blockgpt.training.launch import FIRST_CALL_TIMEOUT, Runtime, exit_process, no_heartbeat
-from blockgpt.training.signals import REPEATED_BY_KERNEL, SignalPipe, signal_name
+from blockgpt.training.signals import REPEATED_BY_ITSELF, SignalPipe, signal_name
 
 SIGNAL_GRACE_SECONDS = 10 * HEARTBEAT_SECONDS  # without progress after a signal, before the others' heartbeats are read
 LONG_SILENCE_SECONDS = 20 * HEARTBEAT_SECONDS  # of a rank that is lost although this one would wait longer
@@ -55,7 +55,7 @@ class Watchdog:
 
     From `training` on, a signal requests a stop: all ranks stop after the same step. A second signal ends the process
     at once, unless it arrives within a second (a scheduler signals torchrun and its workers, and torchrun forwards the
-    signal) or the kernel repeats it. Before `training` the first one does so. The exit of torchrun requests a stop too.
+    signal) or comes again by itself. Before `training` the first one does so. The exit of torchrun requests a stop too.
 
     A process of several ends with exit code 6 if it makes no progress for `rank_timeout` seconds (`save_timeout` in a
     save, FIRST_CALL_TIMEOUT in a phase that it enters for the first time) or if its communication breaks. It prints
@@ -182,7 +182,7 @@ class Watchdog:
             self.stop_requested, self.stop_time = signum, now
             self._tell(f"{signal_name(signum)}: stopping after this step and saving; again to leave now")
         elif not self.stoppable or (now - self.stop_time > SIGNAL_REPEAT_SECONDS
-                                      and signum not in REPEATED_BY_KERNEL):
+                                      and signum not in REPEATED_BY_ITSELF):
             reason = f"{signal_name(signum)} at step {self.step} in phase {self.phase}"
             try:
                 if self.log is not None:

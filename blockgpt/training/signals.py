@@ -23,8 +23,10 @@ UNHANDLED: dict[str, str] = {
 }
 HANDLED = frozenset(int(s) for s in signal.valid_signals()) - {int(getattr(signal, name, 0)) for name in UNHANDLED}
 
-# Signals that the kernel sends again and again, so that a second one does not mean that somebody is impatient.
-REPEATED_BY_KERNEL = frozenset({signal.SIGXCPU, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO})
+# Signals that come again by themselves, so that a second one does not mean that somebody is impatient: from timers and
+# limits of the kernel, and when a terminal goes away from its shell and from the kernel.
+REPEATED_BY_ITSELF = frozenset({signal.SIGXCPU, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO,
+                                signal.SIGHUP})
 
 
 def signal_name(signum: int) -> str:

@@ -62,6 +62,7 @@ def test_the_first_signal_asks_for_a_stop_and_says_so_and_a_later_one_ends_the_p
                 assert watchdog.log.lines == [f"{first.name}: stopping after this step and saving; again to leave now"]
                 watchdog._on_signal(signal.SIGTERM, 10.9)  # the same signal, passed on by torchrun
                 watchdog._on_signal(signal.SIGXCPU, 12.0)  # the kernel repeats it every second
+                watchdog._on_signal(signal.SIGHUP, 12.0)  # from the shell, then from the kernel
                 assert watchdog.log.status is None and watchdog.gather_status().stop_reason == first.name
                 with pytest.raises(SystemExit) as left:
                     watchdog._on_signal(last, 11.2)
