@@ -55,7 +55,7 @@ class LinkFault(NamedTuple):
                 rng.uniform(self.shortest, self.longest))
 
 
-CUT = Quality(loss=1.0)
+WHOLE, CUT = Quality(delay=0.002), Quality(loss=1.0)
 LINK_FAULTS = {
     "cut": LinkFault(CUT, CUT), "interrupted": LinkFault(CUT, CUT, 0.5, TIMEOUT / 2),
     "slow": LinkFault(Quality(delay=0.005), Quality(delay=0.1)),
@@ -86,7 +86,7 @@ class TwoNodes:
 
     def __init__(self, trial_id: int, rng: random.Random) -> None:
         self.names = [f"torture{os.getpid()}-{trial_id}-{node}" for node in (0, 1)]
-        self.quality, self.random = Quality(), random.Random(rng.random())
+        self.quality, self.random = WHOLE, random.Random(rng.random())
         self.carried = self.lost = 0
         self.ready, self.closing = threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._carry, name="link", daemon=True)
@@ -158,7 +158,7 @@ def link_fault(harness: Harness, rng: random.Random, i: int) -> tuple[Trial, Cou
     start = rng.uniform(0, harness.reference(trial.mode).wall)
     with TwoNodes(next(harness.trial_ids), rng) as nodes:
         schedule: Schedule = [(start, partial(nodes.set_quality, quality)),
-                              (start + seconds, partial(nodes.set_quality, Quality()))]
+                              (start + seconds, partial(nodes.set_quality, WHOLE))]
         trial.nodes = (nodes.environments(), nodes.namespaces())
         result = trial.launch(schedule=schedule, timeout=END_TIMEOUT, peer_timeout=END_TIMEOUT)
     trial.nodes = None
@@ -173,8 +173,8 @@ def link_fault(harness: Harness, rng: random.Random, i: int) -> tuple[Trial, Cou
     resumed = trial.launch()
     trial.check_resumed(resumed, newest)
     trial.check_end(resumed)
-    return trial, Counter({"trials": 1, f"{name} ended": int(lost == 2), f"{name} continued": int(lost == 0),
-                           "split": int(lost == 1)})
+    outcome = "late" if result.wall < start else ("continued", "split", "ended")[lost]
+    return trial, Counter({"trials": int(outcome != "late"), f"{name} {outcome}": 1})
 
 
 def network(harness: Harness) -> Iterator[Row]:
