@@ -155,8 +155,10 @@ class Config:
     spike_threshold: float = key(6.0, "standard deviations above its running mean at which a loss is a spike",
                                  group="optimization", above=0.0, example=4.0)
 
-    keep_last: int = key(2, "number of newest checkpoints to keep, in addition to the best", group="evaluation",
+    keep_last: int = key(2, "number of newest checkpoints to keep, in addition to the best one", group="evaluation",
                          minimum=2, example=3)
+    keep_best: bool = key(False, "save after each evaluation that is the best so far, too, not only at "
+                          "checkpoint_interval", group="evaluation")
     checkpoint_async: bool = key(False, "write checkpoints in the background, from a copy in memory",
                                  group="evaluation")
 
@@ -337,6 +339,9 @@ class Config:
             unused |= dict.fromkeys(("rank_timeout", "save_timeout", "join_timeout"), "a single process has no peers")
         if self.init_from is not None:
             unused |= dict.fromkeys(("init_std", "zero_init_residual"), "init_from gives the weights")
+        if self.checkpoint_interval is None or (self.checkpoint_interval
+                                                and self.eval_interval % self.checkpoint_interval == 0):
+            unused["keep_best"] = "checkpoint_interval saves after every evaluation"
         if self.resume == "never":
             unused["resume_force"] = "nothing is resumed"
         if not self.wandb_log:
@@ -348,9 +353,8 @@ class Config:
         if self.eval_only:
             training = [f.name for f in dataclasses.fields(self) if f.metadata.get("group") == "optimization"]
             training += ["max_epochs", "packing", "gradient_accumulation_steps", "eval_interval", "patience",
-                         "checkpoint_interval",
-                         "keep_last", "checkpoint_async", "log_interval", "gradient_log_interval", "mfu_peak",
-                         "profile", "memory_snapshot", "dropout"]
+                         "checkpoint_interval", "keep_last", "keep_best", "checkpoint_async", "log_interval",
+                         "gradient_log_interval", "mfu_peak", "profile", "memory_snapshot", "dropout"]
             unused |= dict.fromkeys(training, "eval_only does not train")
         if self.dtype in ("bfloat16", "float16"):
             unused["tf32"] = f"dtype is {self.dtype}"

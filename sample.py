@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.errors import CheckpointError, DataError, UserError, exit_on_user_error
+from blockgpt.files import exists, is_dir
 
 if TYPE_CHECKING:  # torch is imported after the flags are checked
     import torch
@@ -25,7 +26,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--run", required=True, help="run directory")
     parser.add_argument("--checkpoint", choices=("best", "latest"), default="best",
-                        help="best: the lowest validation loss; latest: the newest")
+                        help="best: the best evaluation of those that were saved; latest: the newest")
     parser.add_argument("--prompt", default="\n", help="text to continue")
     parser.add_argument("--num_samples", type=int, default=1, help="independent continuations")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="maximum number of tokens to add")
@@ -66,7 +67,7 @@ def load_model(run_dir: Path, which: str, device: "torch.device") -> "tuple[GPT,
     from model_builder import build_model, load_weights
     from model_config import ModelConfig
 
-    if not run_dir.is_dir():
+    if not is_dir(run_dir):
         raise UserError(f"--run: {run_dir} is not a run directory (python compare_architectures.py lists them)")
     try:
         source = checkpoint.find_best(run_dir) if which == "best" else checkpoint.find_newest(run_dir)
@@ -74,7 +75,7 @@ def load_model(run_dir: Path, which: str, device: "torch.device") -> "tuple[GPT,
         description = checkpoint.read_state(source)["description"]
     except CheckpointError:
         source = run_dir / "model.safetensors"
-        if not source.exists():
+        if not exists(source):
             raise
         tensors, description = checkpoint.read_export(run_dir)
         print(f"note: no usable checkpoint: these are the weights exported at step {description.get('step')}",

@@ -36,13 +36,13 @@ from blockgpt.training.profiling import StepProfiler, memory_history
 from configurator import Config, source_model_config
 from model_builder import GPT, build_model
 from model_config import ModelConfig
-from training_logger import RunLog, find_restarted_run, run_directory, run_header
+from training_logger import RunLog, claim_run_directory, find_restarted_run, run_header
 
 
 def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
     """Train the run that `config` describes, from its beginning or from its newest checkpoint, to its end."""
     # ---------------------------------------------------------------- data, model, optimizer, checkpoint, log
-    run_dir = Path(runtime.on_rank_zero(lambda: str(run_directory(config))))
+    run_dir = Path(runtime.on_rank_zero(lambda: str(claim_run_directory(config, runtime))))
     objective = config.build_objective(runtime)
     config = config.for_vocabulary(objective.vocab_size)
 
@@ -55,8 +55,7 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
     objective.build_companions(lambda run: load_companion(run, build(source_model_config(run)), runtime))
     optimizer = build_optimizer(model, config, runtime.device)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-    checkpoints = CheckpointManager(config, runtime, model, optimizer, scaler, objective,
-                                    {"model": model.infer_config().flat(), "tokenizer": objective.tokenizer})
+    checkpoints = CheckpointManager(config, runtime, model, optimizer, scaler, objective)
     watchdog.enter_phase("restore")
     progress = checkpoints.restore(run_dir)
     watchdog.enter_phase("wrap")
@@ -65,7 +64,8 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
     header = run_header(config, model, objective, runtime, meter, checkpoints.initial_weights)
     watchdog.log = log = RunLog(run_dir, header, config, quiet=not runtime.is_rank_zero)
     runtime.on_rank_zero(lambda: check_disk_space(run_dir, header["parameters"]["total"], config))
-    run_dir = Path(runtime.on_rank_zero(log.open))  # run_dir may have been taken by another run
+    # run_dir may have been taken by another run
+    run_dir = Path(runtime.on_rank_zero(lambda: log.open(checkpoints.resumption, progress)))
 
     def evaluate() -> bool:
         """Log the validation metrics; returns whether they are the best so far."""
@@ -75,8 +75,8 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
         log.evaluation(progress.step, progress.tokens, metrics, progress.best)
         return is_best
 
-    with log, memory_history(config, runtime, log), StepProfiler(config, runtime, log) as profiler, watchdog.training():
-        checkpoints.open(run_dir, log)
+    with (log, checkpoints.open(run_dir, log), memory_history(config, runtime, log),
+          StepProfiler(config, runtime, log) as profiler, watchdog.training()):
         log.begin(model, checkpoints.resumption, progress.step)
         if config.eval_only:
             evaluate()

@@ -1,8 +1,9 @@
 """The run directory: run.json, metrics.jsonl, and the lines on the console.
 
 run.json says what the run is and how it ended; it is replaced as a whole. metrics.jsonl gets one JSON object a line,
-flushed at once, so that a run killed at any moment leaves a readable log. A resumed run appends to it: readers keep the
-last record of a step. Only rank zero writes.
+flushed at once, so that a run killed at any moment leaves a readable log. A resumed run appends a `resume` record with
+its step, and goes on from there: readers (`read_log`) drop what was logged before it beyond that step. Only rank zero
+writes.
 """
 
 import contextlib
@@ -26,12 +27,13 @@ from typing import Any
 
 from blockgpt.accounting.hardware import dtype_name
 from blockgpt.accounting.meter import StepMeter
-from blockgpt.checkpoints.manager import Resumption
+from blockgpt.checkpoints.manager import Progress, Resumption
 from blockgpt.checkpoints.resume import run_exists
 from blockgpt.checkpoints.saver import versions
 from blockgpt.console import echo, human_bytes, human_time, in_columns, is_terminal, percentages
 from blockgpt.errors import UserError
-from blockgpt.files import write_json
+from blockgpt.experiments.records import BrokenLogError, first_launch, read_log
+from blockgpt.files import FolderLock, exists, is_dir, list_dir, unreadable, write_json
 from blockgpt.training import parallel
 from blockgpt.training.faults import StepStatus
 from blockgpt.training.launch import Runtime
@@ -43,6 +45,7 @@ from model_builder import GPT
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parent
 MAX_RANKS_LISTED = 64  # with more processes, the log summarises their values
+RESTART_SECONDS = 30.0  # that torchrun's restart waits for the lock of a process that is being killed
 STRAGGLER_RATIO = 1.05  # × the median step time: a rank that the console names
 LOCK_SECONDS = 5.0
 RUN_KEYS = ("resume", "resume_force", "eval_only")  # how a run was started, not what it is
@@ -61,11 +64,32 @@ def run_directory(config: Config) -> Path:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         name = f"{stamp}-{config.model.arch_preset}"
         names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-        return next(p for p in (Path(config.out_dir) / n for n in names) if not os.path.lexists(p))
+        return next(p for p in (Path(config.out_dir) / n for n in names) if not exists(p))
     path = Path(config.out_dir) / config.run_name
-    if not config.resuming and os.path.lexists(path) and not (config.resume == "auto" and path.is_dir()):
+    if not config.resuming and exists(path) and not (config.resume == "auto" and is_dir(path)):
         raise UserError(f"--run_name: {path} exists (--resume=auto to continue it, or another name)")
     return path
+
+
+def claim_run_directory(config: Config, runtime: Runtime) -> Path:
+    """`run_directory`; that of a resumed run is locked until this process ends (`RunLog.open` locks a new one).
+
+    Raises:
+        UserError: also if another process trains in it. Nothing was changed.
+    """
+    run_dir = run_directory(config)
+    if config.resuming:
+        restarted = runtime.launch_id != runtime.first_launch_id
+        lock_run_directory(run_dir, wait=RESTART_SECONDS if restarted else 1.0)
+    return run_dir
+
+
+def lock_run_directory(run_dir: Path, wait: float = 1.0) -> None:
+    """Lock a run's directory until this process ends; `UserError` if another process has locked it."""
+    try:
+        FolderLock(run_dir, "trains in it", wait)
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be written: {error.strerror} (--out_dir=…)") from None
 
 
 def find_restarted_run(config: Config, runtime: Runtime) -> str | None:
@@ -74,13 +98,18 @@ def find_restarted_run(config: Config, runtime: Runtime) -> str | None:
     It is the run that an earlier launch of the same job began: a directory of another run stays refused.
     """
     def find() -> str | None:
-        runs = [Path(config.out_dir, config.run_name)] if config.run_name else sorted(Path(config.out_dir).glob("*"))
+        runs = [Path(config.out_dir, config.run_name)] if config.run_name else list_dir(config.out_dir)
+        closed: OSError | None = None
         for run in reversed(runs):
             try:
                 if json.loads((run / "run.json").read_bytes())["launch"] == runtime.first_launch_id:
                     return run.name
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
                 continue
+            except OSError as error:  # perhaps another user's run
+                closed = error
+        if closed is not None:
+            raise unreadable(closed.filename, closed)
         return config.run_name if config.run_name and not run_exists(runs[0]) else None
 
     # Not by torchrun's own count of restarts, which differs from node to node.
@@ -91,16 +120,17 @@ def run_header(config: Config, model: GPT, objective: Objective, runtime: Runtim
                initial_weights: dict[str, Any] | None) -> dict[str, Any]:
     """The content of run.json without status and results; initial_weights: see `CheckpointManager`."""
     inferred = model.infer_config()
+    hardware = {"device": str(runtime.device), "name": runtime.name(), "world_size": runtime.world_size,
+                "mode": parallel.parallel_mode(config, runtime), "dtype": dtype_name(runtime.dtype),
+                "tf32": runtime.tf32, "compile": runtime.compile, "peak_flops": meter.peak,
+                "peak_source": meter.peak_source}
     return {
         "arch_name": inferred.arch_name(), "config": config.flat(), "model": inferred.flat(),
         "criterion": objective.criterion._asdict(), "initial_weights": initial_weights,
         "parameters": model.parameter_counts(), "flops_per_token": meter.flops, "data": objective.description(),
         "attention_kernels": model.attention_kernels(runtime.dtype),
-        "hardware": {"device": str(runtime.device), "name": runtime.name(), "world_size": runtime.world_size,
-                     "mode": parallel.parallel_mode(config, runtime),
-                     "dtype": dtype_name(runtime.dtype), "tf32": runtime.tf32,
-                     "compile": runtime.compile, "peak_flops": meter.peak, "peak_source": meter.peak_source},
-        "launch": runtime.first_launch_id, **environment(),
+        "val_data": objective.val_data, "hardware": hardware, "launch": runtime.first_launch_id,
+        "launches": [{"step": 0, "started_at": utc_now(), **environment(), "hardware": hardware}],
     }
 
 
@@ -143,8 +173,11 @@ class RunLog:
         self.first_step: tuple[int, float] | None = None
         self.lock = threading.Lock()  # held while run.json is written
 
-    def open(self) -> str:
+    def open(self, resumption: Resumption | None = None, progress: Progress | None = None) -> str:
         """Create the directory, or take over that of a resumed run; returns its path.
+
+        Args:
+            resumption, progress: where and how a resumed run continues; None for a new run.
 
         Raises:
             UserError: it cannot be written.
@@ -153,20 +186,28 @@ class RunLog:
         try:
             if not self.config.resuming:
                 self._create_directory()
+                lock_run_directory(self.dir)
+                if run_exists(self.dir):
+                    raise UserError(f"{self.dir}: another process has trained in it meanwhile (--resume=auto to "
+                                    "continue it, or another --run_name)")
             self.metrics = open(self.dir / "metrics.jsonl", "a+b")  # noqa: SIM115 (lives as long as self)
-            if self.config.resuming:
-                header = self._take_over(header)
+            if resumption and progress:
+                header = self._take_over(header, resumption, progress)
             self.started = time.time() - (self.results.get("wall_time") or 0)  # a resumed run's time adds up
             self.record = {"schema_version": SCHEMA_VERSION, "run_name": self.dir.name, "status": None,
                            "status_reason": None, "created_at": utc_now(), **header}
             self.record |= {"status": "running", "status_reason": None}
             self._write_record()
+        except BrokenLogError as error:
+            raise UserError(f"{self.dir}: cannot be resumed: {error} (--resume=never and another --run_name)") from None
         except OSError as error:
             raise UserError(f"{self.dir}: cannot be written: {error.strerror} (--out_dir=…)") from None
         if self.config.wandb_log:
             self.record.setdefault("wandb_id", uuid.uuid4().hex[:8])  # not chosen by wandb, which could block
             self._update_record()
             self.tracker = WandbTracker(self.config, self.dir, finite(self.record), self.warning)
+            if resumption and not self.config.eval_only:
+                self.tracker.log("resume", self.record["resumes"][-1])
         return str(self.dir)
 
     def _create_directory(self) -> None:
@@ -176,19 +217,38 @@ class RunLog:
             except FileExistsError:  # another run, started in the same second, was faster
                 self.dir = run_directory(self.config)
 
-    def _take_over(self, header: dict[str, Any]) -> dict[str, Any]:
-        """Keep the entries of a resumed run's run.json that stay valid; returns the header."""
+    def _take_over(self, header: dict[str, Any], resumption: Resumption, progress: Progress) -> dict[str, Any]:
+        """The content of a resumed run's run.json: what stays valid of the old one, and how the run continues."""
         self._end_incomplete_line()
-        for stale in self.dir.glob(".run.json.*.tmp"):  # of a killed process
+        for stale in list_dir(self.dir, ".run.json.*.tmp"):  # of a killed process
             stale.unlink()
         before = json.loads((self.dir / "run.json").read_bytes())
         self.results = before.get("results") or {}
         if self.config.eval_only:  # an evaluation changes neither what the run is, nor how it ended
             self.final_status = {k: before.get(k) for k in self.final_status}
             return before
-        origin = {k: before[k] for k in ("created_at", "wandb_id", "resumes") if k in before}
+        resume = {"step": progress.step, "changed": resumption.changed, "forced": list(resumption.forced),
+                  "world_size": header["hardware"]["world_size"]}
+        self._append("resume", resume)
+        if self.results.get("step", 0) > progress.step:
+            self.results = self._results_at(progress)
+        origin = {k: before[k] for k in ("created_at", "wandb_id") if k in before}
         start_keys = {k: v for k, v in before["config"].items() if k in RUN_KEYS}
-        return {**header, **origin, "config": {**header["config"], **start_keys}}
+        launches = before.get("launches") or [first_launch(before)]
+        return {**header, **origin, "config": {**header["config"], **start_keys},
+                "resumes": [*before.get("resumes", []), resume],
+                "launches": [*launches, {**header["launches"][-1], "step": progress.step}]}
+
+    def _results_at(self, progress: Progress) -> dict[str, Any]:
+        """The results of a run that goes back to an earlier step: without those of the training that is abandoned."""
+        records, _ = read_log(self.dir / "metrics.jsonl")
+        evals, spikes = ([r for r in records if r.get("kind") == record_type] for record_type in ("eval", "spike"))
+        measured = {k: v for k, v in self.results.items() if k in (*self.speeds, "peak_memory", "wall_time")}
+        final = {k: v for k, v in (evals[-1] if evals else {}).items() if k not in ("kind", "val_data")}
+        counts = {"spikes": len(spikes), "skipped_steps": sum(r["skipped"] for r in spikes)} if spikes else {}
+        best = {f"best_{name}": value for name, value in (progress.best or {}).items()}
+        saved = {"saved_step": progress.step} if progress.step else {}  # where it goes back to
+        return {**measured, **final, **best, **counts, **saved, "step": progress.step, "tokens": progress.tokens}
 
     def __enter__(self) -> "RunLog":
         return self
@@ -213,7 +273,7 @@ class RunLog:
     # ------------------------------------------------------------ how it begins and ends
 
     def begin(self, model: GPT, resumption: Resumption | None, step: int) -> None:
-        """Print what is trained; record where a resumed run continues, after `step` steps, and what has changed."""
+        """Print what is trained, where a resumed run continues (after `step` steps), and what has changed."""
         if self.quiet:
             return
         print_header(self.header, self.config, model, self.dir)
@@ -226,12 +286,8 @@ class RunLog:
                   else f"{self.dir}: no checkpoint yet, starting at step 0")
         if self.config.eval_only:
             return
-        entry = {"step": step, "changed": resumption.changed, "forced": list(resumption.forced),
-                 "world_size": self.header["hardware"]["world_size"]}
-        self.record["resumes"] = [*self.record.get("resumes", []), entry]
         for name, (before, now) in resumption.changed.items():
             self.info(f"  {name}: {before} -> {now}{' (forced)' if name in resumption.forced else ''}")
-        self._update_record()
 
     def finished(self, stopped_early: str | None) -> None:
         """Record that no step is left, and why if the run has stopped before max_iters."""
@@ -300,15 +356,23 @@ class RunLog:
         self._show(values)
 
     def evaluation(self, step: int, tokens: int, metrics: dict[str, float], best: dict[str, Any] | None) -> None:
-        """The validation metrics after `step` optimizer steps, and the {"step", metrics} of the best so far."""
+        """The validation metrics after `step` optimizer steps, and the {"step", metrics} of the best so far.
+
+        With eval_only, an existing run keeps its results: the evaluation is a record of another type, which no
+        comparison reads, and which says how it was made.
+        """
         if self.quiet:
             return
-        self._append("eval", {"step": step, "tokens": tokens, **metrics})
-        self.results |= {"step": step, "tokens": tokens, **metrics}
-        self._update_record()
         self.info(f"step {step:>6}   " + "   ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+        values = {"step": step, "tokens": tokens, **metrics, "val_data": self.header.get("val_data")}
+        if self.config.eval_only and self.config.resuming:
+            self._append("eval_only", {**values, "launch": self.header["launches"][-1]})
+            return
+        self._append("eval", values)
+        self.results |= {"step": step, "tokens": tokens, **metrics}
         if best:
             self.results |= {f"best_{name}": value for name, value in best.items()}
+        self._update_record()
 
     def spike(self, step: int, loss: float, z_score: float, skipped: bool) -> None:
         """A loss `z_score` standard deviations above its running mean, and whether its update was skipped."""
@@ -335,6 +399,7 @@ class RunLog:
             return
         self._append("save", {"step": step, "seconds": seconds})
         self.results["saved_step"] = step
+        self._update_record()  # a resume must know that there was a checkpoint
         self.info(f"step {step:>6}   saved" + ("" if seconds is None else f" in {seconds:.2f} s"))
 
     # ------------------------------------------------------------ the console

@@ -24,6 +24,7 @@ from typing import Any
 
 from blockgpt.console import ArgumentParser
 from blockgpt.errors import ConfigError, UserError, did_you_mean, short_repr
+from blockgpt.files import is_dir, is_file, list_dir
 
 Field = dataclasses.Field[Any]
 Types = tuple[type, ...]
@@ -169,10 +170,10 @@ def read_config_file(path: str, root: Path) -> dict[str, Any]:
     Returns:
         {name: value} of its variables, without modules and names with a leading underscore.
     """
-    found = next((p for p in (path, str(root / path)) if os.path.isfile(p)), None)
+    found = next((p for p in (path, str(root / path)) if is_file(p)), None)
     if found is None:
-        existing = sorted(f"config/{p.name}" for p in (root / "config").glob("[!_]*.py"))
-        raise UserError(f"{path}: {'not a file' if os.path.isdir(path) else 'no such config file'}"
+        existing = sorted(f"config/{p.name}" for p in list_dir(root / "config", "[!_]*.py"))
+        raise UserError(f"{path}: {'not a file' if is_dir(path) else 'no such config file'}"
                         f"{did_you_mean(path, existing)}")
     namespace: dict[str, Any] = {"__name__": Path(found).stem, "__file__": found}
     search_path = sys.path[:]

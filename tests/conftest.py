@@ -1,6 +1,5 @@
 """Fixtures of several tests: a small dataset of text, and train.py run as a user runs it."""
 
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from blockgpt.data.prepare import write_dataset
 from blockgpt.data.sources import SHAKESPEARE
 from blockgpt.data.tokenizer import ByteTokenizer, load_tokenizer
 from blockgpt.errors import UserError
+from blockgpt.experiments.records import read_log
 from configurator import load_config
 from tools.train_tokenizer import main as train_tokenizer
 
@@ -92,21 +92,22 @@ def config_error(*argv):
 
 
 def records(run_dir, kind="step"):
-    """{step: record} of a metrics.jsonl, the last record of a step counting."""
-    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
-    return {r["step"]: r for r in map(json.loads, lines) if r["kind"] == kind}
+    """{step: record} of a metrics.jsonl, as the comparison reads it; every line must be whole."""
+    log, broken = read_log(Path(run_dir) / "metrics.jsonl")
+    assert not broken
+    return {r["step"]: r for r in log if r["kind"] == kind}
 
 
 @pytest.fixture
 def train(tmp_path, tmp_path_factory, data_dir):
-    """train(name, *flags, env={}) -> the finished process of a tiny run in tmp_path/runs/name."""
+    """train(name, *flags, env={}, unprivileged=False) -> the finished process of a tiny run in tmp_path/runs/name."""
     output = tmp_path_factory.mktemp("output") / "train"
 
-    def run(name, *flags, env=None):
+    def run(name, *flags, env=None, unprivileged=False):
         argv = [*TINY, f"--data_dir={data_dir}", f"--run_name={name}", *map(str, flags)]
         if any(key.startswith("PYTHON") for key in env or ()):  # which an interpreter reads at its start
             return run_python(ROOT / "train.py", *argv, cwd=tmp_path, env=env)
-        return run_train(argv, tmp_path, environment(**(env or {})), output)
+        return run_train(argv, tmp_path, environment(**(env or {})), output, unprivileged=unprivileged)
     return run
 
 

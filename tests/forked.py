@@ -11,17 +11,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+from unprivileged import give_up_privileges
+
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["forked", "torch._dynamo", "train"])
 
 
-def exec_train(argv, cwd, env, output):
+def exec_train(argv, cwd, env, output, unprivileged=False):
     """Run `python train.py *argv` in this process; its standard streams are `output`.out and `output`.err."""
     for descriptor, path in ((0, os.devnull), (1, f"{output}.out"), (2, f"{output}.err")):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(opened, descriptor)
         os.close(opened)
+    if unprivileged:
+        give_up_privileges()
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 (multiprocessing had replaced it)
     os.chdir(cwd)
     os.environ.clear()
@@ -30,9 +34,9 @@ def exec_train(argv, cwd, env, output):
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def run_train(argv, cwd, env, output, timeout=240):
+def run_train(argv, cwd, env, output, timeout=240, unprivileged=False):
     """`subprocess.run` of train.py, in a forked process; the finished process, its output as text."""
-    process = SERVER.Process(target=exec_train, args=(argv, str(cwd), env, str(output)))
+    process = SERVER.Process(target=exec_train, args=(argv, str(cwd), env, str(output), unprivileged))
     process.start()
     process.join(timeout)
     if process.exitcode is None:

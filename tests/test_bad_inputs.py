@@ -424,7 +424,7 @@ def workspace(tmp_path_factory):
 
 def tree(directory):
     """{path: content, None for a folder} of everything under a directory."""
-    return {p: None if p.is_dir() else p.read_bytes() for p in directory.rglob("*")}
+    return {p: None if p.is_dir() else p.read_bytes() for p in directory.rglob("*") if p.name != ".lock"}
 
 
 @pytest.fixture

@@ -276,3 +276,39 @@ def test_no_definition_has_a_retired_name(tree):
 ])
 def test_a_retired_name_is_found_wherever_it_is_defined(statement):
     assert {name for name, _ in definitions(ast.parse(statement))} & RETIRED_NAMES
+
+
+# ---- lookups
+
+# `os.path.exists`, `glob` and the like take what may not be read for what is not there. blockgpt/files.py does not.
+TWO_ANSWERS = {"exists", "is_dir", "is_file", "isdir", "isfile", "lexists", "glob", "iglob", "rglob", "iterdir",
+               "listdir", "scandir", "walk"}
+MAY_LOOK = {
+    "blockgpt/files.py": "it is where the three answers are",
+    "blockgpt/data/sources.py": "its own lookups are refused one by one",
+    "data/pycode/prepare.py": "os.walk, with an onerror that refuses",
+    "tools/mutate.py": "files of its own copy of the tree",
+    "tools/torture/files.py": "files that the trial has made", "tools/torture/ranks.py": "the same",
+    "tools/torture/runs.py": "the same", "tools/torture/network.py": "devices", "tools/torture/__main__.py": "the same"}
+
+
+def lookups_with_two_answers(text: str) -> list[str]:
+    """The calls of a method or of a function of os, os.path or glob that cannot say that they do not know."""
+    return [f"{node.lineno}: {node.func.attr}" for node in ast.walk(parse(text))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in TWO_ANSWERS
+            and ast.unparse(node.func) != "ast.walk"]
+
+
+def test_every_lookup_of_a_file_has_three_answers(tree):
+    found = {path: lookups_with_two_answers(text) for path, text in tree.items()}
+    assert {path for path, calls in found.items() if calls} <= set(MAY_LOOK), found
+    planted = "import os\nif os.path.exists('x') or Path('x').is_dir():\n    glob.glob('*')"
+    assert lookups_with_two_answers(planted) == ["2: exists", "2: is_dir", "3: glob"]
+
+
+def test_every_thread_is_asked_how_it_ended(tree):
+    """A plain `threading.Thread` prints its exception, and the program exits with code 0."""
+    found = {path for path, text in tree.items() if "threading.Thread(" in text}
+    assert found == {"blockgpt/training/tracker.py",  # warns of every error of its threads
+                     "blockgpt/data/prepare.py",  # ends the process
+                     "tools/torture/runs.py"}

@@ -2,15 +2,20 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, environment, records, run_python
+
+from blockgpt.files import FolderLock
+from compare_architectures import load_run
 
 LOSSES = ("loss", "grad_norm", "lr", "tokens")
 
@@ -97,7 +102,42 @@ def test_eval_only_trains_nothing(tmp_path, train):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/base/model.safetensors").read_bytes() == before
     last = [json.loads(line) for line in (tmp_path / "runs/base/metrics.jsonl").read_text().splitlines()][-3:]
-    assert [r["kind"] for r in last] == ["eval", "save", "eval"] and last[0]["val_loss"] == last[2]["val_loss"]
+    assert [r["kind"] for r in last] == ["eval", "save", "eval_only"] and last[0]["val_loss"] == last[2]["val_loss"]
+
+
+def test_evaluating_a_finished_run_on_other_data_changes_neither_its_results_nor_its_rank(tmp_path, train):
+    train("base", "--max_iters=5", "--eval_interval=2")
+    run_dir = tmp_path / "runs/base"
+    record, ranked = json.loads((run_dir / "run.json").read_text()), load_run(run_dir)
+    evals = records(run_dir, "eval")
+    assert {r["val_data"]["digest"] for r in evals.values()} == {record["val_data"]["digest"]}
+    assert record["val_data"]["tokens"] == 512
+    done = train("base", "--resume=must", "--eval_only", "--eval_tokens=64")
+    assert done.returncode == 0, done.stderr
+    evaluation = records(run_dir, "eval_only")[5]
+    assert evaluation["val_data"]["tokens"] == 64 and evaluation["val_loss"] != evals[5]["val_loss"]
+    assert evaluation["val_data"]["digest"] != record["val_data"]["digest"]
+    assert "--eval_only" in evaluation["launch"]["command"]
+    assert {**json.loads((run_dir / "run.json").read_text()), "updated_at": 0} == {**record, "updated_at": 0}
+    assert load_run(run_dir) == ranked
+
+
+def test_what_an_abandoned_end_logged_is_not_read_after_a_roll_back(tmp_path, train):
+    train("back", "--max_iters=6", "--eval_interval=3")
+    run_dir = tmp_path / "runs/back"
+    for path in (run_dir / "checkpoints").glob("step_00000006"):
+        shutil.rmtree(path)
+    log = run_dir / "metrics.jsonl"
+    log.write_text("".join(json.dumps(r | {"val_loss": 0.5} if r["kind"] == "eval" and r["step"] == 6 else r) + "\n"
+                           for r in map(json.loads, log.read_text().splitlines())))
+    assert load_run(run_dir)["val_loss"] == 0.5
+    assert train("back", "--resume=must", "--max_iters=5", "--lr_decay_iters=6").returncode == 0
+    assert sorted(records(run_dir)) == [1, 2, 3, 4, 5] and sorted(records(run_dir, "eval")) == [3, 5]
+    assert load_run(run_dir)["val_loss"] > 0.5
+    first, second = json.loads((run_dir / "run.json").read_text())["launches"]
+    assert first["step"] == 0 and second["step"] == 3
+    assert "--max_iters=6" in first["command"] and "--max_iters=5" in second["command"]
+    assert set(first) == {"step", "started_at", "command", "git_commit", "versions", "hardware"}
 
 
 def test_a_run_stops_early_without_improvement_and_continues_with_more_patience(tmp_path, train):
@@ -160,10 +200,22 @@ def test_auto_starts_then_continues_and_equals_an_uninterrupted_run(tmp_path, tr
     assert (runs / "auto/model.safetensors").read_bytes() == (runs / "whole/model.safetensors").read_bytes()
 
 
+def forget_saves(run_dir):
+    """Turn a finished run into one that was killed before its first save."""
+    shutil.rmtree(run_dir / "checkpoints")
+    for name in ("model.safetensors", "config.json"):
+        (run_dir / name).unlink()
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(line for line in lines if '"kind": "save"' not in line))
+    run = json.loads((run_dir / "run.json").read_text())
+    del run["results"]["saved_step"]
+    (run_dir / "run.json").write_text(json.dumps({**run, "status": "running"}))
+
+
 def test_auto_starts_in_the_directory_of_a_run_killed_before_its_first_save(tmp_path, train):
     train("early", "--max_iters=4")
     expected = curve(tmp_path / "runs/early")
-    shutil.rmtree(tmp_path / "runs/early/checkpoints")
+    forget_saves(tmp_path / "runs/early")
     (tmp_path / "runs/early/checkpoints/.step_00000002.tmp").mkdir(parents=True)
     before = (tmp_path / "runs/early/metrics.jsonl").read_bytes()
     done = train("early", "--resume=auto")
@@ -176,14 +228,59 @@ def test_auto_starts_in_the_directory_of_a_run_killed_before_its_first_save(tmp_
     assert curve(tmp_path / "runs/bare") == expected
 
 
+def files_of(run_dir):
+    return {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
 def test_auto_overwrites_nothing_where_no_checkpoint_is_usable(tmp_path, train):
     train("mine", "--max_iters=2")
     (tmp_path / "runs/mine/checkpoints/step_00000002/index.json").write_text("{}")
-    before = {p: p.read_bytes() for p in (tmp_path / "runs/mine").rglob("*") if p.is_file()}
+    before = files_of(tmp_path / "runs/mine")
     done = train("mine", "--resume=auto", "--max_iters=4")
     assert done.returncode == 3 and "no usable checkpoint" in done.stderr
     assert done.stderr.startswith("warning: skipped: ") and done.stderr.count("\n") == 2
-    assert before == {p: p.read_bytes() for p in (tmp_path / "runs/mine").rglob("*") if p.is_file()}
+    assert before == files_of(tmp_path / "runs/mine")
+
+
+def close(path, mode=0):
+    path.chmod(mode)
+
+
+def unmount(path):
+    shutil.rmtree(path)
+    path.symlink_to("/no/such/disk")
+
+
+@pytest.mark.parametrize("name, make, code, reason", [
+    ("checkpoints", shutil.rmtree, 3, "has no checkpoint, but its log says that step 2 was saved"),
+    ("checkpoints", unmount, 2, "checkpoints: is a link to /no/such/disk, which does not exist"),
+    ("checkpoints", close, 2, "checkpoints: cannot be read: Permission denied"),
+    ("checkpoints", lambda path: close(path, 0o444), 2, "manifest.json: cannot be read|step_00000002: cannot be read"),
+    ("checkpoints/step_00000002", close, 2, "step_00000002.*: cannot be read: Permission denied"),
+    ("checkpoints/step_00000002/state.json", close, 2, "state.json: cannot be read: Permission denied"),
+    (".", close, 2, "runs/mine/.*: cannot be read"), ("run.json", close, 2, "run.json cannot be read"),
+    ("run.json", Path.unlink, 2, "there is no run"),
+    ("metrics.jsonl", close, 2, "cannot be written: Permission denied")])
+def test_auto_never_starts_again_where_it_cannot_tell(tmp_path, train, name, make, code, reason):
+    run_dir = tmp_path / "runs/mine"
+    train("mine", "--max_iters=2")
+    make(run_dir / name)
+    done = train("mine", "--resume=auto", "--max_iters=4", unprivileged=True)
+    assert done.returncode == code and re.search(reason, done.stderr), done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 4  # two steps, an evaluation, a save
+
+
+def test_a_second_process_is_refused_in_one_line_and_changes_nothing(tmp_path, train):
+    train("mine", "--max_iters=2")
+    with FolderLock(tmp_path / "runs/mine", "trains in it"):
+        before = files_of(tmp_path / "runs/mine")
+        for flag in ("--resume=auto", "--resume=must", "--eval_only"):
+            done = train("mine", "--resume=must", "--max_iters=4", flag)
+            assert done.returncode == 2 and done.stderr.count("\n") == 1
+            assert done.stderr.startswith(f"error: runs/mine: process {os.getpid()} on ")
+        assert files_of(tmp_path / "runs/mine") == before
+    assert train("mine", "--resume=must", "--max_iters=4").returncode == 0
 
 
 def test_resume_without_a_usable_checkpoint_is_exit_3(tmp_path, train):

@@ -17,6 +17,7 @@ from checkpoint_helpers import largest_file
 from conftest import ROOT, TINY, environment, records, run_python
 
 import training_logger
+from blockgpt.checkpoints.manager import Progress, Resumption
 from blockgpt.console import human_time
 from blockgpt.errors import NonFiniteError, UserError
 from blockgpt.training.faults import StepStatus
@@ -24,7 +25,8 @@ from model_builder import build_model
 from model_config import ModelConfig
 from training_logger import RunLog, run_directory, summarize_ranks
 
-HEADER = {"arch_name": "x", "config": {"resume": "never", "eval_only": False}, "hardware": {"world_size": 1}}
+HEADER = {"arch_name": "x", "config": {"resume": "never", "eval_only": False}, "hardware": {"world_size": 1},
+          "launches": [{"step": 0, "command": ["train.py"]}], "val_data": None}
 MEMORY = {"allocated": 1, "peak": 2, "reserved": None}
 SPEED = {"step_time": 0.1, "tokens_per_sec": 80.0, "tflops": 0.1, "mfu": None}
 
@@ -40,10 +42,12 @@ def log_step(log, step=1, loss=2.0, grad_norm=1.0, step_times=(0.1,), peaks=(2,)
     log.step(step, 8, status, 1e-3, {**SPEED, **speed}, dict(MEMORY), {"text": 8}, communication, metrics)
 
 
-def opened(*args):
-    """A `RunLog` that has its directory."""
-    log = RunLog(*args)
-    assert log.open() == str(log.dir)
+def opened(run_dir, header, config, resumption=None, progress=None):
+    """A `RunLog` that has its directory; that of a resumed run continues at step 0."""
+    log = RunLog(run_dir, header, config)
+    if config.resuming:
+        resumption, progress = resumption or Resumption(None), progress or Progress()
+    assert log.open(resumption, progress) == str(log.dir)
     return log
 
 
@@ -64,9 +68,10 @@ def configuration(tmp_path, run_name=None, **keys):
 
 @pytest.fixture
 def new_log(tmp_path):
-    """new_log(resumed=False, **config) -> the log of a run in tmp_path/run."""
-    def make(resumed=False, **keys):
-        return opened(tmp_path / "run", HEADER, configuration(tmp_path, "run", resuming=resumed, **keys))
+    """new_log(resumed=False, resumption=None, progress=None, **config) -> the log of a run in tmp_path/run."""
+    def make(resumed=False, resumption=None, progress=None, **keys):
+        config = configuration(tmp_path, "run", resuming=resumed, **keys)
+        return opened(tmp_path / "run", HEADER, config, resumption, progress)
     return make
 
 
@@ -104,7 +109,7 @@ def test_a_name_given_by_hand_is_never_shared(tmp_path, new_log):
         new_log()  # the name was free a moment ago
     assert run_directory(configuration(tmp_path, "run", resume="must", resuming=True)) == first.dir
     (tmp_path / "dangling").symlink_to("nowhere")
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(UserError, match="is a link to nowhere"):
         run_directory(configuration(tmp_path, "dangling"))
 
 
@@ -210,17 +215,22 @@ def test_a_resumed_log_appends_after_an_incomplete_line_and_keeps_its_origin(tmp
         f.write(b'{"kind": "st')
     (log.dir / ".run.json.4711.tmp").touch()  # what a kill in the middle of a replacement leaves
     monkeypatch.setattr(training_logger, "utc_now", lambda: "2099-01-01T00:00:00Z")
-    header = {**HEADER, "config": {"resume": "must", "eval_only": False, "max_iters": 10}}
-    log = opened(log.dir, header, configuration(tmp_path, "run", resume="must", resuming=True))
+    header = {**HEADER, "config": {"resume": "must", "eval_only": False, "max_iters": 10},
+              "launches": [{"step": 0, "command": ["train.py", "--resume=must"]}]}
+    log = opened(log.dir, header, configuration(tmp_path, "run", resume="must", resuming=True),
+                 Resumption(None, {"max_iters": [5, 10]}), Progress(step=1, tokens=8))
     monkeypatch.setattr(training_logger.time, "time", lambda: 1065.0)
     with log:
         log_step(log, 2)
-    whole, torn, after = (log.dir / "metrics.jsonl").read_text().splitlines()
+    whole, torn, resume, after = (log.dir / "metrics.jsonl").read_text().splitlines()
     assert strict(whole)["step"] == 1 and torn == '{"kind": "st' and strict(after)["step"] == 2
+    entry = {"step": 1, "changed": {"max_iters": [5, 10]}, "forced": [], "world_size": 1}
+    assert strict(resume) == {"kind": "resume", **entry} and run_json(log)["resumes"] == [entry]
+    assert run_json(log)["launches"] == [*HEADER["launches"], {"step": 1, "command": ["train.py", "--resume=must"]}]
     record = run_json(log)
     assert record["created_at"] == created and record["updated_at"] == "2099-01-01T00:00:00Z"
     assert record["config"] == {"resume": "never", "eval_only": False, "max_iters": 10}
-    assert record["results"]["wall_time"] == 65 and not list(log.dir.glob(".*"))
+    assert record["results"]["wall_time"] == 65 and list(log.dir.glob(".*")) == [log.dir / ".lock"]
 
 
 def test_evaluating_a_run_changes_neither_its_status_nor_its_config(new_log):
@@ -230,11 +240,49 @@ def test_evaluating_a_run_changes_neither_its_status_nor_its_config(new_log):
     before = run_json(log)
     log = new_log(resumed=True, eval_only=True, max_iters=99)
     with log:
-        log.evaluation(1, 8, {"val_loss": 1.5}, None)
-    after = run_json(log)
-    assert after["results"].pop("val_loss") == 1.5
-    assert {**after, "updated_at": 0} == {**before, "updated_at": 0}
-    assert [r["kind"] for r in lines(log)] == ["step", "eval"]
+        log.evaluation(1, 8, {"val_loss": 1.5}, {"step": 1, "val_loss": 1.5})
+    assert {**run_json(log), "updated_at": 0} == {**before, "updated_at": 0}
+    step, evaluation = lines(log)
+    assert (step["kind"], evaluation["kind"]) == ("step", "eval_only")  # which is not ranked
+    assert (evaluation["val_loss"], evaluation["launch"]) == (1.5, HEADER["launches"][0])
+
+
+def test_the_first_launch_of_a_run_of_an_earlier_version_is_kept(new_log):
+    log = new_log()
+    with log:
+        pass
+    former = {"command": ["train.py", "--old"], "git_commit": "abc", "versions": {"torch": "1"}, "hardware": {"a": 1}}
+    old = {k: v for k, v in run_json(log).items() if k != "launches"} | former
+    (log.dir / "run.json").write_text(json.dumps(old))
+    for at in (3, 5):
+        with new_log(resumed=True, progress=Progress(step=at)):
+            pass
+    first, *later = run_json(log)["launches"]
+    assert first == {"step": 0, "started_at": old["created_at"], **former}
+    assert later == [{"step": 3, "command": ["train.py"]}, {"step": 5, "command": ["train.py"]}]
+
+
+def test_a_run_that_goes_back_keeps_no_results_of_what_it_abandons(new_log):
+    with new_log() as log:
+        for at, loss in ((1, 3.0), (2, 2.0)):
+            log_step(log, at)
+            log.spike(at, 9.0, 7.0, skipped=True)
+            log.evaluation(at, 8 * at, {"val_loss": loss}, {"step": at, "val_loss": loss})
+    assert run_json(log)["results"]["best_val_loss"] == 2.0
+    log = new_log(resumed=True, progress=Progress(step=1, tokens=8, best={"step": 1, "val_loss": 3.0}))
+    results = run_json(log)["results"]
+    assert {k: results[k] for k in ("step", "tokens", "val_loss", "best_val_loss", "best_step", "spikes")} == {
+        "step": 1, "tokens": 8, "val_loss": 3.0, "best_val_loss": 3.0, "best_step": 1, "spikes": 1}
+    assert results["tokens_per_sec"] == 80.0 and "tokens_per_source" not in results
+    assert sorted(records(log.dir)) == sorted(records(log.dir, "eval")) == [1]
+
+
+def test_a_resume_that_goes_on_where_the_run_ended_keeps_its_results(new_log):
+    with new_log() as log:
+        log_step(log, 2)
+        log.evaluation(2, 16, {"val_loss": 2.0}, {"step": 2, "val_loss": 2.0})
+    before = run_json(log)["results"]
+    assert run_json(new_log(resumed=True, progress=Progress(step=2, tokens=16)))["results"] == before
 
 
 def test_a_log_that_cannot_be_written_is_a_warning(new_log, capsys):

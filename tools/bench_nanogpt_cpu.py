@@ -18,6 +18,7 @@ from pathlib import Path
 
 from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.errors import UserError, exit_on_user_error
+from blockgpt.files import is_file
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--nanogpt", type=Path, required=True, help="a nanoGPT checkout with its data prepared")
     parser.add_argument("--pairs", type=int, default=3, help="how often each is run")
     args = parser.parse_args(argv)
-    if not (args.nanogpt / "data/shakespeare_char/train.bin").is_file():
+    if not is_file(args.nanogpt / "data/shakespeare_char/train.bin"):
         raise UserError(f"--nanogpt: {args.nanogpt}/data/shakespeare_char/train.bin does not exist (run python "
                         f"{args.nanogpt}/data/shakespeare_char/prepare.py)")
     check_ranges(args, {"pairs": (args.pairs >= 1, "at least 1")})

@@ -23,6 +23,7 @@ from typing import Any
 
 from blockgpt.console import ArgumentParser
 from blockgpt.errors import UserError, exit_on_user_error
+from blockgpt.experiments.records import read_log
 from configurator import load_config
 from model_config import PRESETS
 
@@ -90,7 +91,7 @@ def train_in_process(path: str | Path) -> None:
 
 
 def read_curve(run_dir: Path) -> Curve:
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    records, _ = read_log(run_dir / "metrics.jsonl")
     return [(r["loss"], r["grad_norm"]) for r in records if r["kind"] == "step"]
 
 

@@ -6,6 +6,7 @@
 A pickle can run any program when it is loaded. `read_plain_pickle` therefore refuses a pickle that names anything.
 """
 
+import argparse
 import io
 import pickle
 import sys
@@ -17,7 +18,7 @@ from blockgpt.console import ArgumentParser
 from blockgpt.data.dataset import SPLITS, is_bare, open_bare
 from blockgpt.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from blockgpt.errors import DataError, exit_on_user_error, first_line, short_repr
-from blockgpt.files import write_json
+from blockgpt.files import FolderLock, write_json
 
 MAX_BYTES = 2**24  # of a meta.pkl: a vocabulary of all Unicode characters is smaller
 
@@ -93,14 +94,20 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     if not is_bare(args.directory):
         raise DataError(f"{args.directory}: is no folder with train.bin and val.bin and without meta.json")
+    try:
+        with FolderLock(args.directory, "prepares this dataset"):
+            convert(args)
+    except OSError as error:
+        raise DataError(f"{args.directory}: cannot be written: {error.strerror}") from None
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Write meta.json, the description of bare token files."""
     tokenizer: Tokenizer = (load_tokenizer(args.tokenizer) if args.tokenizer
                             else read_tokenizer(args.directory / "meta.pkl"))
     meta = open_bare(args.directory.name, args.directory, tokenizer).meta
     meta["source"] = "nanoGPT"
-    try:
-        write_json(args.directory / "meta.json", meta)
-    except OSError as error:
-        raise DataError(f"{args.directory}: cannot be written: {error.strerror}") from None
+    write_json(args.directory / "meta.json", meta)
     counts = ", ".join(f"{meta['splits'][s]['tokens']:,} {s}" for s in SPLITS)
     print(f"{args.directory / 'meta.json'}: {tokenizer.name}, vocabulary {tokenizer.vocab_size:,}, tokens {counts}")
 

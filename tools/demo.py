@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from blockgpt.errors import UserError, exit_on_user_error
+from blockgpt.files import exists
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "def main("
@@ -49,7 +50,7 @@ def train_preset(preset: str, name: str) -> str:
 def main() -> None:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     print("blockGPT demo: two architectures on the standard library of this Python. It takes a few minutes.")
-    if not (ROOT / "data/pycode/meta.json").exists():
+    if not exists(ROOT / "data/pycode/meta.json"):
         run("data/pycode/prepare.py")
     runs = [train_preset(preset, f"demo-{stamp}-{preset}") for preset in ("gpt2", "llama")]
 

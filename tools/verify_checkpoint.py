@@ -11,8 +11,10 @@ from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 
+from blockgpt.checkpoints.resume import last_recorded_save
 from blockgpt.console import ArgumentParser
 from blockgpt.errors import CheckpointError, UserError, exit_on_user_error
+from blockgpt.files import exists, is_dir, list_dir
 
 
 def check_and_print(path: Path, check: Callable[[], object]) -> bool:
@@ -20,15 +22,22 @@ def check_and_print(path: Path, check: Callable[[], object]) -> bool:
     started = time.perf_counter()
     try:
         check()
-    except CheckpointError as error:
+    except UserError as error:
         print(f"not ok  {' '.join(str(error).split())}", flush=True)
         return False
     seconds = time.perf_counter() - started
-    files = [p for p in path.iterdir() if not p.name.startswith(".")] if path.is_dir() else [path]
+    files = list_dir(path) or [path]
     size = sum(p.stat().st_size for p in files)
     print(f"ok      {path}: {len(files)} file{'s' * (len(files) > 1)}, {size / 1e9:.3f} GB, "
           f"{size / 1e9 / seconds:.2f} GB/s", flush=True)
     return True
+
+
+def no_checkpoint(run_dir: Path) -> None:
+    """Raise the `CheckpointError` for a run without a checkpoint, although its export may be good."""
+    saved = last_recorded_save(run_dir)
+    raise CheckpointError(f"{run_dir}: has no checkpoint"
+                          + (f", but its log says that step {saved} was saved" if saved else ""))
 
 
 def main(argv: list[str]) -> None:
@@ -40,16 +49,16 @@ def main(argv: list[str]) -> None:
     if isinstance(sys.stdout, TextIOWrapper):  # the messages quote damaged files, which not every terminal can print
         sys.stdout.reconfigure(errors="replace")
     checks: list[tuple[Path, Callable[[], object]]]
-    if checkpoint.STEP_DIR.fullmatch(path.name) or (path / "manifest.json").exists():
+    if checkpoint.STEP_DIR.fullmatch(path.name) or exists(path / "manifest.json"):
         checks = [(path, partial(checkpoint.verify, path))]
-    elif not path.is_dir():
+    elif not is_dir(path):
         raise UserError(f"{path}: is not a directory")
     else:
         checks = [(p, partial(checkpoint.verify, p)) for _, p in reversed(checkpoint.list_checkpoints(path))]
-        if (path / "model.safetensors").exists():
+        if exists(path / "model.safetensors"):
             checks.append((path / "model.safetensors", partial(checkpoint.verify_export, path)))
-    if not checks:
-        raise CheckpointError(f"{path}: has no checkpoint")
+        if not checkpoint.list_checkpoints(path) and (not checks or last_recorded_save(path)):
+            checks.append((path, partial(no_checkpoint, path)))
     if not all([check_and_print(target, check) for target, check in checks]):  # a list, so that all are checked
         sys.exit(CheckpointError.exit_code)
 

@@ -38,6 +38,7 @@ from blockgpt.accounting.requirements import (
 from blockgpt.console import align_columns, echo, human_bytes, in_columns, percentages
 from blockgpt.data.dataset import dataset_dir, is_bare, not_prepared
 from blockgpt.errors import ConfigError, did_you_mean
+from blockgpt.files import exists
 from blockgpt.training.device import choose_device, choose_dtype
 from blockgpt.training.launch import Runtime
 
@@ -239,7 +240,7 @@ def inspect_data(config: Any) -> tuple[Any, str]:
     """(the config with the vocabulary of its data, a description of the data and of the epochs that the run reads)."""
     for name in {name for _, weights in config.phases() for name, weight in weights.items() if weight}:
         directory = dataset_dir(name, config.data_dir)
-        if not (directory / "meta.json").exists() and not is_bare(directory):
+        if not exists(directory / "meta.json") and not is_bare(directory):
             missing = not_prepared(name, config.data_dir)
             if "vocab_size" not in config.explicit:
                 raise missing

@@ -14,6 +14,7 @@ error on one rank is raised on all ranks. There is no generator state to save: b
 A new entry of the state needs no change here. A new file per checkpoint is added to JSON_FILES or TENSOR_FILE.
 """
 
+import errno
 import json
 import os
 import re
@@ -29,17 +30,19 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from blockgpt.checkpoints.files import (
+    JSON_SUFFIX,
     TENSOR_FILE,
     Index,
     TensorEntry,
     TensorFile,
+    is_dtensor,
     local_chunk,
     local_optimizer,
     reshard_parameters,
     safetensors_errors,
 )
 from blockgpt.errors import CheckpointError, UserError, short_repr
-from blockgpt.files import fsync_path, sha256_of, write_json
+from blockgpt.files import find, fsync_path, is_dir, list_dir, sha256_of, unreadable, write_json
 from blockgpt.training.launch import Runtime, run_on_all_ranks
 
 SCHEMA_VERSION = 2
@@ -52,8 +55,8 @@ SINGLE_PROCESS = Runtime(rank=0, local_rank=0, world_size=1, device=torch.device
 # ---- find
 
 def list_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
-    """[(step, directory)] of a run, the newest first, verified or not."""
-    paths = (Path(run_dir) / "checkpoints").glob("step_*")
+    """[(step, directory)] of a run, the newest first, verified or not; `UserError` if they cannot be listed."""
+    paths = list_dir(Path(run_dir) / "checkpoints", "step_*")
     return sorted(((int(m[1]), p) for p in paths if (m := STEP_DIR.fullmatch(p.name))), reverse=True)
 
 
@@ -69,9 +72,9 @@ def find_newest(run_dir: str | Path, runtime: Runtime = SINGLE_PROCESS, or_none:
 
     Raises:
         CheckpointError: there is none.
+        UserError: it cannot be told, because something may not be read.
     """
-    local_names = [path.name for _, path in list_checkpoints(run_dir)] if runtime.rank == 0 else None
-    names = runtime.all_gather_object(local_names)[0]
+    names = runtime.on_rank_zero(lambda: [path.name for _, path in list_checkpoints(run_dir)])
     for name in names:
         path = Path(run_dir) / "checkpoints" / name
         if is_valid(path, runtime):
@@ -122,7 +125,7 @@ def verify_own_files(path: Path, runtime: Runtime) -> None:
             if size == manifest[name]["size"]:
                 digest = sha256_of(file)
         except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+            raise read_error(file, error) from None
         if size != manifest[name]["size"]:
             raise CheckpointError(f"{file}: has {size} bytes, the manifest says {manifest[name]['size']}")
         if digest != manifest[name]["sha256"]:
@@ -134,8 +137,11 @@ def verify_own_files(path: Path, runtime: Runtime) -> None:
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     """{file name: {"size", "sha256"}} of a checkpoint; `CheckpointError` unless exactly these regular files exist."""
-    if path.is_symlink() or not path.is_dir():
-        raise CheckpointError(f"{path}: {'is a symbolic link' if path.is_symlink() else 'does not exist'}")
+    status = find(path)
+    if status is not None and path.is_symlink():
+        raise CheckpointError(f"{path}: is a symbolic link")
+    if status is None or not stat.S_ISDIR(status.st_mode):
+        raise CheckpointError(f"{path}: {'does not exist' if status is None else 'is not a directory'}")
     manifest = read_json(path / "manifest.json")
     if "model.safetensors" in manifest:
         raise CheckpointError(f"{path}: was written in format 1, this program reads {SCHEMA_VERSION} (resume it with "
@@ -146,9 +152,9 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         if type(entry) is not dict or type(entry.get("size")) is not int or type(entry.get("sha256")) is not str:
             raise CheckpointError(f"{path}/manifest.json: {short_repr(name)} has no valid size and sha256")
     try:
-        modes = {p.name: p.lstat().st_mode for p in path.iterdir() if not p.name.startswith(".")}
+        modes = {p.name: p.lstat().st_mode for p in list_dir(path)}
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        raise read_error(path, error) from None
     for name in sorted({*JSON_FILES, "manifest.json"} | manifest.keys() | modes.keys()):
         if name not in modes:
             raise CheckpointError(f"{path}: has no file {name}")
@@ -167,11 +173,24 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except CheckpointError:
         raise
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
+    except OSError as error:
+        raise read_error(path, error) from None
+    except (ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: is not an object")
     return value
+
+
+def read_error(path: Path, error: OSError) -> UserError:
+    """The error for a file of a checkpoint that cannot be read.
+
+    It is a `CheckpointError` where the file is lost or damaged. Otherwise the checkpoint may be good, and no older one
+    takes its place: training would be done again, and the good one overwritten.
+    """
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO):
+        return CheckpointError(f"{path}: cannot be read: {error.strerror}")
+    return unreadable(path, error)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -234,21 +253,25 @@ def load_tensors(index: Index, model: torch.nn.Module, optimizer: torch.optim.Op
         if name not in entries:
             raise CheckpointError(f"{index.directory}: has no optimizer state for {name}")
         for state_key, entry in entries[name].items():
-            if entry.shape not in ((), tuple(p.shape)):
-                raise CheckpointError(f"{index.directory}: {state_key} of {name} has shape {entry.shape}, not "
-                                      f"{tuple(p.shape)}")
+            if is_dtensor(p) and entry.shape not in ((), tuple(p.shape)) and not state_key.endswith(JSON_SUFFIX):
+                raise UserError(f"{index.directory}: {state_key} of {name} has shape {entry.shape}, which cannot be "
+                                f"sharded as the parameter's {tuple(p.shape)} is (resume without use_fsdp and "
+                                "tensor_parallel)")
     for name, p in parameters.items():
         chunk = local_chunk(p)
         index.read_into(name, chunk.data, chunk.offsets)
     optimizer.state.clear()
     for name, p in own:
         for state_key, entry in entries[name].items():
-            if entry.shape == tuple(p.shape):
+            is_json = state_key.endswith(JSON_SUFFIX)
+            if entry.shape == tuple(p.shape) and not is_json:
                 value = torch.zeros_like(p, dtype=entry.dtype)  # sharded as p is
             else:
                 value = torch.zeros(entry.shape, dtype=entry.dtype, device=p.device)
             chunk = local_chunk(value)
             index.read_into(f"{state_key}/{name}", chunk.data, chunk.offsets)
+            if is_json:
+                state_key, value = state_key.removesuffix(JSON_SUFFIX), json.loads(bytes(value.tolist()))
             optimizer.state[p][state_key] = value
 
 
@@ -312,7 +335,7 @@ def verify_export(run_dir: str | Path) -> dict[str, Any]:
         if description.get("sha256") != sha256_of(file):
             raise CheckpointError(f"{file}: is damaged (its sha256 is not that of {config.name})")
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+        raise read_error(file, error) from None
     return description
 
 
@@ -328,7 +351,7 @@ def read_export(run_dir: str | Path) -> tuple[dict[str, torch.Tensor], dict[str,
 
 def clean(run_dir: str | Path) -> None:
     """Remove what killed saves and exports left. Only one process may call this at a time."""
-    for stale in [*(Path(run_dir) / "checkpoints").glob(".step_*.tmp"), *Path(run_dir).glob(".export.tmp")]:
+    for stale in [*list_dir(Path(run_dir) / "checkpoints", ".step_*.tmp"), *list_dir(run_dir, ".export.tmp")]:
         remove(stale)
 
 
@@ -343,7 +366,7 @@ def discard(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+    if not path.is_symlink() and is_dir(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

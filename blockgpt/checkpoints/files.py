@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from blockgpt.errors import CheckpointError, short_repr
+from blockgpt.errors import CheckpointError, UserError, first_line, short_repr
 from blockgpt.files import PreallocatedFile
 from blockgpt.training.launch import Runtime
 
@@ -31,6 +31,7 @@ SAFETENSORS_DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
 TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+JSON_SUFFIX = ".json"  # of the key of optimizer state that is no tensor
 TENSOR_FILE = re.compile(r"(model|optimizer)-\d{5,9}\.safetensors")
 
 
@@ -115,6 +116,9 @@ def own_chunks(model: torch.nn.Module, optimizer: torch.optim.Optimizer, runtime
     """{key: chunk} of the parameters, as <name>, and of the optimizer state, as <state>/<name>, that this rank writes.
 
     Together the ranks write each chunk of each tensor once. Replicated tensors are divided among the ranks by size.
+
+    Raises:
+        UserError: optimizer state that cannot be saved.
     """
     reshard_parameters(model)
     own_optimizer = local_optimizer(optimizer)
@@ -124,7 +128,7 @@ def own_chunks(model: torch.nn.Module, optimizer: torch.optim.Optimizer, runtime
 
     def add(key: str, tensor: torch.Tensor) -> None:
         chunk = local_chunk(tensor)
-        if chunk.data.numel():
+        if chunk.data.numel() or 0 in chunk.shape:  # else this rank has no row of it, and another has
             chunks[key] = chunk
 
     for name, p in parameters.items():
@@ -132,6 +136,8 @@ def own_chunks(model: torch.nn.Module, optimizer: torch.optim.Optimizer, runtime
         if owned:
             add(name, p)
         for state_key, value in own_optimizer.state.get(p, {}).items():
+            key = f"{state_key}{'' if isinstance(value, torch.Tensor) else JSON_SUFFIX}/{name}"
+            value = state_tensor(name, p, state_key, value)
             if is_dtensor(value):
                 state_owned = is_owner(value)
             elif is_dtensor(p):  # a step count, equal on all ranks
@@ -139,8 +145,36 @@ def own_chunks(model: torch.nn.Module, optimizer: torch.optim.Optimizer, runtime
             else:
                 state_owned = owned or own_optimizer is not optimizer  # under ZeRO-1 only its owner has it
             if state_owned:
-                add(f"{state_key}/{name}", value)
+                add(key, value)
     return chunks
+
+
+def state_tensor(name: str, p: Any, state_key: str, value: Any) -> Any:
+    """The entry of an optimizer's state as the tensor that is saved; what is no tensor, as its JSON text in bytes.
+
+    Any shape can be saved that one rank holds as a whole: Adafactor's rows and columns, the scales of 8-bit blocks. Of
+    a sharded parameter, state must be a scalar or sharded as the parameter is.
+
+    Raises:
+        UserError: it cannot be saved, so that it could not be loaded.
+    """
+    what = f"optimizer state {short_repr(state_key)} of {name}"
+    if not isinstance(state_key, str) or "/" in state_key or state_key.endswith(JSON_SUFFIX):
+        raise UserError(f"{what}: its key cannot be saved")
+    is_tensor = isinstance(value, torch.Tensor)
+    if not is_tensor:
+        try:
+            text = json.dumps(value).encode()
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{what}: cannot be saved: {first_line(error)}") from None
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    if value.dtype not in SAFETENSORS_DTYPES:
+        raise UserError(f"{what}: {value.dtype} cannot be saved")
+    placed_alike = is_dtensor(value) and not any(placement.is_partial() for placement in value.placements)
+    if is_dtensor(p) and value.dim() and not (placed_alike and value.shape == p.shape):
+        raise UserError(f"{what}: its shape {tuple(value.shape)} cannot be sharded as the parameter's {tuple(p.shape)} "
+                        "is (drop use_fsdp and tensor_parallel, or take another optimizer)")
+    return value
 
 
 # ---- writing
@@ -182,7 +216,8 @@ def write_chunks(directory: Path, rank: int, chunks: Mapping[str, LocalChunk]) -
     for key, chunk in chunks.items():
         file_name = f"{'optimizer' if '/' in key else 'model'}-{rank:05d}.safetensors"
         sizes = list(chunk.data.shape)
-        layouts.setdefault(file_name, {})[key] = (chunk.data.dtype, sizes)
+        if chunk.data.numel():
+            layouts.setdefault(file_name, {})[key] = (chunk.data.dtype, sizes)
         metadata[key] = [file_name, SAFETENSORS_DTYPES[chunk.data.dtype], list(chunk.shape), chunk.offsets, sizes]
     opened: dict[str, TensorFile] = {}
     try:

@@ -22,7 +22,7 @@ from blockgpt.checkpoints.files import (
 )
 from blockgpt.checkpoints.resume import split_init_from
 from blockgpt.errors import CheckpointError, ConfigError
-from blockgpt.files import sha256_of
+from blockgpt.files import exists, is_dir, sha256_of
 from blockgpt.training.launch import Runtime, run_on_all_ranks
 
 
@@ -50,7 +50,7 @@ def load_initial_weights(init_from: str, model: torch.nn.Module, runtime: Runtim
                 checkpoint.verify(directory, runtime)
             index, source = checkpoint_source(directory, runtime)
         except CheckpointError:
-            if step is not None or not runtime.on_rank_zero((run_dir / "model.safetensors").exists):
+            if step is not None or not runtime.on_rank_zero(lambda: exists(run_dir / "model.safetensors")):
                 raise
             path = "export"
     if path == "export":
@@ -68,11 +68,11 @@ def load_companion(init_from: str, model: torch.nn.Module, runtime: Runtime) -> 
 
 def choose_source(run_dir: Path, step: int | None) -> str | None:
     """The checkpoint of `step`; without a step None, for the best, or "export" if the run has no checkpoint."""
-    if not run_dir.is_dir():
+    if not is_dir(run_dir):
         raise ConfigError("init_from", f"there is no run {run_dir}")
     steps = {found: path for found, path in checkpoint.list_checkpoints(run_dir)}
     if step is None:
-        return "export" if not steps and (run_dir / "model.safetensors").exists() else None
+        return "export" if not steps and exists(run_dir / "model.safetensors") else None
     if step not in steps:
         existing = ", ".join(map(str, sorted(steps))) or "none"
         raise ConfigError("init_from", f"{run_dir} has no checkpoint of step {step} (it has {existing})")

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from blockgpt.config_fields import Field, Types, coerce, located, with_location
-from blockgpt.errors import ConfigError, did_you_mean
+from blockgpt.errors import ConfigError, UserError, did_you_mean, first_line
+from blockgpt.files import exists, find, is_dir, list_dir, unreadable
 
 NOT_INHERITED = ("run_name", "out_dir", "resume", "resume_force", "eval_only", "profile")  # and the group "dry run"
 EXPERIMENT_GROUPS = ("architecture", "size")  # except attention_backend, which is the same function
@@ -21,8 +22,43 @@ FORMER_INIT_FROM = ("scratch", "resume")  # values of init_from when it was the 
 
 
 def run_exists(run_dir: Path) -> bool:
-    """Whether a run directory has something to continue: run.json or a checkpoint."""
-    return (run_dir / "run.json").exists() or any((run_dir / "checkpoints").glob("step_*"))
+    """Whether a run directory has something that a new run would replace; `UserError` if that cannot be told."""
+    log = find(run_dir / "metrics.jsonl")  # an empty one is of a run that was killed as it began
+    return (any(exists(run_dir / name) for name in ("run.json", "model.safetensors"))
+            or bool(list_dir(run_dir / "checkpoints", "step_*")) or (log is not None and log.st_size > 0))
+
+
+def last_recorded_save(run_dir: Path) -> int:
+    """The step of the newest checkpoint that a run's run.json and metrics.jsonl say was saved; 0 if none was.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    steps, path = [0], run_dir / "run.json"
+    try:
+        if exists(path):
+            record = json.loads(path.read_bytes())
+            results = record.get("results") or {}
+            # Both ends come after a save; runs of earlier versions record no saved_step.
+            ended = results.get("step") if record.get("status") in ("finished", "interrupted") else None
+            steps += [results.get("saved_step") or 0, ended or 0]
+        path = run_dir / "metrics.jsonl"
+        if exists(path):
+            lines = [line for line in path.read_bytes().split(b"\n")[:-1] if line.startswith(b'{"kind": "save"')]
+            steps += [json.loads(line)["step"] for line in lines]
+        return max(steps)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {first_line(error)})") from None
+
+
+def recorded_data(run_dir: Path) -> str | None:
+    """The fingerprint of the data that a run was last trained on, by its run.json; None if it has none."""
+    try:
+        return json.loads((run_dir / "run.json").read_bytes())["data"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):  # the checkpoint alone says it
+        return None
 
 
 def recorded_config(path: Path, location: str, keys: Mapping[str, Field], accepted: Mapping[str, Types],
@@ -43,7 +79,7 @@ def recorded_config(path: Path, location: str, keys: Mapping[str, Field], accept
         try:
             recorded = json.loads(path.read_bytes())["config"].items()
         except FileNotFoundError:
-            existing = sorted(p.parent.name for p in path.parent.parent.glob("*/run.json"))
+            existing = [p.name for p in list_dir(path.parent.parent) if p != path.parent]
             raise ConfigError("run_name", f"there is no run {path.parent} to resume"
                               + did_you_mean(path.parent.name, existing)) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -65,7 +101,7 @@ def coerced(recorded: Iterable[tuple[str, Any]], names: set[str], keys: Mapping[
 def split_init_from(value: str) -> tuple[Path, int | None]:
     """(run directory, step or None) of runs/NAME or runs/NAME@step."""
     match = re.fullmatch("(.+)@([0-9]{1,18})", value)
-    return (Path(match[1]), int(match[2])) if match and not Path(value).is_dir() else (Path(value), None)
+    return (Path(match[1]), int(match[2])) if match and not is_dir(value) else (Path(value), None)
 
 
 def initial_architecture(init_from: str, location: str, given: Mapping[str, Any], keys: Mapping[str, Field],
@@ -85,13 +121,13 @@ def initial_architecture(init_from: str, location: str, given: Mapping[str, Any]
     """
     run_dir, _ = split_init_from(init_from)
     path, section = run_dir / "run.json", "config"
-    if not path.exists():  # an export alone
+    if not exists(path):  # an export alone
         path, section = run_dir / "config.json", "model"
     with located(location):
         try:
             recorded = dict(json.loads(path.read_bytes())[section].items())
         except FileNotFoundError:
-            existing = sorted(p.parent.name for p in run_dir.parent.glob("*/run.json"))
+            existing = [p.name for p in list_dir(run_dir.parent) if p != run_dir]
             raise ConfigError("init_from", f"there is no run {run_dir}"
                               + did_you_mean(run_dir.name.partition("@")[0], existing)) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -6,11 +6,11 @@ all. A new file per checkpoint is written and entered into the manifest in `comm
 """
 
 import copy
+import json
 import os
 import platform
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ from blockgpt.checkpoints.checkpoint import (
     clean,
     discard,
     list_checkpoints,
+    read_state,
     verify,
 )
 from blockgpt.checkpoints.files import Index, LocalChunk, own_chunks, write_chunks
 from blockgpt.console import human_bytes
 from blockgpt.errors import CheckpointError, UserError
-from blockgpt.files import drop_page_cache, fsync_path, sha256_of, write_json
+from blockgpt.files import drop_page_cache, exists, fsync_path, list_dir, sha256_of, write_json
+from blockgpt.training.background import BackgroundThread
 from blockgpt.training.launch import Runtime, run_on_all_ranks
 
 RANDOM = "random numbers are functions of (seed, step, rank, sequence id): there is no generator state to save"
@@ -50,19 +52,19 @@ class CheckpointSaver:
                  asynchronous: bool = False, group: dist.ProcessGroup | None = None) -> None:
         self.directory, self.runtime, self.keep = Path(run_dir) / "checkpoints", runtime, keep
         self.asynchronous, self.group = asynchronous, group
-        self.thread: threading.Thread | None = None
-        self.outcomes: list[tuple[int, Exception | None]] = []
+        self.thread: BackgroundThread | None = None
+        self.saving: int | None = None  # the step whose background save has no outcome yet
         if asynchronous and group is None and runtime.world_size > 1:
             self.group = dist.new_group(backend="gloo")
 
     @property
     def ended(self) -> bool:
         """Whether `poll` has an outcome."""
-        return bool(self.outcomes)
+        return self.thread is not None and not self.thread.is_alive()
 
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any],
              wait: bool = False) -> Path | None:
-        """Write the checkpoint of `state["step"]`, after a save that still runs in the background has ended.
+        """Write the checkpoint of `state["step"]`. The background save before it has ended, and was polled.
 
         Args:
             state: JSON-able, the same on all ranks. `step` counts the optimizer steps done, `best` is
@@ -75,7 +77,7 @@ class CheckpointSaver:
         Raises:
             OSError: a write failed; raised on all ranks.
         """
-        self._join()
+        assert self.thread is None, "the outcome of the last save was not asked for"
         chunks: dict[str, LocalChunk] = {}
         in_background = self.asynchronous and not wait
 
@@ -90,46 +92,49 @@ class CheckpointSaver:
                  "random": RANDOM, "schema_version": SCHEMA_VERSION}
         if not in_background:
             return self._write(chunks, state)
-        self.thread = threading.Thread(target=self._write_in_background, args=(chunks, state), daemon=True)
-        self.thread.start()
+        self.saving, self.thread = state["step"], BackgroundThread(lambda: self._write(chunks, state), "save")
         return None
 
     def poll(self) -> tuple[int, str | None] | None:
-        """The next outcome of a save in the background: (step, why it failed or None); None if there is none."""
-        if not self.outcomes:
+        """The outcome of the background save: (step, why it failed or None); None if it runs or there is none."""
+        if not self.ended:
             return None
-        step, error = self.outcomes.pop(0)
-        if error is not None and not isinstance(error, OSError):
-            raise error
-        return step, None if error is None else str(error)
+        assert self.thread is not None and self.saving is not None
+        thread, self.thread = self.thread, None
+        try:
+            thread.check()
+        except OSError as error:
+            return self.saving, str(error)
+        return self.saving, None
 
-    def wait(self) -> tuple[int, str | None] | None:
-        """`poll`, after a save that still runs has ended."""
-        self._join()
-        return self.poll()
-
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Wait for the background save to end."""
         if self.thread is not None:
             self.thread.join()
-            self.thread = None
 
-    def _write_in_background(self, chunks: Mapping[str, LocalChunk], state: Mapping[str, Any]) -> None:
-        try:
-            self._write(chunks, state)
-            self.outcomes.append((state["step"], None))
-        except Exception as error:
-            self.outcomes.append((state["step"], error))
+    def wait(self) -> tuple[int, str | None] | None:
+        """`poll`, after the background save has ended."""
+        self.join()
+        return self.poll()
 
     # ------------------------------------------------------------ a save, on all ranks at once
 
     def _write(self, chunks: Mapping[str, LocalChunk], state: Mapping[str, Any]) -> Path:
+        """`_write_files`; what cannot be told is a failed save like any other."""
+        try:
+            return self._write_files(chunks, state)
+        except UserError as error:
+            raise OSError(str(error)) from None
+
+    def _write_files(self, chunks: Mapping[str, LocalChunk], state: Mapping[str, Any]) -> Path:
         """Write, verify, prune; returns the checkpoint's directory."""
         final = self.directory / f"step_{state['step']:08d}"
         temporary = self.directory / f".{final.name}.tmp"
         if self._on_rank_zero(lambda: self._prepare(final)):
-            try:  # a resumed run ended at the step where it began
+            try:
                 verify(final, self.runtime, self.group)
-                return final
+                if self._on_rank_zero(lambda: describes(final, state)):  # a resumed run ended where it began
+                    return final
             except CheckpointError:
                 pass  # it is written again
         try:
@@ -163,7 +168,7 @@ class CheckpointSaver:
         """Make the directory of checkpoints and clean it; whether something has the new checkpoint's name."""
         self.directory.mkdir(exist_ok=True)
         clean(self.directory.parent)
-        return os.path.lexists(final)
+        return final.name in (path.name for path in list_dir(self.directory))
 
     def _prune(self, state: Mapping[str, Any]) -> None:
         """Remove all but the newest `keep` up to this step, and the best. The run will overwrite later ones."""
@@ -171,6 +176,13 @@ class CheckpointSaver:
         for step, path in steps[self.keep:]:
             if not state.get("best") or step != state["best"]["step"]:
                 discard(path)
+
+
+def describes(path: Path, state: Mapping[str, Any]) -> bool:
+    """Whether a verified checkpoint says of model, data and progress what `state` says."""
+    saved = read_state(path)
+    now = json.loads(json.dumps(state))
+    return all(saved.get(key) == value for key, value in now.items() if key in ("step", "data", "description"))
 
 
 def commit_checkpoint(temporary: Path, final: Path, rank_files: list[dict[str, Any]],
@@ -189,14 +201,15 @@ def commit_checkpoint(temporary: Path, final: Path, rank_files: list[dict[str, A
         manifest |= answer["files"]
         for key, (file, dtype, shape, offsets, sizes) in answer["chunks"].items():
             entry = index.setdefault(key, {"dtype": dtype, "shape": shape, "pieces": []})
-            entry["pieces"].append({"file": file, "offset": offsets, "shape": sizes})
+            if 0 not in sizes:
+                entry["pieces"].append({"file": file, "offset": offsets, "shape": sizes})
     Index(final, index)  # raises unless the chunks of all ranks tile every tensor
     write_json(temporary / "index.json", index, indent=None)
     write_json(temporary / "state.json", state)
     json_files = {name: manifest_entry(temporary / name) for name in JSON_FILES}
     write_json(temporary / "manifest.json", dict(sorted({**manifest, **json_files}.items())))
     fsync_path(temporary)
-    if os.path.lexists(final):  # it is damaged
+    if final in list_dir(final.parent):  # it is damaged, or of other data or another model (resume_force)
         discard(final)
     os.rename(temporary, final)
     fsync_path(final.parent)
@@ -236,7 +249,7 @@ def check_disk_space(run_dir: str | Path, parameters: int, config: Any) -> None:
     # The newest `keep_last`, the best, and the next one before pruning.
     missing = config.keep_last + 2 - len(list_checkpoints(run_dir))
     needed = missing * checkpoint_bytes + export_bytes
-    disk = next(path for path in (Path(run_dir).absolute(), *Path(run_dir).absolute().parents) if path.exists())
+    disk = next(path for path in (Path(run_dir).absolute(), *Path(run_dir).absolute().parents) if exists(path))
     free = shutil.disk_usage(disk).free
     if free < checkpoint_bytes + export_bytes:
         raise UserError(f"{disk}: a checkpoint needs {human_bytes(checkpoint_bytes)} and the weights at the end "

@@ -23,7 +23,7 @@ import numpy as np
 
 from blockgpt.data.tokenizer import UNNAMED, Tokenizer, describe_tokenizer, load_tokenizer
 from blockgpt.errors import DataError, did_you_mean
-from blockgpt.files import sha256_of
+from blockgpt.files import exists, list_dir, sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]  # the project's folder, which has data/<dataset>/prepare.py
 EMBEDDED = "pycode"  # the dataset that needs no download: its text is Python's standard library
@@ -95,12 +95,11 @@ def prepare_command(dataset: str, data_dir: str | Path | None = None) -> str:
 
 def not_prepared(dataset: str, data_dir: str | Path | None = None) -> DataError:
     """The `DataError` for a dataset that has no meta.json."""
-    scripts = {p.parent.name for p in ROOT.glob("data/*/prepare.py")}
-    if dataset in scripts:
+    if exists(ROOT / "data" / dataset / "prepare.py"):
         return DataError(f"dataset {dataset!r} is not prepared: run {prepare_command(dataset, data_dir)}")
-    prepared = {p.parent.name for p in Path(data_dir or ROOT / "data").glob("*/meta.json")}
+    names = {path.name for folder in (ROOT / "data", data_dir or ROOT / "data") for path in list_dir(folder)}
     return DataError(f"dataset {dataset!r} does not exist: no {dataset_dir(dataset, data_dir)}/meta.json"
-                     + did_you_mean(dataset, sorted(scripts | prepared)))
+                     + did_you_mean(dataset, sorted(names - {dataset, "__pycache__"})))
 
 
 def is_bare(directory: Path) -> bool:
@@ -108,8 +107,8 @@ def is_bare(directory: Path) -> bool:
 
     A killed `prepare` leaves the same two files, but also its work directory.
     """
-    return (all((directory / f"{split}.bin").exists() for split in SPLITS) and not (directory / "meta.json").exists()
-            and not any(directory.glob(".parts.*.tmp")))
+    return (all(exists(directory / f"{split}.bin") for split in SPLITS) and not exists(directory / "meta.json")
+            and not list_dir(directory, ".parts.*.tmp"))
 
 
 def ensure_prepared(dataset: str, data_dir: str | Path | None = None) -> None:
@@ -119,7 +118,7 @@ def ensure_prepared(dataset: str, data_dir: str | Path | None = None) -> None:
         DataError: any other dataset does not exist, or prepare.py failed.
     """
     directory = dataset_dir(dataset, data_dir)
-    if (directory / "meta.json").exists():
+    if exists(directory / "meta.json"):
         return
     if dataset != EMBEDDED:
         if is_bare(directory):
@@ -153,7 +152,7 @@ def open_dataset(dataset: str, data_dir: str | Path | None = None, tokenizer: st
     directory, hint = dataset_dir(dataset, data_dir), f"(run {prepare_command(dataset, data_dir)} again)"
     if is_bare(directory):
         return open_bare(dataset, directory, load_tokenizer(tokenizer) if tokenizer else None, vocab_size)
-    if not (directory / "meta.json").exists():
+    if not exists(directory / "meta.json"):
         raise not_prepared(dataset, data_dir)
     try:
         meta = read_meta(directory / "meta.json")

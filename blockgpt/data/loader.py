@@ -10,6 +10,8 @@ A batch is a dict of tensors; its keys are listed at `Batch`. To form sequences 
 import abc
 import collections
 import concurrent.futures
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -210,6 +212,19 @@ def val_sequences(dataset: Dataset, block_size: int, eval_tokens: int = 0, split
     n = max(1, eval_tokens // block_size) if eval_tokens else reader.count
     n = min(n, reader.count)
     return reader, (2 * np.arange(n) + 1) * reader.count // (2 * n)  # the centre of each of n equal intervals
+
+
+def val_digest(dataset: Dataset, block_size: int, eval_tokens: int) -> tuple[int, str]:
+    """(targets, hex digest) of what `val_sequences` reads, for any number of processes.
+
+    Digested are the digests of the val split's files and where in them the sequences begin, so the data is not read.
+    """
+    reader, indices = val_sequences(dataset, block_size, eval_tokens)
+    files = [file["sha256"] for _, file in sorted(dataset.meta["splits"]["val"]["files"].items())]
+    digest = hashlib.sha256(json.dumps([dataset.meta["dtype"], files, block_size]).encode())
+    for positions in reader.locate(indices):
+        digest.update(positions.astype("<i8").tobytes())
+    return len(indices) * block_size, digest.hexdigest()
 
 
 def val_batches(dataset: Dataset, block_size: int, eval_tokens: int, batch_size: int, rank: int = 0,

@@ -10,7 +10,6 @@ its documents to `write_dataset` (as data/pycode does).
 import collections
 import concurrent.futures.process
 import contextlib
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -46,8 +45,10 @@ from blockgpt.data.writer import (
     write_splits,
 )
 from blockgpt.errors import DataError, error_text
+from blockgpt.files import FolderLock
 
 CONTINUES = "(the finished partitions are saved: the same command continues)"
+SMALL_SECONDS = 60.0  # that a small dataset waits for its lock: two runs that start at once both prepare theirs
 TERMINAL_SECONDS, LOG_SECONDS = 0.5, 30.0  # between two displays of the progress; the first one comes after as long
 
 
@@ -72,7 +73,7 @@ def write_dataset(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable
     refusals: collections.Counter[str] = collections.Counter()
     started, out_dir = time.perf_counter(), Path(out_dir)
     work = out_dir / f".parts.{secrets.token_hex(4)}.tmp"
-    with writing_to(out_dir):
+    with writing_to(out_dir, wait=SMALL_SECONDS):
         try:
             work.mkdir()
             first_refusal = encode_partition(work / "all", documents, tokenizer, recipe, refusals)
@@ -101,7 +102,8 @@ def prepare(out_dir: str | Path, tokenizer: Tokenizer, partitions: Sequence[Part
     recipe, out_dir, started = recipe or Recipe(), Path(out_dir), time.perf_counter()
     key = hashlib.sha256(json.dumps([tokenizer.to_meta(), asdict(recipe)], default=repr).encode()).hexdigest()[:16]
     work = out_dir / f".parts.{key}.tmp"
-    with writing_to(out_dir, work), exclusive_lock(work):
+    with writing_to(out_dir, work):
+        work.mkdir(exist_ok=True)
         paths = [partition_path(work, partition) for partition in partitions]
         todo = {path: partition for path, partition in zip(paths, partitions, strict=True) if not is_done(path)}
         done = sum(map(is_done, paths))
@@ -128,34 +130,22 @@ def n_cores() -> int:
 
 
 @contextlib.contextmanager
-def writing_to(out_dir: Path, work: Path | None = None) -> Iterator[None]:
-    """Create `out_dir`, and turn a failure to write below it into a `DataError`.
+def writing_to(out_dir: Path, work: Path | None = None, wait: float = 1.0) -> Iterator[None]:
+    """Create and lock `out_dir`, and turn a failure to write below it into a `DataError`.
 
     Args:
         work: a work directory to keep, however old it is: the command can continue from it.
+        wait: seconds to wait for another process that prepares the dataset.
     """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        remove_stale(out_dir, keep=work)
-        yield
+        with FolderLock(out_dir, "prepares this dataset", wait):
+            remove_stale(out_dir, keep=work)
+            yield
     except OSError as error:
         saved = "; the finished partitions are saved: the same command continues" if work else ""
         raise DataError(f"{out_dir}: cannot be written: {error_text(error)} (free disk space, or choose another "
                         f"folder: --out_dir, or train.py's --data_dir{saved})") from None
-
-
-@contextlib.contextmanager
-def exclusive_lock(work: Path) -> Iterator[None]:
-    """Create the work directory and lock it. The kernel frees the lock when the process ends."""
-    work.mkdir(exist_ok=True)
-    descriptor = os.open(work, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise DataError(f"{work.parent}: another process is preparing the same dataset (wait until it ends)") from None
-    finally:
-        os.close(descriptor)
 
 
 def assemble(out_dir: Path, work: Path, paths: Sequence[Path], tokenizer: Tokenizer, recipe: Recipe, *, source: str,

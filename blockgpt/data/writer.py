@@ -25,7 +25,7 @@ from blockgpt.data.filters import compile_filters, first_failing_filter
 from blockgpt.data.sources import Partition
 from blockgpt.data.tokenizer import Tokenizer, encode_utf8
 from blockgpt.errors import DataError
-from blockgpt.files import fsync_path, write_json
+from blockgpt.files import exists, fsync_path, is_dir, list_dir, write_json
 
 ROW = np.dtype([("digest", "<u8", 2), ("tokens", "<u8"), ("bytes", "<u8"), ("split", "u1")])
 SHARD_TOKENS = 2**28  # per file: half a gigabyte of uint16
@@ -153,7 +153,7 @@ def partition_path(work: Path, partition: Partition) -> Path:
 
 
 def is_done(path: str | Path) -> bool:
-    return os.path.exists(f"{path}.json")
+    return exists(f"{path}.json")
 
 
 def sum_partition_stats(paths: Iterable[Path]) -> tuple[collections.Counter[str], str | None]:
@@ -338,14 +338,14 @@ def remove_stale(out_dir: Path, keep: Path | None = None) -> None:
         keep: a work directory to keep, whatever its age.
     """
     for pattern in (".meta.json.*.tmp", ".parts.*.tmp"):
-        for path in out_dir.glob(pattern):
+        for path in list_dir(out_dir, pattern):
             if path == keep:
                 continue
             with contextlib.suppress(FileNotFoundError):
-                newest = max(p.stat().st_mtime for p in (path, *(path.iterdir() if path.is_dir() else ())))
+                newest = max(p.stat().st_mtime for p in (path, *list_dir(path)))
                 if time.time() - newest <= STALE_SECONDS:
                     continue
-                if path.is_dir():
+                if is_dir(path):
                     shutil.rmtree(path, ignore_errors=True)
                 else:
                     path.unlink()

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from blockgpt.console import echo
 from blockgpt.errors import DataError, PeerLostError, first_line, report_error
+from blockgpt.training.background import BackgroundThread
 from blockgpt.training.heartbeats import HEARTBEAT_SECONDS, Heartbeats, Peer
 from blockgpt.training.launch import FIRST_CALL_TIMEOUT, Runtime, exit_process, no_heartbeat
 from blockgpt.training.signals import REPEATED_BY_ITSELF, SignalPipe, signal_name
@@ -81,11 +82,14 @@ class Watchdog:
         self.single_process = runtime.world_size == 1
         self.heartbeats = None if self.single_process else Heartbeats(runtime, lambda: (self.step, self.phase))
         self.exiting = threading.Event()
+        self.thread: BackgroundThread | None = None
 
     # ------------------------------------------------------------ progress
 
     def enter_phase(self, phase: str, step: int | None = None) -> None:
         """Record what the process does from now on. The first time, a phase has the longer FIRST_CALL_TIMEOUT."""
+        if self.thread is not None:
+            self.thread.check()
         self.finished_phases.add(self.phase)
         self.phase = phase
         if step is not None:
@@ -122,8 +126,7 @@ class Watchdog:
         self.launcher_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         if self.heartbeats is not None:
             self.heartbeats.start()
-        self.thread = threading.Thread(target=self._monitor, name="watchdog", daemon=True)
-        self.thread.start()
+        self.thread = BackgroundThread(self._monitor, "watchdog")
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None,
@@ -134,10 +137,15 @@ class Watchdog:
             self.exiting.set()
             self.signals.wake()
             self.runtime.heartbeat = no_heartbeat
+            assert self.thread is not None
             self.thread.join()
             if self.heartbeats is not None:
                 self.heartbeats.stop()
             self.signals.__exit__()
+        if error is None:
+            self.thread.check()
+            if self.heartbeats is not None:
+                self.heartbeats.check()
 
     @contextlib.contextmanager
     def training(self) -> Iterator["Watchdog"]:

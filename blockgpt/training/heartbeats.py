@@ -13,6 +13,7 @@ from typing import NamedTuple, TypedDict
 
 import torch.distributed as dist
 
+from blockgpt.training.background import BackgroundThread
 from blockgpt.training.launch import Runtime
 from blockgpt.training.rendezvous import connect_store
 
@@ -53,14 +54,20 @@ class Heartbeats:
         with contextlib.suppress(RuntimeError, KeyError, ValueError):
             store = connect_store()
             self.store = dist.PrefixStore(runtime.launch_id, store) if runtime.launch_id else store
-        self.thread = threading.Thread(target=self._send, name="heartbeats", daemon=True)
+        self.thread: BackgroundThread | None = None
 
     def start(self) -> None:
-        self.thread.start()
+        self.thread = BackgroundThread(self._send, "heartbeats")
 
     def stop(self) -> None:
+        assert self.thread is not None
         self.stopped.set()
         self.thread.join(ANSWER_SECONDS)
+
+    def check(self) -> None:
+        """Raise the error that ended the heartbeats, if one did."""
+        assert self.thread is not None
+        self.thread.check()
 
     def _send(self) -> None:
         count = 0
@@ -82,12 +89,11 @@ class Heartbeats:
             or_behind: if there are none, the ranks that are behind this one.
         """
         found: list[list[Peer]] = []
-        thread = threading.Thread(target=lambda: found.append(self._find_lost(silence, or_behind)), daemon=True)
-        thread.start()
+        thread = BackgroundThread(lambda: found.append(self._find_lost(silence, or_behind)), "lost peers")
         deadline = self.runtime.clock.time() + silence + ANSWER_SECONDS
         while thread.is_alive() and self.runtime.clock.time() < deadline:
             thread.join(HEARTBEAT_SECONDS)
-        return found[0] if found else None
+        return found[0] if found else None  # an error in the thread is no answer either
 
     def _find_lost(self, silence: float, or_behind: bool) -> list[Peer]:
         before = self._read()

@@ -25,6 +25,7 @@ from blockgpt.data.loader import (
     pin_memory,
     to_device,
     val_batches,
+    val_digest,
     val_sequences,
 )
 from blockgpt.data.mixture import MixedBatches, Mixture, check_epochs, describe_phases, source_seed
@@ -77,9 +78,12 @@ class Objective(abc.ABC):
         tokens_per_step, sequences_per_step: over all processes; the log and tokens/s count these tokens.
         fingerprint: hex digest of the data and of everything that decides the order in which it is read.
         criterion: the metric of `evaluate` that says which model is better.
+        val_data: what `evaluate` reads, {"tokens", "digest"}: values of runs with different digests are not compared.
+            The same for any number of processes. None: not known, and the configs are compared instead.
     """
 
     criterion = Criterion()
+    val_data: dict[str, Any] | None = None
     vocab_size: int
     tokenizer: dict[str, Any]
     micro_steps: int
@@ -186,6 +190,7 @@ class TokenObjective(Objective):
             check_epochs(self.mixture, {name: b.n_sequences for name, b in self.sources.items()}, config.max_epochs,
                          config.max_iters, self.sequences_per_step)
         self.fingerprint = self._fingerprint()
+        self.val_data = self._val_data()
         self.prefetch = Prefetch(self._read, self._successor)
 
     def _open_datasets(self) -> dict[str, Dataset]:
@@ -222,6 +227,15 @@ class TokenObjective(Objective):
         weights = [[phase.first, sorted((name, str(weight)) for name, weight in phase_weights.items())]
                    for phase, phase_weights in zip(self.mixture.phases, self.mixture.fractions, strict=True)]
         return hashlib.sha256(json.dumps([fingerprints, weights, self.config.packing]).encode()).hexdigest()
+
+    def _val_data(self) -> dict[str, Any]:
+        """`val_data`: the sequences of every source that counts, and its weight. Names do not matter."""
+        weights = self.mixture.fractions[-1]
+        sources = {name: val_digest(dataset, self.config.model.block_size, self.config.eval_tokens)
+                   for name, dataset in self.datasets.items() if weights[name]}
+        content = sorted([digest, str(weights[name])] for name, (_, digest) in sources.items())
+        return {"tokens": sum(tokens for tokens, _ in sources.values()),
+                "digest": hashlib.sha256(json.dumps(content).encode()).hexdigest()}
 
     def description(self) -> dict[str, Any]:
         planned = self.mixture.consumed(self.config.max_iters * self.sequences_per_step)

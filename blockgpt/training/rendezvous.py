@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from blockgpt.console import echo
 from blockgpt.errors import PeerLostError, UserError, error_text, first_line, report_error
+from blockgpt.training.background import BackgroundThread
 from blockgpt.training.clock import RunningClock
 from blockgpt.training.device import is_out_of_memory
 
@@ -92,7 +93,7 @@ class Deadline:
     @contextlib.contextmanager
     def watch(self) -> Iterator["Deadline"]:
         """For the block in which the processes meet; what torch raises in it becomes a `PeerLostError`."""
-        threading.Thread(target=self._watch, name="join deadline", daemon=True).start()
+        thread = BackgroundThread(self._watch, "join deadline")
         try:
             yield self
         except (RuntimeError, OSError, ValueError) as error:
@@ -101,6 +102,8 @@ class Deadline:
             raise self._error(f": {first_line(error)}") from None
         finally:
             self.met.set()
+        thread.join()
+        thread.check()
 
     def _watch(self) -> None:
         noted = False

@@ -18,6 +18,7 @@ from blockgpt.errors import first_line
 
 WANDB_SETTINGS = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off",  # the console belongs to the run's own log
                   "WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "60"}  # a dead network must not block the run
+STEP_METRIC = "step"  # the horizontal axis of every chart
 QUEUE_SIZE = 1000  # records that may wait for the tracker; further ones are dropped and counted
 FINISH_TIMEOUT_FACTOR = 1.25  # × WANDB_FINISH_TIMEOUT seconds, after which the run ends without its tracker
 
@@ -112,10 +113,14 @@ class WandbTracker:
                 self.warnings.put("wandb: not logged in, logging offline (wandb login; wandb sync)")
             run = wandb.init(project=config.wandb_project, name=run_dir.name, dir=str(run_dir), mode=mode,
                              id=record["wandb_id"], resume="allow", config=record, allow_val_change=True)
+            # wandb drops what is logged at a step before its newest one, as a resumed run does that goes back. So the
+            # steps of the run are a metric, and wandb counts steps of its own. The record `resume` marks where a curve
+            # continues. Offline, too.
+            run.define_metric("*", step_metric=STEP_METRIC)
             while item := self._next_record():
                 record_type, values = item
                 metrics = {f"{record_type}/{k}": v for k, v in flatten(values).items() if k != "step"}
-                run.log(metrics, step=values["step"])
+                run.log({STEP_METRIC: values["step"], **metrics})
             assert self.final_record is not None
             status = self.final_record["status"]
             run.summary.update({"status": status, **self.final_record["results"]})

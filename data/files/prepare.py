@@ -18,6 +18,7 @@ from blockgpt.data.commands import command_parser, parse_and_check, prepare_with
 from blockgpt.data.dataset import ROOT
 from blockgpt.data.sources import file_partitions
 from blockgpt.errors import UserError, exit_on_user_error
+from blockgpt.files import exists
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
     if not re.fullmatch(r"\w[\w.-]{0,99}", args.name):
         raise UserError(f"--name: {args.name!r} is not the name of a folder (letters, digits, _, -, .)")
     args.out_dir = args.out_dir or ROOT / "data" / args.name
-    if (args.out_dir / "prepare.py").exists():
+    if exists(args.out_dir / "prepare.py"):
         raise UserError(f"--name: {args.name} is a dataset of the project with its own prepare.py (use another name)")
     prepare_with(args, file_partitions(args.input, args.text_key), f"files: {' '.join(args.input)}", args.by_position,
                  not args.no_separator)

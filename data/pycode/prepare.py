@@ -21,6 +21,7 @@ from blockgpt.console import ArgumentParser
 from blockgpt.data.prepare import write_dataset
 from blockgpt.data.tokenizer import load_tokenizer
 from blockgpt.errors import DataError, exit_on_user_error
+from blockgpt.files import unreadable
 
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
@@ -30,9 +31,14 @@ def collect(root: str | Path, skipped: collections.Counter[str]) -> Iterator[tup
 
     Raises:
         DataError: there is no .py file.
+        UserError: a folder cannot be read: nobody knows what it holds.
     """
     files: dict[str, Path] = {}
-    for directory, folders, names in os.walk(root, onerror=lambda _: skipped.update(unreadable=1)):
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise unreadable(error.filename, error)
+
+    for directory, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [f for f in folders if f not in NOT_STDLIB]
         paths = [Path(directory, name) for name in names if name.endswith(".py")]
         files |= {path.relative_to(root).as_posix(): path for path in paths}

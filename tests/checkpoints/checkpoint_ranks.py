@@ -72,6 +72,94 @@ def make(mode, seed=1, preset="llama", world=1, **more):
     return model, optimizer
 
 
+class OddState(torch.optim.Optimizer):
+    """Its state has every form that published optimizers have: of another shape or dtype, a scalar, no tensor."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            state, grad = self.state[p], p.grad
+            if not state:
+                state.update(row=grad.new_zeros(grad.shape[:1]), blocks=torch.zeros(7, dtype=torch.uint8), steps=0,
+                             same=torch.zeros_like(p, dtype=torch.bfloat16), mean=0.1, nothing=None, on=True,
+                             history=[], empty=torch.zeros(0, 3), scale=torch.zeros((), dtype=torch.float64))
+            state["row"] += grad.reshape(len(grad), -1).square().mean(1)
+            state["blocks"] += 3 + state["steps"]
+            state["same"] += grad
+            state["steps"], state["mean"], state["on"] = state["steps"] + 1, state["mean"] / 3, not state["on"]
+            state["history"] = [*state["history"], state["mean"]]
+            state["scale"] += 1 / 3
+            p -= 0.01 * state["mean"] * state["same"] + 1e-4 * state["row"].mean() * state["blocks"][0]
+
+
+def odd(mode, seed, world=1):
+    """(model, optimizer) of `mode` with an `OddState`, or with torch's Adafactor if the seed is even."""
+    model = make(mode, seed, world=world)[0]
+    optimizer_class = OddState if seed % 2 else torch.optim.Adafactor
+    if mode == "zero1":
+        return model, ZeroRedundancyOptimizer(model.parameters(), optimizer_class=optimizer_class)
+    return model, optimizer_class(model.parameters())
+
+
+def everything(model, optimizer):
+    """What a resumed run must have: {key: value} of this rank's parameters and optimizer state."""
+    states = {f"{k}/{name}": v for name, p in model.named_parameters()
+              for k, v in files.local_optimizer(optimizer).state.get(p, {}).items()}
+    return {**dict(model.named_parameters()), **states}
+
+
+def same(found, expected):
+    """Whether two values of `everything` are equal to the last bit, in type and shape."""
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    return all(type(value) is type(expected[key]) and (
+        (value.dtype, value.shape, value.tolist()) == (expected[key].dtype, expected[key].shape, expected[key].tolist())
+        if isinstance(value, torch.Tensor) else value == expected[key]) for key, value in found.items())
+
+
+def check_odd_state(folder, runtime, modes):
+    """Optimizer state of any form is bitwise resumed where a rank has it whole, and else refused before the save."""
+    n = runtime.world_size
+    for seed in (1, 2):
+        for mode in modes:
+            run = folder / f"odd{seed}-{mode}{n}"
+            if runtime.is_rank_zero:
+                run.mkdir(exist_ok=True)
+            runtime.all_gather([0])
+            model, optimizer = odd(mode, seed, n)
+            if mode not in ("plain", "zero1"):
+                check_odd_state_is_refused(run, folder / f"odd{seed}-plain{n}", runtime, model, optimizer)
+                continue
+            learn(model, optimizer, range(3))
+            path = CheckpointSaver(run, runtime).save(model, optimizer, state(3))
+            checkpoint.verify(path, runtime)
+            again = odd(mode, seed + 2, n)
+            checkpoint.load(path, *again, runtime)
+            assert same(everything(*again), everything(model, optimizer)), (seed, mode)
+            learn(model, optimizer, range(3, 5))
+            learn(*again, range(3, 5))
+            assert same(everything(*again), everything(model, optimizer)), (seed, mode)
+            other = odd("plain", seed + 2)  # and what several processes saved, one can load
+            checkpoint.load(path, *other, runtime)
+            assert len(everything(*other)) >= len(everything(*again))
+
+
+def check_odd_state_is_refused(run, plain_run, runtime, model, optimizer):
+    """State of plain tensors, which a sharded parameter cannot have; and the checkpoint of a run that could."""
+    for p in model.parameters():
+        optimizer.state[p] = {"row": torch.zeros(3)}
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        check_raises(UserError, "optimizer state 'row' of ",
+                     lambda: CheckpointSaver(run, runtime).save(model, optimizer, state(3)))
+        assert not (run / "checkpoints").exists()
+        before = full_tensors(model, torch.optim.SGD(model.parameters()))
+        path = checkpoint.find_newest(plain_run, runtime)
+        check_raises(UserError, str(path), lambda: checkpoint.load(path, model, optimizer, runtime))
+        check_equal(full_tensors(model, torch.optim.SGD(model.parameters())), before)
+
+
 def learn(model, optimizer, steps):
     """The same batch on every rank, so that averaging gradients changes nothing."""
     for step in steps:
@@ -207,8 +295,9 @@ def main(folder):
         if step == 2:
             assert in_background.wait() == (2, None) and not in_background.ended and in_background.poll() is None
             assert digests(path) == digests(two / "checkpoints" / path.name)
-    assert in_background.save(model, optimizer, state(6), wait=True).name == "step_00000006"  # after the save of step 4
-    assert in_background.poll() == (4, None) and in_background.wait() is None
+    assert in_background.wait() == (4, None)
+    assert in_background.save(model, optimizer, state(6), wait=True).name == "step_00000006"
+    assert in_background.poll() is None and in_background.wait() is None
     assert digests(path) != digests(two / "checkpoints/step_00000006")
     assert digests(path) == digests(two / "checkpoints/step_00000004")
 
@@ -233,6 +322,8 @@ def main(folder):
         check_raises(UserError, "broken", lambda: checkpoint.load(path, model, optimizer, runtime))
     with broken(checkpoint, "write_export", runtime.is_rank_zero):
         check_raises(OSError, "rank 0: broken", lambda: checkpoint.export(one, path, {}, runtime))
+
+    check_odd_state(folder, runtime, modes)
 
     # all ranks skip a damaged newest checkpoint
     if runtime.is_rank_zero:

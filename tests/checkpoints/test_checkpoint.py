@@ -45,6 +45,22 @@ def run(original, tmp_path):
     return SimpleNamespace(model=original.model, **paths(tmp_path))
 
 
+def test_optimizer_state_of_any_form_is_resumed_bitwise(tmp_path):
+    checkpoint_ranks.check_odd_state(tmp_path, checkpoint.SINGLE_PROCESS, ["plain"])
+
+
+@pytest.mark.parametrize("value, reason", [
+    ({1, 2}, "cannot be saved: Object of type set"), ([torch.zeros(2)], "cannot be saved: Object of type Tensor"),
+    (torch.zeros(2, dtype=torch.complex64), "torch.complex64 cannot be saved")], ids=["set", "tensors", "complex"])
+def test_optimizer_state_that_cannot_be_saved_is_one_line_before_anything_is_written(tmp_path, value, reason):
+    model, optimizer = make()
+    learn(model, optimizer, [0])
+    optimizer.state[next(model.parameters())]["odd"] = value
+    with pytest.raises(UserError, match=f"optimizer state 'odd' of token_embedding.weight: {reason}"):
+        save(tmp_path, model, optimizer, state(1))
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- load
 
 @pytest.mark.parametrize("preset", ["llama", "gpt2", "gpt2_openai"], ids=["untied", "tied", "tied-biases"])

@@ -206,7 +206,7 @@ def test_training_continues_on_a_full_disk_and_fails_at_the_end(tmp_path, train)
     assert lines[0].startswith("warning: the checkpoint of step 6 failed: ")
     assert lines[1].startswith("error: runs/full: the checkpoint of step 8 failed: ")
     assert contents(run_dir / "checkpoints") == good
-    assert not [p for p in run_dir.rglob(".*")]
+    assert not [p for p in run_dir.rglob(".*") if p.name != ".lock"]
     run = json.loads((run_dir / "run.json").read_text())
     assert run["status"] == "failed" and run["results"]["step"] == 8
     done = train("full", "--resume=must")  # the disk has space again
@@ -280,7 +280,7 @@ def test_a_save_in_the_background_writes_the_tensors_as_they_were_at_the_call(tm
     assert contents(tmp_path / "other/checkpoints/step_00000004") == contents(run.newest)
 
 
-def test_a_failure_in_the_background_is_polled_and_the_next_save_waits_for_it(run):
+def test_a_failure_in_the_background_is_polled_before_the_next_save(run):
     saver = CheckpointSaver(run.dir, asynchronous=True)
     before = contents(run.folder)
     with largest_file(1000):
@@ -289,8 +289,12 @@ def test_a_failure_in_the_background_is_polled_and_the_next_save_waits_for_it(ru
     assert step == 6 and "File too large for" in problem and contents(run.folder) == before
     for step in (6, 8):
         saver.save(run.model, run.optimizer, state(step))
-    assert saver.save(run.model, run.optimizer, state(10), wait=True).name == "step_00000010"
-    assert [saver.poll() for _ in range(3)] == [(6, None), (8, None), None]
+        assert saver.wait() == (step, None)
+    assert saver.save(run.model, run.optimizer, state(10), wait=True).name == "step_00000010" and saver.poll() is None
+    saver.save(run.model, run.optimizer, state(12))
+    saver.join()
+    with pytest.raises(AssertionError):  # nobody asked how it ended
+        saver.save(run.model, run.optimizer, state(14))
 
 
 def test_a_bug_in_the_background_is_raised_as_itself(run, monkeypatch):

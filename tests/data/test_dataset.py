@@ -276,4 +276,4 @@ def test_the_command_or_the_existing_datasets_are_named(project, tmp_path):
     assert "did you mean shakespeare_char?" in refusal(ensure_prepared, "shakespear")
     write_shards(tmp_path / "own", SHARDS)
     ensure_prepared("own", tmp_path)
-    assert "one of own, pycode, shakespeare_char" in refusal(ensure_prepared, "qqq", tmp_path)
+    assert "one of own, project, pycode, shakespeare_char" in refusal(ensure_prepared, "qqq", tmp_path)

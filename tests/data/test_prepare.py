@@ -26,7 +26,7 @@ from blockgpt.data.dataset import open_dataset
 from blockgpt.data.prepare import ProgressDisplay, write_dataset
 from blockgpt.data.sources import file_partitions
 from blockgpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, from_meta, load_tokenizer
-from blockgpt.errors import DataError
+from blockgpt.errors import DataError, UserError
 
 DOCUMENTS = [("train", "First.\n"), ("val", "Żółw"), ("train", "Zweites."), ("train", "")]
 
@@ -189,7 +189,7 @@ def documents():
     {WAIT}
 write_dataset(sys.argv[1], ByteTokenizer(), documents(), source="a test")""", tmp_path / "x")
     names = [p.name for p in (tmp_path / "x").iterdir()]
-    assert names and all(name.endswith(".tmp") for name in names)
+    assert names and all(name == ".lock" or name.endswith(".tmp") for name in names)
     assert "x" in refusal(open_dataset, "x", tmp_path)
     write(tmp_path / "x")
     assert open_dataset("x", tmp_path).tokens("train") == 18
@@ -404,8 +404,8 @@ def test_a_second_process_that_prepares_the_same_dataset_is_refused(tmp_path, co
     child = start(*files_command(corpus, out, "--workers=1", code=PAUSE))
     for _ in range(3):
         assert child.stdout.readline() == "done\n"
-    message = refusal(run_prepare, out, file_partitions([str(corpus)]))
-    assert "another process is preparing the same dataset" in message
+    with pytest.raises(UserError, match=f"x: process {child.pid} on .* prepares this dataset"):
+        run_prepare(out, file_partitions([str(corpus)]), val_fraction=0.5)  # another recipe, but one folder
     child.communicate()
     assert child.returncode == 0 and (out / "meta.json").exists()
 

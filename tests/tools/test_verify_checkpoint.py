@@ -38,5 +38,5 @@ def test_each_checkpoint_and_the_export_have_a_line(tmp_path, verify_checkpoint)
 
 
 def test_a_path_without_checkpoints_is_an_error(tmp_path, verify_checkpoint):
-    assert verify_checkpoint(tmp_path) == (3, [], [f"error: {tmp_path}: has no checkpoint"])
+    assert verify_checkpoint(tmp_path) == (3, [f"not ok  {tmp_path}: has no checkpoint"], [])
     assert verify_checkpoint(tmp_path / "nowhere") == (2, [], [f"error: {tmp_path / 'nowhere'}: is not a directory"])

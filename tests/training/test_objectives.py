@@ -1,6 +1,8 @@
 """The loss of a step and of an evaluation are what their definitions say."""
 
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from dataset_helpers import concatenate, exact_losses, pair
 
 from blockgpt.data.loader import segments_by_eot
 from blockgpt.errors import DataError
+from blockgpt.files import sha256_of
 from blockgpt.training.launch import Runtime
 from blockgpt.training.objectives import LanguageModeling, MetricSums
 from configurator import load_config
@@ -163,3 +166,40 @@ def test_an_evaluation_that_fails_restores_training_mode(config, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         objective.evaluate(model)
     assert model.training
+
+
+def test_the_digest_of_the_validation_data_says_what_an_evaluation_reads(config, tmp_path):
+    def val_data(rank=0, world_size=1, **keys):
+        return LanguageModeling(config(**{"eval_tokens": 40 * BLOCK, **keys}), runtime(rank, world_size)).val_data
+
+    same = val_data()
+    assert same["tokens"] == 40 * BLOCK
+    for keys in ({"seed": 5}, {"batch_size": 2}, {"eval_tokens": 40 * BLOCK + 3}, {"packing": "documents"},
+                 {"n_embd": 32}, {"rank": 1, "world_size": 2, "gradient_accumulation_steps": 2}):
+        assert val_data(**keys) == same, keys
+    others = [val_data(eval_tokens=39 * BLOCK), val_data(eval_tokens=0), val_data(block_size=2 * BLOCK)]
+    assert len({data["digest"] for data in (same, *others)}) == 4
+    data_dir = tmp_path / "copy"
+    shutil.copytree(LanguageModeling(config(), runtime()).datasets["text"].directory, data_dir / "renamed")
+    copy = {"dataset": "renamed", "data_dir": str(data_dir)}
+    assert val_data(**copy) == same
+    meta = json.loads((data_dir / "renamed/meta.json").read_text())
+    shard = data_dir / "renamed/val.bin"
+    shard.write_bytes(b"".join(reversed([shard.read_bytes()[i:i + 2] for i in range(0, shard.stat().st_size, 2)])))
+    meta["splits"]["val"]["files"]["val.bin"]["sha256"] = sha256_of(shard)
+    (data_dir / "renamed/meta.json").write_text(json.dumps(meta))
+    assert val_data(**copy)["digest"] != same["digest"]
+
+
+def test_the_digest_of_a_mixture_has_the_weights_of_its_last_phase(tmp_path, data_dir):
+    for name in ("a", "b"):
+        shutil.copytree(data_dir / "text", tmp_path / name)
+
+    def digest(*phases):
+        config = load_config([f"--data_dir={tmp_path}", f"--dataset_schedule={[*enumerate(phases)]}", "--device=cpu",
+                              "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4"])
+        return LanguageModeling(config, runtime()).val_data["digest"]
+
+    alone = digest({"a": 1})
+    assert digest({"a": 1}, {"b": 2}) == alone  # the same text, and nothing else counts
+    assert digest({"a": 1, "b": 3}) != digest({"a": 1, "b": 1}) != alone

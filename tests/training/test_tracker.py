@@ -25,7 +25,8 @@ FINAL_RECORD = {"status": "finished", "results": {}}
 
 def fake_wandb(**functions):
     """A module with wandb's functions that the tracker calls, and those of `functions` in place of the default ones."""
-    run = SimpleNamespace(log=functions.get("log", lambda metrics, step: None),
+    run = SimpleNamespace(log=functions.get("log", lambda metrics: None),
+                          define_metric=functions.get("define_metric", lambda name, step_metric: None),
                           finish=functions.get("finish", lambda exit_code: None),
                           summary=SimpleNamespace(update=functions.get("summary", lambda values: None)))
     return SimpleNamespace(login=functions.get("login", lambda **_: True),
@@ -48,7 +49,7 @@ def new_tracker(tmp_path, monkeypatch):
 
 def test_records_are_sent_in_order_with_flat_names(new_tracker):
     calls = []
-    module = fake_wandb(log=lambda metrics, step: calls.append((step, metrics)),
+    module = fake_wandb(log=calls.append, define_metric=lambda name, step_metric: calls.append((name, step_metric)),
                         summary=calls.append, finish=lambda exit_code: calls.append(exit_code))
     for status, exit_code in (("finished", 0), ("interrupted", 0), ("failed", 1)):
         calls.clear()
@@ -56,7 +57,8 @@ def test_records_are_sent_in_order_with_flat_names(new_tracker):
         tracker.log("step", {"step": 1, "loss": 2.0})
         tracker.log("eval", {"step": 2, "layers": {"a": [3, 4]}})
         tracker.finish({"status": status, "results": {"best": 1.0}})
-        assert calls == [(1, {"step/loss": 2.0}), (2, {"eval/layers/a/0": 3, "eval/layers/a/1": 4}),
+        assert calls == [("*", "step"), {"step": 1, "step/loss": 2.0},
+                         {"step": 2, "eval/layers/a/0": 3, "eval/layers/a/1": 4},
                          {"status": status, "best": 1.0}, exit_code]
         assert not warnings
     assert flatten({"a": {"b": 1, "c": {}}, "d": [2, {"e": 3}]}) == {"a/b": 1, "d/0": 2, "d/1/e": 3}
@@ -126,8 +128,8 @@ def test_the_run_ends_without_a_tracker_that_hangs(new_tracker, monkeypatch, whe
 def test_a_slow_tracker_drops_records_and_reports_how_many(new_tracker, monkeypatch):
     sent, blocked = [], threading.Event()
 
-    def log(metrics, step):
-        sent.append(step)
+    def log(metrics):
+        sent.append(metrics["step"])
 
     def init(**_):
         blocked.wait(60)

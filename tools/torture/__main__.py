@@ -8,7 +8,8 @@ random time), two runs of the tool differ. Runs are tiny, 12 steps with a save e
 from a process with torch loaded (ranks.py); some of each group are launched by torchrun. The run directories of broken
 promises are kept, and their paths printed.
 
-A new group is a function here, in files.py or network.py, that yields the rows of `run_trials`, and an entry of GROUPS.
+A new group is a function here, in files.py, lookups.py or network.py, that yields the rows of `run_trials`, and an
+entry of GROUPS.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from typing import Any
 from blockgpt.console import ArgumentParser
 from blockgpt.errors import did_you_mean, exit_on_user_error
 from tools.torture.files import damage, malicious
+from tools.torture.lookups import lookups, shared
 from tools.torture.network import network
 from tools.torture.ranks import PHASES
 from tools.torture.runs import CHECKPOINT_INTERVAL, MODES, STEPS, Harness, Trial, read_step_times
@@ -296,7 +298,7 @@ def ends(harness: Harness) -> Iterator[Row]:
 
 GROUPS: dict[str, Callable[[Harness], Iterator[Row]]] = {
     "kills": kills, "damage": damage, "disk": disk, "signals": signals, "pauses": pauses, "network": network,
-    "nonfinite": nonfinite, "ends": ends, "malicious": malicious}
+    "nonfinite": nonfinite, "ends": ends, "malicious": malicious, "shared": shared, "lookups": lookups}
 
 
 def run_groups(harness: Harness, groups: list[str]) -> dict[str, Row]:

@@ -288,7 +288,8 @@ def resume_malicious(harness: Harness, mode: str, make_malicious: MakeMalicious,
 
 
 def listing(folder: Path) -> list[tuple[str, int, int]]:
-    return sorted((str(p), p.lstat().st_mtime_ns, p.lstat().st_size) for p in folder.rglob("*") if p.is_file())
+    return sorted((str(p), p.lstat().st_mtime_ns, p.lstat().st_size) for p in folder.rglob("*")
+                  if p.name != ".lock" and p.is_file())
 
 
 def reset_access_times(files: Iterable[Path]) -> None:

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from blockgpt.training.background import BackgroundThread
 from tools.torture.ranks import enter_network
 from tools.torture.runs import MODES, Harness, Schedule, Trial
 from tools.torture.trials import Row, run_trials
@@ -89,12 +90,12 @@ class TwoNodes:
         self.quality, self.random = WHOLE, random.Random(rng.random())
         self.carried = self.lost = 0
         self.ready, self.closing = threading.Event(), threading.Event()
-        self.thread = threading.Thread(target=self._carry, name="link", daemon=True)
+        self.thread: BackgroundThread | None = None
 
     def __enter__(self) -> "TwoNodes":
         for name in self.names:
             ip("netns", "add", name)
-        self.thread.start()
+        self.thread = BackgroundThread(self._carry, "link")
         assert self.ready.wait(10), "the devices were not made"
         for node, name in enumerate(self.names):
             ip("-n", name, "address", "add", f"10.9.8.{node + 1}/24", "dev", DEVICE)
@@ -103,8 +104,10 @@ class TwoNodes:
         return self
 
     def __exit__(self, *error: object) -> None:
+        assert self.thread is not None
         self.closing.set()
         self.thread.join()
+        self.thread.check()
         for name in self.names:
             with contextlib.suppress(subprocess.CalledProcessError):
                 ip("netns", "delete", name)

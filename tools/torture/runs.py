@@ -24,6 +24,7 @@ from blockgpt.checkpoints import checkpoint
 from blockgpt.data.prepare import write_dataset
 from blockgpt.data.tokenizer import ByteTokenizer
 from blockgpt.errors import CheckpointError, UserError
+from blockgpt.experiments.records import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES: dict[str, tuple[int, list[str]]] = {  # {name: (processes, flags)}
@@ -312,7 +313,8 @@ class Trial:
         losses = read_losses(self.run_dir)
         if losses != reference.losses:
             self.report_broken("different", f"losses {losses}")
-        stale = [p for p in self.run_dir.rglob("*") if p.name.startswith(".") or p.name.endswith(".tmp")]
+        stale = [p for p in self.run_dir.rglob("*")
+                 if p.name != ".lock" and (p.name.startswith(".") or p.suffix == ".tmp")]
         if stale:
             self.report_broken("temporaries", stale)
         self.check_checkpoints()
@@ -345,13 +347,8 @@ def is_running(pid: int) -> bool:
 
 def read_steps(run_dir: Path) -> list[dict[str, Any]]:
     """The records of steps. The incomplete line of a killed run or a full disk is skipped."""
-    steps = []
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if record["kind"] == "step":
-                steps.append(record)
-    return steps
+    records, _ = read_log(run_dir / "metrics.jsonl")
+    return [record for record in records if record["kind"] == "step"]
 
 
 def read_losses(run_dir: Path) -> dict[int, float]:
