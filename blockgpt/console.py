@@ -18,6 +18,15 @@ class ArgumentParser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; a flag with one value that is given twice is a `UserError`: the first would be lost silently."""
+        args = list(sys.argv[1:] if args is None else args)
+        given = [arg.partition("=")[0] for arg in args[:args.index("--") if "--" in args else None]]
+        for action in self._actions:
+            if type(action) is argparse._StoreAction and sum(given.count(name) for name in action.option_strings) > 1:
+                raise UserError(f"{action.option_strings[-1]}: is given twice (give it once)")
+        return super().parse_known_args(args, namespace)
+
     def print_help(self, file: Any = None) -> None:
         """Print the help at once, so that `| head` ends the command quietly."""
         echo(self.format_help(), file, end="")

@@ -130,6 +130,9 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 # ---- looking up: there, not there, cannot tell
 
 
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # errors that say that nothing is there
+
+
 def find(path: str | Path) -> os.stat_result | None:
     """The status of a file or folder, links followed; None if nothing is there.
 
@@ -143,16 +146,17 @@ def find(path: str | Path) -> os.stat_result | None:
     path = Path(path)
     try:
         return os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:  # ValueError: a null character
-        raise unreadable(path, error) from None
+    except ValueError:  # a null character, which no name has
+        return None
+    except OSError as error:
+        if error.errno not in ABSENT:
+            raise unreadable(path, error) from None
     for ancestor in (path, *path.parents):
         try:
             status = os.lstat(ancestor)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
         except OSError as error:
+            if error.errno in ABSENT:
+                continue
             raise unreadable(ancestor, error) from None
         if stat.S_ISLNK(status.st_mode) and not os.path.exists(ancestor):
             raise UserError(f"{ancestor}: is a link to {os.readlink(ancestor)}, which does not exist (mount that "

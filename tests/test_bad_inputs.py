@@ -329,7 +329,7 @@ COMMANDS = [
     ("data/files/prepare.py --name=x --input=blank --out_dir=data --tokenizer=byte", 2,
      "data: the train .*left out: 1 empty"),
     ("data/files/prepare.py --name=x --input=latin1.py --out_dir=data --tokenizer=byte", 2,
-     "data: the train .*1 not_utf8"),
+     r"text files: 1 of 1 records are lost, the first \(not_utf8\) is latin1.py: byte 11"),
     ("data/files/prepare.py --name=x --input=tiny.py --out_dir=data --tokenizer=byte", 2,
      "data: the val split would be empty"),
     ("data/files/prepare.py --name=x --input=tiny.py --out_dir=blank --tokenizer=byte", 2,
@@ -384,10 +384,11 @@ def workspace(tmp_path_factory):
 
     data, chars = workspace / "data", workspace / "data" / "chars"
     characters = CharTokenizer("abcdefgh \n.")
-    write_dataset(chars, characters, [("train", "abc def gh\n" * 200), ("val", "a.b.\n" * 40)], source="a test")
+    write_dataset(chars, characters, [("train", "abc def gh\n" * 200), ("val", "a.b.\n" * 40)], source="a test",
+                  separate=False)
     write_dataset(data / "bytes", ByteTokenizer(), [("train", "abc" * 100), ("val", "abc" * 100)], source="a test")
     write_dataset(workspace / "other/chars", characters, [("train", "hg " * 200), ("val", "abc" * 100)],
-                  source="a test")
+                  source="a test", separate=False)
     train = (chars / "train.bin").read_bytes()
     for name in ("truncated", "padded", "flipped", "beyond", "lost", "meta_text", "meta_folder", *META):
         shutil.copytree(chars, data / name)

@@ -136,7 +136,8 @@ def test_what_is_there_is_found_and_what_is_not_is_not(tree):
     for name, kinds in (("file", (True, False, True)), ("folder", (True, True, False)),
                         ("to_file", (True, False, True)), ("to_folder", (True, True, False))):
         assert (exists(tree / name), is_dir(tree / name), is_file(tree / name)) == kinds
-    for name in ("nothing", "nothing/below", "file/below", "to_folder/nothing", "folder/inner/c.txt/x/y"):
+    for name in ("nothing", "nothing/below", "file/below", "to_folder/nothing", "folder/inner/c.txt/x/y", "x" * 300,
+                 "a\0b"):
         assert {key: look(tree / name) for key, look in LOOKUPS.items()} == NOTHING
     assert [p.name for p in list_dir(tree / "folder")] == ["a.txt", "b.md", "inner"]
     assert [p.name for p in list_dir(tree / "folder", ".h*")] == [".hidden.txt"]

@@ -24,7 +24,8 @@ LAYERS = (
     ("root",),
     ("tools", "data"),  # tools/ and data/<name>/prepare.py
 )
-WRITING_DATA = {f"blockgpt.data.{name}" for name in ("sources", "filters", "writer", "prepare", "commands")}
+WRITING_DATA = {f"blockgpt.data.{name}" for name in ("sources", "paths", "readers", "hub", "filters", "writer",
+                                                   "prepare", "commands")}
 READING_DATA = {f"blockgpt.data.{name}" for name in ("loader", "packing", "mixture")}
 
 IMPORTERS = ("import_module", "__import__", "resolve_name")  # their first argument is a module
@@ -285,7 +286,8 @@ TWO_ANSWERS = {"exists", "is_dir", "is_file", "isdir", "isfile", "lexists", "glo
                "listdir", "scandir", "walk"}
 MAY_LOOK = {
     "blockgpt/files.py": "it is where the three answers are",
-    "blockgpt/data/sources.py": "its own lookups are refused one by one",
+    "blockgpt/data/paths.py": "its own lookups are refused one by one",
+    "blockgpt/data/hub.py": "files that a library has stored",
     "data/pycode/prepare.py": "os.walk, with an onerror that refuses",
     "tools/mutate.py": "files of its own copy of the tree",
     "tools/torture/files.py": "files that the trial has made", "tools/torture/ranks.py": "the same",

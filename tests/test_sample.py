@@ -63,7 +63,8 @@ def bytes_run(make_run):
 def text(capsys):
     """text(run, **flags) -> the output of sample.py, without its last line feed."""
     def get(run, **flags):
-        sample.main([f"--run={run}", "--device=cpu", *(f"--{k}={v}" for k, v in flags.items())])
+        flags = {"device": "cpu", **flags}
+        sample.main([f"--run={run}", *(f"--{k}={v}" for k, v in flags.items())])
         out = capsys.readouterr().out
         assert out.endswith("\n")
         return out[:-1]

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from blockgpt.console import ArgumentParser
 from blockgpt.data.dataset import SPLITS, is_bare, open_bare
+from blockgpt.data.losses import user_path
 from blockgpt.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from blockgpt.errors import DataError, exit_on_user_error, first_line, short_repr
 from blockgpt.files import FolderLock, write_json
@@ -89,7 +90,8 @@ def read_tokenizer(path: Path) -> CharTokenizer:
 
 def main(argv: Sequence[str]) -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path, help="with train.bin and val.bin, as nanoGPT's prepare.py writes them")
+    parser.add_argument("directory", type=user_path,
+                        help="with train.bin and val.bin, as nanoGPT's prepare.py writes them")
     parser.add_argument("--tokenizer", help="if there is no meta.pkl: gpt2, … or a file")
     args = parser.parse_args(argv)
     if not is_bare(args.directory):

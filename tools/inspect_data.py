@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from blockgpt.console import ArgumentParser, check_ranges
-from blockgpt.data.dataset import SPLITS, Dataset, check_token_ids, open_dataset
+from blockgpt.data.dataset import SPLITS, Dataset, open_dataset
 from blockgpt.data.loader import SequenceReader
+from blockgpt.data.token_files import check_token_ids
 from blockgpt.data.tokenizer import Tokenizer, describe_tokenizer, from_meta
 from blockgpt.data.writer import digest_of
 from blockgpt.errors import DataError, exit_on_user_error

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from blockgpt.console import ArgumentParser, check_ranges
-from blockgpt.data.sources import Partition, file_partitions
+from blockgpt.data.commands import add_input, add_max_loss, input_partitions
+from blockgpt.data.losses import MAX_LOSS, Skipped, user_path
+from blockgpt.data.sources import Partition
 from blockgpt.data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, Tokenizer, pack_bytes, to_ranks
 from blockgpt.errors import DataError, UserError, exit_on_user_error, first_line, require_package
 from blockgpt.files import write_bytes
@@ -28,10 +30,10 @@ HELD_OUT_EVERY = 50  # one sentence in 50 is held out of training, for the measu
 MAX_HELD_OUT = 1000
 
 
-def sentences(partitions: Iterable[Partition]) -> Iterator[str]:
+def sentences(partitions: Iterable[Partition], max_loss: float = MAX_LOSS) -> Iterator[str]:
     """Yield the documents in chunks of whole lines, about SENTENCE_BYTES long; a longer line is split."""
     for partition in partitions:
-        for _, text in partition.documents(collections.Counter()):
+        for _, text in partition.documents(Skipped(max_loss=max_loss)):
             chunk: list[str] = []
             size = 0
             for line in text.splitlines(keepends=True):
@@ -88,11 +90,11 @@ def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Measurement:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The validated flags; an output that cannot be written is an error before the training."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, help="files, folders or patterns in quotes")
-    parser.add_argument("--text_key", default="text", help="the field or column that contains the text")
+    add_input(parser)
+    add_max_loss(parser)
     parser.add_argument("--vocab_size", type=int, default=8192, help="tokens, 256 of them bytes")
     parser.add_argument("--model", choices=("bpe", "unigram"), default="bpe", help="the algorithm")
-    parser.add_argument("--output", type=Path, default=Path("tokenizer"), help="writes OUTPUT.model")
+    parser.add_argument("--output", type=user_path, default=Path("tokenizer"), help="writes OUTPUT.model")
     parser.add_argument("--export_bpe", action="store_true", help="write OUTPUT.tiktoken too")
     parser.add_argument("--max_sentences", type=int, default=100_000, help="of 4 kB, sampled from all of them")
     parser.add_argument("--coverage", type=float, default=0.9999, help="fraction of the characters that get a token")
@@ -109,11 +111,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    partitions = file_partitions(args.input, args.text_key)
+    partitions = input_partitions(args)
     held_out: list[str] = []
 
     def training_texts() -> Iterator[str]:
-        for i, text in enumerate(sentences(partitions)):
+        for i, text in enumerate(sentences(partitions, args.max_loss)):
             if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 and len(held_out) < MAX_HELD_OUT:
                 held_out.append(text)
             elif "▁" not in text and "\0" not in text:  # SentencePiece's own characters for a space and a line end
@@ -125,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
     if args.export_bpe:
         ranks = to_ranks(model)
         outputs[f"{args.output}.tiktoken"] = (ranks, TiktokenTokenizer(ranks=pack_bytes(ranks)))
-    texts = [t for t in held_out or list(sentences(partitions))[:100] if "▁" not in t]
+    texts = [t for t in held_out or list(sentences(partitions, args.max_loss))[:100] if "▁" not in t]
     sample = f"on {len(texts)} sentences {'held out of' if held_out else 'used in'} training"
     for path, (content, tokenizer) in outputs.items():
         m = measure(tokenizer, texts)

@@ -141,7 +141,8 @@ class CheckpointManager:
         self.spikes = LossSpikeDetector(config.spike_threshold, state["spikes"])
         self.initial_weights = state.get("initial_weights")
         if state.get("val_data", self.objective.val_data) != self.objective.val_data:
-            self.progress.best = self.progress.best_saved = self.progress.evaluated = None  # measured on other data
+            # They were measured on other data.
+            self.progress.best = self.progress.best_saved = self.progress.evaluated = None
             self.progress.evaluations_since_best = 0
         self.last_saved = self.progress.step
         return self.progress

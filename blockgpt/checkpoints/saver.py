@@ -182,7 +182,7 @@ def describes(path: Path, state: Mapping[str, Any]) -> bool:
     """Whether a verified checkpoint says of model, data and progress what `state` says."""
     saved = read_state(path)
     now = json.loads(json.dumps(state))
-    return all(saved.get(key) == value for key, value in now.items() if key in ("step", "data", "description"))
+    return all(saved.get(key) == now.get(key) for key in ("step", "data", "val_data", "description"))
 
 
 def commit_checkpoint(temporary: Path, final: Path, rank_files: list[dict[str, Any]],

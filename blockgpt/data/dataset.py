@@ -10,17 +10,26 @@ To add a field to meta.json: a line in `META`, and a new `SCHEMA_VERSION` if old
 
 import hashlib
 import json
-import mmap
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from blockgpt.data.losses import user_path
+from blockgpt.data.token_files import (
+    check_bare_file,
+    check_bare_ids,
+    check_token_ids,
+    madvise,
+    memory_map,
+    sha256_of_ends,
+)
 from blockgpt.data.tokenizer import UNNAMED, Tokenizer, describe_tokenizer, load_tokenizer
 from blockgpt.errors import DataError, did_you_mean
 from blockgpt.files import exists, list_dir, sha256_of
@@ -84,7 +93,7 @@ class Dataset:
 
 def dataset_dir(dataset: str, data_dir: str | Path | None = None) -> Path:
     """The directory of a dataset; data_dir None: data/ in the project's folder."""
-    return Path(data_dir or ROOT / "data") / dataset
+    return user_path(data_dir or ROOT / "data") / dataset
 
 
 def prepare_command(dataset: str, data_dir: str | Path | None = None) -> str:
@@ -165,10 +174,15 @@ def open_dataset(dataset: str, data_dir: str | Path | None = None, tokenizer: st
             shards[split].append(open_shard(directory / name, entry, DTYPES[meta["dtype"]], meta["vocab_size"], verify))
     except DataError as error:
         raise DataError(f"{error} {hint}") from None
-    if tokenizer and load_tokenizer(tokenizer).to_meta() != meta["tokenizer"]:
+    if tokenizer and not same_tokenizer(load_tokenizer(tokenizer).to_meta(), meta["tokenizer"]):
         raise DataError(f"dataset {dataset!r} was made with the tokenizer {describe_tokenizer(meta['tokenizer'])}, "
                         f"not with {tokenizer} (drop --tokenizer, or prepare it again)")
     return Dataset(dataset, directory, meta, shards, hint)
+
+
+def same_tokenizer(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two entries of meta.json are one tokenizer; --eot may have chosen another token to end documents."""
+    return {**a, "eot": None} == {**b, "eot": None}
 
 
 def open_bare(dataset: str, directory: Path, tokenizer: Tokenizer | None = None,
@@ -191,6 +205,7 @@ def open_bare(dataset: str, directory: Path, tokenizer: Tokenizer | None = None,
     shards, splits = {}, {}
     for split in SPLITS:
         path = directory / f"{split}.bin"
+        check_bare_file(path, dtype)
         size = path.stat().st_size
         if not size or size % dtype.itemsize:
             raise DataError(f"{path}: has {size} bytes, which is not a whole number of {dtype.name} tokens, "
@@ -198,7 +213,7 @@ def open_bare(dataset: str, directory: Path, tokenizer: Tokenizer | None = None,
         entry = {"size": size, "sha256": sha256_of(path) if size <= VERIFY_BYTES else sha256_of_ends(path)}
         shard = open_shard(path, entry, dtype, vocab_size, verify=False)
         if size <= VERIFY_BYTES:
-            check_token_ids(shard, vocab_size, path, hint)
+            check_bare_ids(shard, vocab_size, path)
         text_bytes = None
         if tokenizer:
             sample = shard[:SAMPLE_TOKENS]
@@ -295,36 +310,3 @@ def open_shard(path: Path, entry: dict[str, Any], dtype: np.dtype, vocab_size: i
     else:
         madvise(tokens, "MADV_RANDOM")
     return tokens
-
-
-def memory_map(path: str | Path, dtype: np.dtype | str) -> np.ndarray:
-    """A file as a 1-d read-only array; only the pages that are accessed are read. The file may be empty."""
-    with open(path, "rb") as file:
-        if not file.seek(0, 2):  # mmap refuses an empty file
-            return np.frombuffer(b"", dtype)
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
-
-
-def madvise(tokens: np.ndarray, advice: str) -> None:
-    """Advise the kernel how a memory-mapped array will be accessed, if the platform has that advice.
-
-    Without MADV_RANDOM the system reads ahead, which makes a read at a random position of a large file some hundred
-    times as expensive.
-    """
-    mapping = getattr(tokens.base, "obj", None)  # numpy keeps a memoryview of the mmap
-    if isinstance(mapping, mmap.mmap) and hasattr(mmap, advice):
-        mapping.madvise(getattr(mmap, advice))
-
-
-def check_token_ids(ids: np.ndarray, vocab_size: int, where: str | Path, hint: str = "") -> None:
-    """`DataError` if a token id is beyond the vocabulary: the embedding would fail far from the cause."""
-    if ids.size and ids.max() >= vocab_size:
-        raise DataError(f"{where}: has the token id {ids.max()}, beyond vocab_size={vocab_size} {hint}".rstrip())
-
-
-def sha256_of_ends(path: Path, n: int = 2**20) -> str:
-    """Hex digest of a large file's size and of its first and last n bytes, which is quick whatever the size."""
-    with open(path, "rb") as file:
-        head, size = file.read(n), file.seek(0, 2)
-        file.seek(-n, 2)
-        return hashlib.sha256(str(size).encode() + head + file.read(n)).hexdigest()

@@ -5,11 +5,17 @@ flag --filter, its validation and the counts in meta.json read that table.
 """
 
 import importlib
+import inspect
+import os
 import re
+import sys
+import sysconfig
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from blockgpt.errors import UserError, did_you_mean, short_repr
+from blockgpt.data.losses import library_errors
+from blockgpt.errors import DataError, UserError, did_you_mean, short_repr
+from blockgpt.files import sha256_of
 
 CompiledFilter = tuple[str, Callable[[str, Any], bool], Any]  # (name, filter function, its value)
 
@@ -77,8 +83,15 @@ FILTERS: dict[str, Callable[[str, Any], bool]] = {
     "max_symbols": lambda text, most: character_fraction(text, is_symbol) <= most,
     "max_control": lambda text, most: character_fraction(text, is_control) <= most,
     "language": lambda text, language: detect_language(text) == language,
-    "callable": lambda text, function: bool(function(text)),
+    "callable": lambda text, function: call_filter(function, text),
 }
+
+
+def call_filter(function: Callable[[str], Any], text: str) -> bool:
+    """Whether a user's function keeps the text. `DataError` for whatever it raises."""
+    with library_errors(f"the function {getattr(function, '__name__', function)} fails on it"):
+        return bool(function(text))
+
 
 
 def parse_filters(settings: Iterable[str] | None) -> dict[str, Any]:
@@ -98,6 +111,9 @@ def parse_filters(settings: Iterable[str] | None) -> dict[str, Any]:
         name, _, value = setting.partition("=")
         if name not in FILTERS:
             raise UserError(f"--filter {short_repr(setting)}: no such filter{did_you_mean(name, FILTERS)}")
+        if name in filters:
+            hint = "one function can call both" if name == "callable" else "both cannot hold; drop one"
+            raise UserError(f"--filter {name}: is given twice, {filters[name]} and {short_repr(value)} ({hint})")
         if name == "language" and value not in COMMON_WORDS:
             raise UserError(f"--filter {setting}: {short_repr(value)} is unknown{did_you_mean(value, COMMON_WORDS)}")
         if name in ("language", "callable"):
@@ -123,9 +139,38 @@ def import_function(function: str | Callable[[str], Any]) -> Callable[[str], Any
         return function
     module, _, name = function.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        with library_errors(f"{module} cannot be imported"):
+            imported = getattr(importlib.import_module(module), name)
+    except DataError as error:
         raise UserError(f"--filter callable={function}: {error} (module:function, importable from here)") from None
+    if not callable(imported):
+        raise UserError(f"--filter callable={function}: {short_repr(imported)} is no function")
+    return imported
+
+
+def source_digests(filters: dict[str, Any]) -> dict[str, str]:
+    """{module: sha256 of its source} of the functions that filters name, and of the user's modules that these use.
+
+    An edited function then makes another dataset: nothing is continued from what the old one kept.
+    """
+    digests: dict[str, str] = {}
+    queue: list[Any] = [import_function(filters["callable"])] if "callable" in filters else []
+    if type(filters.get("callable")) is str:
+        queue.append(sys.modules[filters["callable"].partition(":")[0]])
+    while queue:
+        module = inspect.getmodule(queue.pop())
+        path = getattr(module, "__file__", None)
+        if module is None or path is None or module.__name__ in digests or is_installed(path):
+            continue
+        digests[module.__name__] = sha256_of(path)
+        queue += [value for value in vars(module).values() if inspect.ismodule(value) or hasattr(value, "__module__")]
+    return dict(sorted(digests.items()))
+
+
+def is_installed(path: str) -> bool:
+    """Whether a module belongs to Python or a package, whose versions are not part of a recipe."""
+    folders = {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return any(os.path.realpath(path).startswith(folder + os.sep) for folder in folders)
 
 
 def first_failing_filter(filters: list[CompiledFilter], text: str) -> str | None:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from blockgpt.data.dataset import Dataset, check_token_ids
+from blockgpt.data.dataset import Dataset
+from blockgpt.data.token_files import check_token_ids
 from blockgpt.errors import DataError
 
 # The tensors of a batch by name, each with B rows. `tokens` and `targets`, int64 (B, block_size): inputs, and what

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from blockgpt.data.dataset import Dataset, check_token_ids, madvise
+from blockgpt.data.dataset import Dataset
 from blockgpt.data.loader import IGNORE_INDEX, Batch, GlobalBatches, feistel_permute, splitmix64
+from blockgpt.data.token_files import check_token_ids, madvise
 from blockgpt.errors import DataError
 
 SCAN_TOKENS = 2**24  # scanned at a time

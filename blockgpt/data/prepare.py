@@ -7,7 +7,6 @@ To add a dataset: a `data/<name>/prepare.py` that passes the name of a dataset o
 its documents to `write_dataset` (as data/pycode does).
 """
 
-import collections
 import concurrent.futures.process
 import contextlib
 import hashlib
@@ -28,6 +27,8 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]  # it has no type hints
 
 from blockgpt.data.dataset import DTYPES, SCHEMA_VERSION, SPLITS, dtype_for
+from blockgpt.data.filters import source_digests
+from blockgpt.data.losses import MAX_LOSS, Skipped
 from blockgpt.data.sources import Partition
 from blockgpt.data.tokenizer import Tokenizer, from_meta
 from blockgpt.data.writer import (
@@ -49,6 +50,8 @@ from blockgpt.files import FolderLock
 
 CONTINUES = "(the finished partitions are saved: the same command continues)"
 SMALL_SECONDS = 60.0  # that a small dataset waits for its lock: two runs that start at once both prepare theirs
+BY_POSITION = "--by_position makes the end of each document val; --val_fraction sets how many are"
+PARTS_VERSION = 2  # of the files in a work directory: one with others is not continued
 TERMINAL_SECONDS, LOG_SECONDS = 0.5, 30.0  # between two displays of the progress; the first one comes after as long
 
 
@@ -70,24 +73,25 @@ def write_dataset(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable
         DataError: a split without tokens, a full disk, a folder that cannot be written.
     """
     recipe = Recipe(separate=separate, deduplicate=False)
-    refusals: collections.Counter[str] = collections.Counter()
+    check_separable(tokenizer, recipe)
+    refusals = Skipped(max_loss=1)
     started, out_dir = time.perf_counter(), Path(out_dir)
     work = out_dir / f".parts.{secrets.token_hex(4)}.tmp"
     with writing_to(out_dir, wait=SMALL_SECONDS):
         try:
             work.mkdir()
-            first_refusal = encode_partition(work / "all", documents, tokenizer, recipe, refusals)
-            meta = assemble(out_dir, work, [work / "all"], tokenizer, recipe, source=source, extras=extras,
-                            skipped={**(skipped or {}), **refusals}, first_refusal=first_refusal)
+            encode_partition(work / "all", documents, tokenizer, recipe, refusals)
+            refusals.update(skipped or {})
+            meta = assemble(out_dir, work, [work / "all"], tokenizer, recipe, refusals, source=source, extras=extras)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    print(summary(meta, time.perf_counter() - started, out_dir))
+    print_summary(meta, refusals, time.perf_counter() - started, out_dir)
     return meta
 
 
 def prepare(out_dir: str | Path, tokenizer: Tokenizer, partitions: Sequence[Partition], *, source: str,
             recipe: Recipe | None = None, workers: int | None = None, shard_tokens: int = SHARD_TOKENS,
-            **extras: Any) -> dict[str, Any]:
+            max_loss: float = MAX_LOSS, **extras: Any) -> dict[str, Any]:
     """Encode `partitions` into `out_dir`, in several processes.
 
     After any interruption the finished partitions are saved, and the same call continues with the others. The result
@@ -96,11 +100,15 @@ def prepare(out_dir: str | Path, tokenizer: Tokenizer, partitions: Sequence[Part
     Args:
         workers: processes; None: one per core.
         shard_tokens: approximate tokens per file.
+        max_loss: the fraction of the records of a file that may be lost.
 
     Other arguments, result and errors as `write_dataset`.
     """
     recipe, out_dir, started = recipe or Recipe(), Path(out_dir), time.perf_counter()
-    key = hashlib.sha256(json.dumps([tokenizer.to_meta(), asdict(recipe)], default=repr).encode()).hexdigest()[:16]
+    check_separable(tokenizer, recipe)
+    described = {**asdict(recipe), "filters": {k: str(v) for k, v in recipe.filters.items()},
+                 "sources": source_digests(recipe.filters)}
+    key = hashlib.sha256(json.dumps([PARTS_VERSION, tokenizer.to_meta(), described]).encode()).hexdigest()[:16]
     work = out_dir / f".parts.{key}.tmp"
     with writing_to(out_dir, work):
         work.mkdir(exist_ok=True)
@@ -110,18 +118,32 @@ def prepare(out_dir: str | Path, tokenizer: Tokenizer, partitions: Sequence[Part
         if done:
             print(f"continuing: {done} of {len(paths)} partitions are finished", flush=True)
         progress = ProgressDisplay(len(paths), done)
-        encode_partitions(todo, tokenizer, recipe, min(workers or n_cores(), len(todo)), progress)
-        skipped, first_refusal = sum_partition_stats(paths)
-        extras = {"recipe": {**asdict(recipe), "filters": {k: str(v) for k, v in recipe.filters.items()}}, **extras}
         try:
-            meta = assemble(out_dir, work, paths, tokenizer, recipe, source=source, extras=extras, skipped=skipped,
-                            first_refusal=first_refusal, shard_tokens=shard_tokens)
+            encode_partitions(todo, tokenizer, recipe, max_loss, min(workers or n_cores(), len(todo)), progress)
+        except DataError as error:
+            if any(map(is_done, paths)):
+                raise DataError(f"{error} {CONTINUES}") from None
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        skipped = sum_partition_stats(paths)
+        try:
+            meta = assemble(out_dir, work, paths, tokenizer, recipe, skipped, source=source,
+                            extras={"recipe": described, **extras}, shard_tokens=shard_tokens,
+                            hint="" if recipe.by_position else BY_POSITION)
         except DataError:  # an empty split: the same partitions would fail again
             shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
-    print(summary(meta, time.perf_counter() - started, out_dir))
+    print_summary(meta, skipped, time.perf_counter() - started, out_dir)
     return meta
+
+
+def check_separable(tokenizer: Tokenizer, recipe: Recipe) -> None:
+    """`DataError` if documents are to be separated and the tokenizer has no token for that."""
+    if recipe.separate and tokenizer.eot is None:
+        candidates = f"--eot names one, such as {', '.join(tokenizer.special[:4])}; " if tokenizer.special else ""
+        raise DataError(f"the tokenizer {tokenizer.name} has no end-of-text token that is known, so documents would "
+                        f"run into each other ({candidates}--no_separator if that is wanted)")
 
 
 def n_cores() -> int:
@@ -148,29 +170,26 @@ def writing_to(out_dir: Path, work: Path | None = None, wait: float = 1.0) -> It
                         f"folder: --out_dir, or train.py's --data_dir{saved})") from None
 
 
-def assemble(out_dir: Path, work: Path, paths: Sequence[Path], tokenizer: Tokenizer, recipe: Recipe, *, source: str,
-             extras: Mapping[str, Any], skipped: Mapping[str, int], first_refusal: str | None,
-             shard_tokens: int = SHARD_TOKENS) -> dict[str, Any]:
+def assemble(out_dir: Path, work: Path, paths: Sequence[Path], tokenizer: Tokenizer, recipe: Recipe, skipped: Skipped,
+             *, source: str, extras: Mapping[str, Any], shard_tokens: int = SHARD_TOKENS,
+             hint: str = "") -> dict[str, Any]:
     """Write the encoded partitions as shards and commit them with their meta.json, which is returned.
 
     Args:
         paths: of the partitions, without suffix, in the order of the corpus.
-        first_refusal: why a document could not be encoded, for the error message of an empty split.
+        skipped: what was left out; duplicates are added.
+        hint: how to fix an empty split.
     """
     dtype = dtype_for(tokenizer.vocab_size)
     splits = {name: SplitWriter(work, name, DTYPES[dtype], shard_tokens) for name in SPLITS}
     try:
         duplicate = find_duplicates(work, paths) if recipe.deduplicate else None
         if duplicate is not None:
-            skipped = {**skipped, "duplicate": int(duplicate.sum())}
+            skipped["duplicate"] = int(duplicate.sum())
         write_splits(paths, splits, duplicate)
-        for name, split in splits.items():
+        for split in splits.values():
             split.finish()
-            if not split.tokens:
-                counts = ", ".join(f"{n} {reason}" for reason, n in skipped.items() if n)
-                raise DataError(f"{out_dir}: the {name} split would be empty ({source} has too little text"
-                                + (f"; left out: {counts}" if counts else "")
-                                + (f"; {first_refusal}" if first_refusal else "") + ")")
+        check_splits(out_dir, splits, skipped, source, hint)
         meta = {"schema_version": SCHEMA_VERSION, "tokenizer": tokenizer.to_meta(),
                 "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot if recipe.separate else None, "dtype": dtype,
                 "source": source, "splits": {name: split.to_meta() for name, split in splits.items()},
@@ -182,17 +201,30 @@ def assemble(out_dir: Path, work: Path, paths: Sequence[Path], tokenizer: Tokeni
             split.discard()
 
 
+def check_splits(out_dir: Path, splits: Mapping[str, SplitWriter], skipped: Skipped, source: str, hint: str) -> None:
+    """`DataError` if a split has no tokens, with what was left out and how to get some."""
+    empty = next((name for name, split in splits.items() if not split.tokens), None)
+    if empty is None:
+        return
+    n_documents = sum(split.documents for split in splits.values())
+    counts = ", ".join(f"{n:,} {reason}" for reason, n in skipped.items() if n)
+    reasons = [f"{source} has too little text: {n_documents:,} document{'s' * (n_documents != 1)}",
+               f"left out: {counts}" if counts else "", *skipped.warnings(),
+               hint if n_documents else ""]
+    raise DataError(f"{out_dir}: the {empty} split would be empty ({'; '.join(filter(None, reasons))})")
+
+
 # ---- several processes ----
 
 SPAWN = multiprocessing.get_context("spawn")  # the same on every system; no state is inherited
 worker_state: dict[str, Any] = {}  # of a worker process: tokenizer, recipe, counters
 
 
-def init_worker(tokenizer_meta: dict[str, Any], recipe: Recipe, counters: Any) -> None:
+def init_worker(tokenizer_meta: dict[str, Any], recipe: Recipe, max_loss: float, counters: Any) -> None:
     """Runs first in each worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     threading.Thread(target=exit_with_parent, daemon=True).start()
-    worker_state.update(tokenizer=from_meta(tokenizer_meta), recipe=recipe, counters=counters)
+    worker_state.update(tokenizer=from_meta(tokenizer_meta), recipe=recipe, max_loss=max_loss, counters=counters)
 
 
 def exit_with_parent() -> None:
@@ -211,39 +243,37 @@ def encode_in_worker(path: Path, partition: Partition) -> None:
             counters[0] += tokens
             counters[1] += size
 
-    encode_and_finish(path, partition, worker_state["tokenizer"], worker_state["recipe"], advance)
+    state = worker_state
+    encode_and_finish(path, partition, state["tokenizer"], state["recipe"], state["max_loss"], advance)
 
 
-def encode_and_finish(path: Path, partition: Partition, tokenizer: Tokenizer, recipe: Recipe,
+def encode_and_finish(path: Path, partition: Partition, tokenizer: Tokenizer, recipe: Recipe, max_loss: float,
                       advance: Callable[[int, int], None]) -> None:
-    skipped: collections.Counter[str] = collections.Counter()
-    first_refusal = encode_partition(path, partition.documents(skipped), tokenizer, recipe, skipped, advance)
-    finish_partition(path, skipped, first_refusal)
+    skipped = Skipped(max_loss=max_loss)
+    encode_partition(path, partition.documents(skipped), tokenizer, recipe, skipped, advance)
+    finish_partition(path, skipped)
 
 
-def encode_partitions(todo: Mapping[Path, Partition], tokenizer: Tokenizer, recipe: Recipe, workers: int,
-                      progress: "ProgressDisplay") -> None:
+def encode_partitions(todo: Mapping[Path, Partition], tokenizer: Tokenizer, recipe: Recipe, max_loss: float,
+                      workers: int, progress: "ProgressDisplay") -> None:
     """Encode partitions; the first failure ends it, after the partitions that are in progress."""
     try:
         if workers > 1:
-            encode_in_pool(todo, tokenizer, recipe, workers, progress)
+            encode_in_pool(todo, tokenizer, recipe, max_loss, workers, progress)
             return
         for path, partition in todo.items():
-            encode_and_finish(path, partition, tokenizer, recipe, progress.advance)
+            encode_and_finish(path, partition, tokenizer, recipe, max_loss, progress.advance)
             progress.update(1)
     except concurrent.futures.process.BrokenProcessPool:
-        raise DataError("a worker process was killed, perhaps because memory ran out: use fewer --workers "
-                        f"{CONTINUES}") from None
-    except DataError as error:
-        raise DataError(f"{error} {CONTINUES}") from None
+        raise DataError("a worker process was killed, perhaps because memory ran out: use fewer --workers") from None
     finally:
         progress.close()
 
 
-def encode_in_pool(todo: Mapping[Path, Partition], tokenizer: Tokenizer, recipe: Recipe, workers: int,
-                   progress: "ProgressDisplay") -> None:
+def encode_in_pool(todo: Mapping[Path, Partition], tokenizer: Tokenizer, recipe: Recipe, max_loss: float,
+                   workers: int, progress: "ProgressDisplay") -> None:
     pool = concurrent.futures.ProcessPoolExecutor(workers, SPAWN, init_worker,
-                                                  (tokenizer.to_meta(), recipe, progress.counters))
+                                                  (tokenizer.to_meta(), recipe, max_loss, progress.counters))
     with pool:
         pending = {pool.submit(encode_in_worker, path, partition) for path, partition in todo.items()}
         try:
@@ -298,11 +328,13 @@ class ProgressDisplay:
         self.bar.close()
 
 
-def summary(meta: Mapping[str, Any], seconds: float, out_dir: Path) -> str:
-    """The lines that a finished command prints."""
+def print_summary(meta: Mapping[str, Any], skipped: Skipped, seconds: float, out_dir: Path) -> None:
+    """Print the lines of a finished command, and a warning for each kind of loss on stderr."""
     lines = [f"{name:5} {s['documents']:,} documents, {s['tokens']:,} tokens, {s['bytes']:,} bytes"
              + (f" in {len(s['files'])} files" if len(s["files"]) > 1 else "") for name, s in meta["splits"].items()]
-    skipped = ", ".join(f"{count} {reason}" for reason, count in meta["skipped"].items() if count)
+    counts = ", ".join(f"{count} {reason}" for reason, count in meta["skipped"].items() if count)
     tokens, size = (sum(s[k] for s in meta["splits"].values()) for k in ("tokens", "bytes"))
     speed = f"{tokens / seconds:,.0f} tokens/s, {size / seconds / 1e6:.1f} MB/s"
-    return "\n".join([*lines, f"skipped: {skipped or 'nothing'}", f"{seconds:.1f} s, {speed} -> {out_dir}"])
+    print("\n".join([*lines, f"skipped: {counts or 'nothing'}", f"{seconds:.1f} s, {speed} -> {out_dir}"]), flush=True)
+    for line in skipped.warnings():
+        print(f"warning: {line}", file=sys.stderr)

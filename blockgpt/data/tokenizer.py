@@ -10,21 +10,31 @@ To add one: a subclass and a line in `TOKENIZERS`. Torch is never imported.
 import base64
 import binascii
 import hashlib
+import re
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from blockgpt.errors import DataError, UserError, did_you_mean, first_line, require_package, short_repr
+from blockgpt.data.losses import library_errors, user_path
+from blockgpt.errors import DataError, UserError, did_you_mean, error_text, first_line, require_package, short_repr
+from blockgpt.files import exists, is_dir, list_dir
 
 ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")  # tiktoken's, downloaded once, then cached
 # How an exported SentencePiece BPE splits text before merging: before spaces, which its tokens do not cross.
 SPACES_AND_WORD = r" *[^ ]+| +"
 UNNAMED = "unnamed"  # the tokenizer of bare token files, if only their vocabulary size is known
 # The names of the end-of-text token in tokenizer.json files, the most specific first.
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "[EOS]", "[SEP]")
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|eos|>", "[EOS]",
+               "[SEP]")
+# Llama 3's tokenizer.model has the ranks alone. What it splits text by, and its tokens after the ranks, in their order:
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)),
+                  "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
+                  *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)))
 
 
 class Tokenizer:
@@ -34,11 +44,15 @@ class Tokenizer:
         name: of the class, a key of `TOKENIZERS`.
         vocab_size: token ids are 0 to vocab_size - 1.
         eot: the id that ends a document, or None.
+        eot_text: what that token looks like in text, if it looks like anything.
+        special: the names of tokens that can be chosen to end documents.
     """
 
     name: str
     vocab_size: int
     eot: int | None = None
+    eot_text: str | None = None
+    special: Sequence[str] = ()
 
     def encode(self, text: str) -> list[int]:
         """Text to ids. `DataError` for text that `decode` would not give back unchanged."""
@@ -116,13 +130,22 @@ class TiktokenTokenizer(Tokenizer):
         ranks: the content of a .tiktoken file (lines of "base64-token rank"), packed by `pack_bytes`. The id after the
             last rank becomes the end-of-text token.
         pattern: with ranks, the regular expression that splits the text before pairs are merged.
+        special: with ranks, the tokens that follow them.
+        eot: the special token that ends documents.
     """
 
     name = "tiktoken"
 
-    def __init__(self, encoding: str | None = None, ranks: str | None = None, pattern: str = SPACES_AND_WORD) -> None:
+    def __init__(self, encoding: str | None = None, ranks: str | None = None, pattern: str = SPACES_AND_WORD,
+                 special: Sequence[str] = ("<|endoftext|>",), eot: str | None = None) -> None:
         tiktoken = require_package("tiktoken")
-        self.encoding, self.ranks, self.pattern = encoding, ranks, pattern
+        self.arguments: dict[str, Any] = {"encoding": encoding}
+        if ranks is not None:
+            self.arguments = {"ranks": ranks, "pattern": pattern}
+        if ranks is not None and tuple(special) != ("<|endoftext|>",):
+            self.arguments["special"] = list(special)
+        if eot is not None:
+            self.arguments["eot"] = eot
         if ranks is None:
             if encoding not in ENCODINGS:
                 raise DataError(f"tiktoken's encoding {short_repr(encoding)} is unknown"
@@ -134,26 +157,31 @@ class TiktokenTokenizer(Tokenizer):
                                 "with a network and set TIKTOKEN_CACHE_DIR to its folder)") from None
         else:
             merges = parse_ranks(unpack_bytes(ranks))
-            self.bpe = tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=merges,
-                                         special_tokens={"<|endoftext|>": max(merges.values()) + 1})
-        self.vocab_size, self.eot = self.bpe.n_vocab, self.bpe.eot_token
+            with library_errors("not a .tiktoken file that can be used"):
+                self.bpe = tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=merges,
+                                             special_tokens={t: len(merges) + i for i, t in enumerate(special)})
+        self.vocab_size, self.special = self.bpe.n_vocab, sorted(self.bpe.special_tokens_set)
+        self.eot_text = "<|endoftext|>" if eot is None else eot
+        if self.eot_text not in self.special:
+            raise no_eot(self.eot_text, self.special)
+        self.eot = self.bpe.encode_single_token(self.eot_text)
         self.n_text = len(self.bpe.token_byte_values())  # ids from here on are special or unused
 
     def encode(self, text: str) -> list[int]:
         encode_utf8(text)  # tiktoken would replace a lone surrogate
-        return self.bpe.encode_ordinary(text)
+        with library_errors("tiktoken fails on the text"):
+            return self.bpe.encode_ordinary(text)
 
     def encode_array(self, text: str) -> np.ndarray:
         encode_utf8(text)
-        return self.bpe.encode_to_numpy(text, disallowed_special=())
+        with library_errors("tiktoken fails on the text"):
+            return self.bpe.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.bpe.decode([int(i) for i in ids if 0 <= i < self.n_text])
 
     def to_meta(self) -> dict[str, Any]:
-        if self.ranks is None:
-            return {"name": self.name, "encoding": self.encoding}
-        return {"name": self.name, "ranks": self.ranks, "pattern": self.pattern}
+        return {"name": self.name, **self.arguments}
 
 
 class RoundTripTokenizer(Tokenizer):
@@ -165,8 +193,9 @@ class RoundTripTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         encode_utf8(text)
-        ids = self.encode_unchecked(text)
-        decoded = self.decode(ids)
+        with library_errors("the tokenizer fails on the text"):
+            ids = self.encode_unchecked(text)
+            decoded = self.decode(ids)
         if decoded != text:
             at = next((i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b),
                       min(len(text), len(decoded)))
@@ -181,14 +210,15 @@ class SentencePieceTokenizer(RoundTripTokenizer):
     `encode` refuses U+2581, which SentencePiece uses for the space, and whatever else the model's normaliser changes.
 
     Args:
-        model: the content of the .model file, packed by `pack_bytes`. Its end-of-sentence token, if any, is eot.
+        model: the content of the .model file, packed by `pack_bytes`.
+        eot: the token that ends documents; None: its end-of-sentence token, if any.
     """
 
     name = "sentencepiece"
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, eot: str | None = None) -> None:
         sentencepiece = require_package("sentencepiece")
-        self.model = model
+        self.model, self.eot_argument = model, eot
         content = unpack_bytes(model)
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -198,6 +228,12 @@ class SentencePieceTokenizer(RoundTripTokenizer):
             raise DataError("not a SentencePiece model: it is empty")
         self.vocab_size = self.processor.vocab_size()
         self.eot = self.processor.eos_id() if self.processor.eos_id() >= 0 else None
+        self.special = [self.processor.id_to_piece(i) for i in range(self.vocab_size) if self.processor.is_control(i)]
+        if eot is not None:
+            if eot not in self.special:  # any other token is text
+                raise no_eot(eot, self.special)
+            self.eot = self.processor.piece_to_id(eot)
+        self.eot_text = None if self.eot is None else self.processor.id_to_piece(self.eot)
 
     def encode_unchecked(self, text: str) -> list[int]:
         return self.processor.encode(text)
@@ -206,7 +242,8 @@ class SentencePieceTokenizer(RoundTripTokenizer):
         return self.processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
     def to_meta(self) -> dict[str, Any]:
-        return {"name": self.name, "model": self.model}
+        eot = {} if self.eot_argument is None else {"eot": self.eot_argument}
+        return {"name": self.name, "model": self.model, **eot}
 
 
 class HFTokenizer(RoundTripTokenizer):
@@ -225,29 +262,47 @@ class HFTokenizer(RoundTripTokenizer):
         tokenizers = require_package("tokenizers")
         self.json = json
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(unpack_bytes(json).decode("utf-8"))
+            content = unpack_bytes(json).decode("utf-8-sig")
         except UnicodeDecodeError:
             raise DataError("not a tokenizer.json: it is not UTF-8 text") from None
-        except Exception as error:  # the library raises bare Exceptions
-            raise DataError(f"not a tokenizer.json: {first_line(error)}") from None
+        with library_errors("not a tokenizer.json"):
+            self.tokenizer = tokenizers.Tokenizer.from_str(content)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True
         self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        candidates = [t for t in ((eot,) if eot else END_OF_TEXT) if self.tokenizer.token_to_id(t) is not None]
-        if eot and not candidates:
-            raise DataError(f"the vocabulary has no token {short_repr(eot)} to end documents with")
-        self.eot_token = candidates[0] if candidates else None
-        self.eot = self.tokenizer.token_to_id(self.eot_token) if candidates else None
+        self.special = [t.content for _, t in sorted(self.tokenizer.get_added_tokens_decoder().items())]
+        self.eot_text = next((t for t in ((eot,) if eot else END_OF_TEXT) if self.is_separator(t)), None)
+        if eot and self.eot_text is None:
+            raise no_eot(eot, self.special)
+        self.eot = None if self.eot_text is None else self.tokenizer.token_to_id(self.eot_text)
+
+    def is_separator(self, token: str) -> bool:
+        """Whether the vocabulary has a token, and text never contains it."""
+        token_id = self.tokenizer.token_to_id(token)
+        if token_id is None:
+            return False
+        try:
+            with library_errors(token):
+                return token_id not in self.encode_unchecked(token)
+        except DataError:  # as text, it cannot be encoded at all
+            return True
 
     def encode_unchecked(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.tokenizer.decode([int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True)
+        text_ids = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.eot]
+        return self.tokenizer.decode(text_ids, skip_special_tokens=True)
 
     def to_meta(self) -> dict[str, Any]:
-        return {"name": self.name, "json": self.json, "eot": self.eot_token}
+        return {"name": self.name, "json": self.json, "eot": self.eot_text}
+
+
+def no_eot(token: str, special: Sequence[str]) -> DataError:
+    """The error for a token that cannot end documents; `special` can."""
+    return DataError(f"{short_repr(token)} is no special token of the vocabulary, so it cannot end documents"
+                     f"{did_you_mean(token, special)}")
 
 
 TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
@@ -270,36 +325,62 @@ def from_meta(meta: dict[str, Any]) -> Tokenizer:
                         "(prepare the dataset again)") from None
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
+def load_tokenizer(spec: str, eot: str | None = None) -> Tokenizer:
     """Load the tokenizer that a user names.
 
     Args:
-        spec: "byte", one of `ENCODINGS`, or a file: *.model (SentencePiece), *.json (Hugging Face), *.tiktoken (ranks,
-            split by `SPACES_AND_WORD`). "char" is not accepted: its characters are taken from the text.
+        spec: "byte", one of `ENCODINGS`, or a file: *.model (SentencePiece, or Llama 3's ranks), *.json (Hugging Face),
+            *.tiktoken (ranks, split by `SPACES_AND_WORD`), or a folder with one. "char" is not accepted: its characters
+            are taken from the text.
+        eot: the token that ends documents; None: the tokenizer's own.
 
     Raises:
-        DataError: there is no such tokenizer, or its file cannot be read.
+        DataError: there is no such tokenizer, its file cannot be read, or it has no such token.
     """
+    if spec in ("byte", "char") and eot is not None:
+        raise DataError(f"--eot {eot}: the tokenizer {spec} has no tokens to choose from")
     if spec == "byte":
         return ByteTokenizer()
+    more: dict[str, Any] = {} if eot is None else {"eot": eot}
     if spec in ENCODINGS:
-        return TiktokenTokenizer(spec)
-    readers: dict[str, Callable[[str], Tokenizer]] = {
-        ".model": SentencePieceTokenizer, ".json": HFTokenizer,
-        ".tiktoken": lambda content: TiktokenTokenizer(ranks=content)}
-    read = readers.get(Path(spec).suffix)
-    if read is None:
-        suffixes = ", ".join("*" + suffix for suffix in readers)
-        raise DataError(f"tokenizer {short_repr(spec)} is unknown{did_you_mean(spec, ('byte', *ENCODINGS))}, "
-                        f"or a file: {suffixes}")
+        return TiktokenTokenizer(spec, **more)
+    path = tokenizer_file(spec)
     try:
-        content = Path(spec).read_bytes()
+        content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"tokenizer {spec}: cannot be read: {error.strerror}") from None
+        raise DataError(f"tokenizer {path}: cannot be read: {error_text(error)}") from None
     try:
-        return read(pack_bytes(content))
+        return TOKENIZER_FILES[path.suffix](content, more)
     except DataError as error:
-        raise DataError(f"tokenizer {spec}: {error}") from None
+        raise DataError(f"tokenizer {path}: {error}") from None
+
+
+def model_tokenizer(content: bytes, more: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a *.model file."""
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", content):
+        arguments = {"pattern": LLAMA3_PATTERN, "special": LLAMA3_SPECIAL, "eot": "<|end_of_text|>", **more}
+        return TiktokenTokenizer(ranks=pack_bytes(content), **arguments)
+    return SentencePieceTokenizer(pack_bytes(content), **more)
+
+
+TOKENIZER_FILES: dict[str, Callable[[bytes, dict[str, Any]], Tokenizer]] = {
+    ".model": model_tokenizer, ".json": lambda content, more: HFTokenizer(pack_bytes(content), **more),
+    ".tiktoken": lambda content, more: TiktokenTokenizer(ranks=pack_bytes(content), **more)}
+
+
+def tokenizer_file(spec: str) -> Path:
+    """The file of a tokenizer: the path itself, or the file in that folder."""
+    path = user_path(spec)
+    if is_dir(path):
+        names = ("tokenizer.json", "tokenizer.model", *(p.name for p in list_dir(path, "*.tiktoken")))
+        path = next((path / name for name in names if exists(path / name)), path)
+        if is_dir(path):
+            raise DataError(f"tokenizer {path}: the folder has no tokenizer.json, tokenizer.model or *.tiktoken")
+    if path.suffix not in TOKENIZER_FILES:
+        suffixes = ", ".join("*" + suffix for suffix in TOKENIZER_FILES)
+        raise DataError(f"tokenizer {short_repr(spec)} is unknown{did_you_mean(spec, ('byte', *ENCODINGS))}, "
+                        f"or a file: {suffixes}, or a folder with one")
+    return path
 
 
 def describe_tokenizer(meta: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ When all are done, the documents that stay are copied in order into shards. The 
 number of processes or on interruptions. Memory holds one document and a block of an index, whatever the corpus size.
 """
 
-import collections
 import contextlib
 import hashlib
 import json
@@ -20,10 +19,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from blockgpt.data.dataset import DTYPES, SPLITS, dtype_for, memory_map
+from blockgpt.data.dataset import DTYPES, SPLITS, dtype_for
 from blockgpt.data.filters import compile_filters, first_failing_filter
+from blockgpt.data.losses import Skipped, library_errors
 from blockgpt.data.sources import Partition
-from blockgpt.data.tokenizer import Tokenizer, encode_utf8
+from blockgpt.data.token_files import memory_map
+from blockgpt.data.tokenizer import END_OF_TEXT, Tokenizer, encode_utf8
 from blockgpt.errors import DataError
 from blockgpt.files import exists, fsync_path, is_dir, list_dir, write_json
 
@@ -80,23 +81,22 @@ def digest_of(data: bytes) -> bytes:
 
 
 def encode_partition(path: str | Path, documents: Iterable[tuple[str | None, str]], tokenizer: Tokenizer,
-                     recipe: Recipe, skipped: collections.Counter[str],
-                     advance: Callable[[int, int], None] | None = None) -> str | None:
+                     recipe: Recipe, skipped: Skipped, advance: Callable[[int, int], None] | None = None) -> None:
     """Write `<path>.ids` and `<path>.index` of the documents.
 
     Args:
         documents: (split or None, text) each.
-        skipped: counts what filters and tokenizer refuse, by reason.
+        skipped: counts what filters and tokenizer refuse, by reason. The documents' reader says there where it is.
         advance: called with (tokens, bytes) for every block of documents.
 
-    Returns:
-        Why the first document that could not be encoded was refused, or None.
+    Raises:
+        DataError: most documents are lost because the tokenizer or a filter's function fails on them.
     """
-    dtype, filters, first_refusal = DTYPES[dtype_for(tokenizer.vocab_size)], compile_filters(recipe.filters), None
+    dtype, filters = DTYPES[dtype_for(tokenizer.vocab_size)], compile_filters(recipe.filters)
     eot = np.array([tokenizer.eot] if recipe.separate and tokenizer.eot is not None else [], dtype)
     with open(f"{path}.ids", "wb", buffering=2**20) as ids_file, open(f"{path}.index", "wb") as index_file:
         rows: list[tuple[np.ndarray, int, int, int]] = []
-        tokens = size = 0
+        tokens = size = n_documents = n_lost = 0
 
         def flush() -> None:
             index_file.write(np.array(rows, ROW).data)
@@ -104,15 +104,19 @@ def encode_partition(path: str | Path, documents: Iterable[tuple[str | None, str
                 advance(tokens, size)
 
         for document_split, text in documents:
-            if reason := first_failing_filter(filters, text):
-                skipped[f"filter_{reason}"] += 1
-                continue
+            n_documents += 1
             try:
+                reason = "filter_failed"
+                if failing := first_failing_filter(filters, text):
+                    skipped[f"filter_{failing}"] += 1
+                    continue
+                reason = "not_encodable"
                 encoded = encode_document(document_split, text, tokenizer, dtype, recipe)
             except DataError as error:
-                skipped["not_encodable"] += 1
-                first_refusal = first_refusal or str(error)
+                skipped.lose(reason, str(error))
+                n_lost += 1
                 continue
+            skipped.markers += contains_marker(text, tokenizer)
             for split, ids, n_bytes, digest in encoded:
                 ids_file.write(ids.data)
                 ids_file.write(eot.data)
@@ -122,7 +126,12 @@ def encode_partition(path: str | Path, documents: Iterable[tuple[str | None, str
                 flush()
                 rows, tokens, size = [], 0, 0
         flush()
-    return first_refusal
+    skipped.check_encoded(n_lost, n_documents)
+
+
+def contains_marker(text: str, tokenizer: Tokenizer) -> bool:
+    """Whether a text contains an end-of-text token as letters."""
+    return END_OF_TEXT[0] in text or (tokenizer.eot_text is not None and tokenizer.eot_text in text)
 
 
 def encode_document(split: str | None, text: str, tokenizer: Tokenizer, dtype: np.dtype,
@@ -132,15 +141,16 @@ def encode_document(split: str | None, text: str, tokenizer: Tokenizer, dtype: n
     `DataError` if any of it cannot be encoded: a document is in the dataset complete or not at all.
     """
     data = encode_utf8(text)
-    return [(name, tokenizer.encode_array(half).astype(dtype), len(data if half is text else encode_utf8(half)), digest)
-            for name, half, digest in recipe.split_document(split, text, digest_of(data))]
+    with library_errors("the tokenizer fails on it"):
+        return [(name, tokenizer.encode_array(half).astype(dtype), len(data if half is text else encode_utf8(half)),
+                 digest) for name, half, digest in recipe.split_document(split, text, digest_of(data))]
 
 
-def finish_partition(path: str | Path, skipped: collections.Counter[str], first_refusal: str | None) -> None:
+def finish_partition(path: str | Path, skipped: Skipped) -> None:
     """Mark a partition as done, after its files are on the disk."""
     fsync_path(f"{path}.ids")
     fsync_path(f"{path}.index")
-    write_json(f"{path}.json", {"skipped": dict(skipped), "refused": first_refusal})
+    write_json(f"{path}.json", skipped.to_json())
 
 
 def partition_path(work: Path, partition: Partition) -> Path:
@@ -156,16 +166,13 @@ def is_done(path: str | Path) -> bool:
     return exists(f"{path}.json")
 
 
-def sum_partition_stats(paths: Iterable[Path]) -> tuple[collections.Counter[str], str | None]:
-    """(counts of what the partitions left out, the first refusal of `encode_partition` or None), from their .json."""
-    skipped: collections.Counter[str] = collections.Counter()
-    first_refusal = None
+def sum_partition_stats(paths: Iterable[Path]) -> Skipped:
+    """What the partitions left out, from their .json."""
+    skipped = Skipped()
     for path in paths:
         with open(f"{path}.json", "rb") as file:
-            stats = json.load(file)
-        skipped.update(stats["skipped"])
-        first_refusal = first_refusal or stats["refused"]
-    return skipped, first_refusal
+            skipped.merge(json.load(file))
+    return skipped
 
 
 # ---- all partitions ----

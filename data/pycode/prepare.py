@@ -6,7 +6,6 @@ Each file is one document, by default as UTF-8 bytes, followed by an end-of-text
 is train or val, so that the split is the same on every computer with the same Python.
 """
 
-import collections
 import hashlib
 import os
 import platform
@@ -18,15 +17,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder: blockgpt is imported from there
 
 from blockgpt.console import ArgumentParser
+from blockgpt.data.commands import add_out_dir, add_separator
+from blockgpt.data.losses import Skipped
 from blockgpt.data.prepare import write_dataset
 from blockgpt.data.tokenizer import load_tokenizer
-from blockgpt.errors import DataError, exit_on_user_error
+from blockgpt.errors import DataError, error_text, exit_on_user_error
 from blockgpt.files import unreadable
 
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 
-def collect(root: str | Path, skipped: collections.Counter[str]) -> Iterator[tuple[str, str]]:
+def collect(root: str | Path, skipped: Skipped) -> Iterator[tuple[str, str]]:
     """Yield (split, text) of each .py file below `root`, in the order of their paths; count others in `skipped`.
 
     Raises:
@@ -34,6 +35,7 @@ def collect(root: str | Path, skipped: collections.Counter[str]) -> Iterator[tup
         UserError: a folder cannot be read: nobody knows what it holds.
     """
     files: dict[str, Path] = {}
+
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
             raise unreadable(error.filename, error)
@@ -49,9 +51,10 @@ def collect(root: str | Path, skipped: collections.Counter[str]) -> Iterator[tup
         try:
             text = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError:
-            skipped.update(not_utf8=1)
-        except OSError:
-            skipped.update(unreadable=1)
+            skipped.update(not_utf8=1)  # some test files are so on purpose
+        except OSError as error:
+            skipped.position = (str(path), "", 0)
+            skipped.lose("unreadable", error_text(error))
         else:
             if text:
                 yield split_of(name), text
@@ -66,13 +69,14 @@ def split_of(name: str) -> str:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--out_dir", type=Path, default=Path(__file__).resolve().parent, help="the dataset's folder")
+    add_out_dir(parser, Path(__file__).resolve().parent)
     parser.add_argument("--tokenizer", default="byte", help="byte, gpt2, … or a file, as in data/files")
+    add_separator(parser)
     args = parser.parse_args()
-    skipped = collections.Counter(not_utf8=0, unreadable=0, empty=0)
-    tokenizer, documents = load_tokenizer(args.tokenizer), collect(sysconfig.get_path("stdlib"), skipped)
+    skipped = Skipped({"not_utf8": 0, "unreadable": 0, "empty": 0})
+    tokenizer, documents = load_tokenizer(args.tokenizer, args.eot), collect(sysconfig.get_path("stdlib"), skipped)
     write_dataset(args.out_dir, tokenizer, documents, skipped=skipped, source="Python's standard library",
-                  python=platform.python_version())
+                  separate=not args.no_separator, python=platform.python_version())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The prepare.py scripts and the flags that they share: each makes a dataset that can be trained on."""
 
-import collections
 import importlib.util
 import json
 import runpy
@@ -23,6 +22,7 @@ from blockgpt.data import writer
 from blockgpt.data.commands import char_tokenizer, command_parser, parse_and_check, prepare_with
 from blockgpt.data.dataset import open_dataset
 from blockgpt.data.loader import TrainBatches
+from blockgpt.data.losses import Skipped
 from blockgpt.data.tokenizer import CharTokenizer
 from blockgpt.errors import UserError
 
@@ -78,8 +78,8 @@ def test_characters_are_taken_from_all_partitions(tmp_path, monkeypatch):
     partitions = [MemoryPartition(("abc", "xyz")), MemoryPartition(("é",))]
     assert char_tokenizer(partitions).characters == "abcxyzé"
     args = parse_flags(monkeypatch, f"--out_dir={tmp_path}", "--tokenizer=char", "--workers=1",
-                       "--val_fraction=0.4")
-    assert prepare_with(args, partitions, "a test", by_position=True)["tokenizer"]["characters"] == "abcxyzé"
+                       "--val_fraction=0.4", "--by_position", "--no_separator")
+    assert prepare_with(args, partitions, "a test")["tokenizer"]["characters"] == "abcxyzé"
 
 
 # data/files
@@ -178,7 +178,7 @@ def stdlib(tmp_path):
 
 
 def test_pycode_collects_source_files_in_order_and_counts_the_rest(stdlib):
-    pycode, skipped = load_script("pycode"), collections.Counter()
+    pycode, skipped = load_script("pycode"), Skipped()
     pairs = list(pycode.collect(str(stdlib), skipped))
     assert [text for _, text in pairs[:2]] == ["ä = 2\n", "b = 1\n"]
     assert len(pairs) == 202 and not any("no" in text for _, text in pairs)
@@ -187,10 +187,10 @@ def test_pycode_collects_source_files_in_order_and_counts_the_rest(stdlib):
 
 def test_pycode_splits_by_path_alone(stdlib):
     pycode = load_script("pycode")
-    first = list(pycode.collect(stdlib, collections.Counter()))
+    first = list(pycode.collect(stdlib, Skipped()))
     (stdlib / "b.py").write_text("changed")
     (stdlib / "a.py").unlink()
-    second = list(pycode.collect(stdlib, collections.Counter()))
+    second = list(pycode.collect(stdlib, Skipped()))
     assert [s for s, _ in second] == [s for s, _ in first[1:]]
     assert 0.05 < sum(s == "val" for s, _ in first) / len(first) < 0.2
     assert {n: pycode.split_of(n) for n in ("abc.py", "ast.py", "json/decoder.py")} == \
@@ -211,7 +211,7 @@ def test_pycode_runs_as_a_command(stdlib, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir()])
 def test_a_standard_library_without_source_is_a_one_line_error(tmp_path, make):
     make(tmp_path / "lib")
-    assert "no .py files" in refusal(list, load_script("pycode").collect(tmp_path / "lib", collections.Counter()))
+    assert "no .py files" in refusal(list, load_script("pycode").collect(tmp_path / "lib", Skipped()))
 
 
 # data/shakespeare, data/shakespeare_char

@@ -8,8 +8,9 @@ import pytest
 from dataset_helpers import equal, refusal, set_meta, write_shards
 
 from blockgpt.data import dataset as dataset_module
-from blockgpt.data.dataset import dtype_for, ensure_prepared, memory_map, open_dataset
+from blockgpt.data.dataset import dtype_for, ensure_prepared, open_dataset
 from blockgpt.data.loader import TrainBatches
+from blockgpt.data.token_files import memory_map
 from blockgpt.data.tokenizer import from_meta
 from blockgpt.errors import DataError
 

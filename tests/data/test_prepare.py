@@ -85,7 +85,7 @@ def test_documents_are_streamed_one_at_a_time(tmp_path):
 
 
 def test_a_large_vocabulary_is_stored_as_uint32(tmp_path):
-    meta = write(tmp_path, tokenizer=WideTokenizer())
+    meta = write(tmp_path, tokenizer=WideTokenizer(), separate=False)
     assert meta["dtype"] == "uint32"
     assert np.fromfile(tmp_path / "val.bin", "<u4").tolist() == [ord(c) for c in "Żółw"]
 
@@ -127,7 +127,7 @@ def interrupted(error):
 
 @pytest.mark.parametrize("documents", [[("train", "abc")], [("val", "abc")], []])
 def test_an_empty_split_is_refused_and_leaves_nothing(tmp_path, documents):
-    assert "split would be empty" in refusal(write, tmp_path, documents, CharTokenizer("abc"))
+    assert "split would be empty" in refusal(write, tmp_path, documents, CharTokenizer("abc"), separate=False)
     assert contents(tmp_path) == {}
 
 
@@ -357,13 +357,15 @@ def test_workers_end_with_the_main_process(tmp_path, corpus):
 @pytest.mark.slow
 def test_a_killed_worker_is_a_one_line_error_and_the_same_command_continues(tmp_path, corpus):
     out = tmp_path / "x"
-    (tmp_path / "fault.py").write_text("import os\ndef keep(text):\n    if text.startswith('20 7 '):\n"
+    (tmp_path / "fault.py").write_text("import os\ndef keep(text):\n"
+                                       "    if text.startswith('20 7 ') and os.path.exists('fail'):\n"
                                        "        os.kill(os.getpid(), 9)\n    return True\n")
+    (tmp_path / "fail").touch()
     flags = ["--workers=2", "--filter=callable=fault:keep"]
     killed = run_python(*files_command(corpus, out, *flags), cwd=tmp_path)
     assert killed.returncode == 2 and killed.stderr.count("\n") == 1 and "a worker process was killed" in killed.stderr
     assert killed.stderr.endswith("(the finished partitions are saved: the same command continues)\n")
-    (tmp_path / "fault.py").write_text("def keep(text):\n    return True\n")
+    (tmp_path / "fail").unlink()
     resumed = run_python(*files_command(corpus, out, *flags), cwd=tmp_path)
     assert resumed.returncode == 0 and "partitions are finished" in resumed.stdout, resumed.stderr
     assert sorted(contents(out)) == ["meta.json", "train.bin", "val.bin"]
@@ -371,7 +373,7 @@ def test_a_killed_worker_is_a_one_line_error_and_the_same_command_continues(tmp_
 
 def test_a_damaged_file_is_a_one_line_error_and_after_a_repair_the_command_continues(tmp_path, corpus, capsys):
     damaged = corpus / "99.jsonl.gz"
-    good = gzip.compress(b'{"text": "the last document"}\n' * 50)
+    good = gzip.compress(b'{"text": "the last document"}\n' * 5000)  # its head is not damaged
     damaged.write_bytes(good[:-12])
     out = tmp_path / "x"
     message = refusal(run_prepare, out, file_partitions([str(corpus)]))
@@ -412,7 +414,7 @@ def test_a_second_process_that_prepares_the_same_dataset_is_refused(tmp_path, co
 
 def test_finished_partitions_are_kept_however_old_they_are(tmp_path, corpus, capsys):
     damaged = corpus / "99.jsonl.gz"
-    damaged.write_bytes(b"no gzip")
+    damaged.write_bytes(gzip.compress(b'{"text": "the last document"}\n' * 5000)[:-12])
     refusal(run_prepare, tmp_path / "x", file_partitions([str(corpus)]))
     (work,) = (tmp_path / "x").glob(".parts.*.tmp")
     for path in (*work.iterdir(), work):

@@ -200,7 +200,7 @@ def test_truncation_and_padding_of_a_tokenizer_json_are_off():
 def test_the_end_of_text_token_can_be_named():
     content = pack_bytes(hf_json().encode())
     assert (HFTokenizer(content).eot, HFTokenizer(content, eot="<pad>").eot) == (0, 1)
-    with pytest.raises(DataError, match="no token '<end>'"):
+    with pytest.raises(DataError, match="'<end>' is no special token"):
         HFTokenizer(content, eot="<end>")
 
 

@@ -71,16 +71,17 @@ def test_without_separators_no_end_of_text_token_is_written(tmp_path):
 def test_what_filters_and_tokenizer_refuse_is_counted(tmp_path):
     texts = [*TEXTS, "short", "é" * 20, "é" * 21]
     tokenizer = CharTokenizer("".join(TEXTS))
-    meta = run_prepare(tmp_path, partitions_of(texts), tokenizer, filters={"min_chars": 10})
+    meta = run_prepare(tmp_path, partitions_of(texts), tokenizer, filters={"min_chars": 10}, separate=False)
     assert meta["skipped"] == {"duplicate": 0, "filter_min_chars": 1, "not_encodable": 2}
     assert meta["recipe"]["filters"] == {"min_chars": "10"}
-    message = refusal(run_prepare, tmp_path / "none", [MemoryPartition(("é" * 20,))], tokenizer)
-    assert "1 not_encodable" in message and "'é' is not among" in message
+    message = refusal(run_prepare, tmp_path / "none", [MemoryPartition(("é" * 20,))], tokenizer, separate=False)
+    assert "1 of 1 documents are lost, the first (not_encodable)" in message and "'é' is not among" in message
 
 
 def test_a_document_of_which_one_half_cannot_be_encoded_is_left_out_complete(tmp_path):
     texts = ("abcdefghij", "abcdefgh€j")  # the second half of the second text
-    meta = run_prepare(tmp_path, [MemoryPartition(texts)], CharTokenizer("abcdefghij"), by_position=True)
+    meta = run_prepare(tmp_path, [MemoryPartition(texts)], CharTokenizer("abcdefghij"), by_position=True,
+                       separate=False)
     assert [meta["splits"][split]["tokens"] for split in ("train", "val")] == [8, 2]
     assert meta["skipped"]["not_encodable"] == 1
 

@@ -43,5 +43,7 @@ def test_documents_are_split_at_line_ends_and_none_is_lost(monkeypatch):
 ])
 def test_a_tokenizer_that_cannot_be_trained_is_a_one_line_error(tmp_path, sources, flags, words):
     (tmp_path / "x.txt").write_text(sources[0])
-    command = ["--input", str(tmp_path / "x.txt"), f"--output={tmp_path}/t", *flags]
+    command = ["--input", str(tmp_path / "x.txt"), *flags]
+    if not flags[0].startswith("--output"):  # a flag is given once
+        command.append(f"--output={tmp_path}/t")
     assert words in refusal(train_tokenizer.main, command, error=UserError)
