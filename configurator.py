@@ -149,6 +149,8 @@ class Config:
                               " for the first step and evaluation, which may compile)", group="parallel", above=0.0,
                               example=60.0)
     save_timeout: float = key(1800.0, "the same during a save", group="parallel", above=0.0, example=600.0)
+    join_timeout: float = key(100.0, "seconds for all processes to meet at the start", group="parallel", above=0.0,
+                              example=600.0)
     skip_spikes: bool = key(False, "skip the update of a step whose loss is a spike", group="optimization")
     spike_threshold: float = key(6.0, "standard deviations above its running mean at which a loss is a spike",
                                  group="optimization", above=0.0, example=4.0)
@@ -334,7 +336,7 @@ class Config:
         elif self.device in ("cpu", "mps") and "device" not in unused:
             unused["fsdp_cpu_offload"] = f"device is {self.device}"
         if self.processes == 1:
-            unused |= dict.fromkeys(("rank_timeout", "save_timeout"), "a single process has no peers")
+            unused |= dict.fromkeys(("rank_timeout", "save_timeout", "join_timeout"), "a single process has no peers")
         if self.init_from is not None:
             unused |= dict.fromkeys(("init_std", "zero_init_residual"), "init_from gives the weights")
         if self.checkpoint_interval is None or (self.checkpoint_interval

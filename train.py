@@ -2,7 +2,7 @@
 
 Several processes: `torchrun --standalone --nproc_per_node=8 train.py ...` (DDP; --use_zero1, --use_fsdp,
 --tensor_parallel=N). Exit codes: 0 done or cleanly interrupted, 1 a --dry_run that does not fit, 2 a mistake in config
-or data, 3 no usable checkpoint, 4 the final save failed, 5 not finite, 6 another process was lost.
+or data, 3 no usable checkpoint, 4 the final save failed, 5 not finite, 6 another process was lost, 7 out of memory.
 """
 
 import sys
@@ -50,21 +50,22 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
         return build_model(model_config, config.seed, parallel.parameter_device(config, runtime),
                            lambda model: parallel.parallelize(model, config, runtime))
 
+    watchdog.enter_phase("build")
     model = build(config.model)
     objective.build_companions(lambda run: load_companion(run, build(source_model_config(run)), runtime))
     optimizer = build_optimizer(model, config, runtime.device)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     checkpoints = CheckpointManager(config, runtime, model, optimizer, scaler, objective)
+    watchdog.enter_phase("restore")
     progress = checkpoints.restore(run_dir)
+    watchdog.enter_phase("wrap")
     wrapped = parallel.wrap(model, config, runtime)
     meter = StepMeter(model, config, runtime, objective.tokens_per_step)
     header = run_header(config, model, objective, runtime, meter, checkpoints.initial_weights)
-    log = RunLog(run_dir, header, config, quiet=not runtime.is_rank_zero)
+    watchdog.log = log = RunLog(run_dir, header, config, quiet=not runtime.is_rank_zero)
     runtime.on_rank_zero(lambda: check_disk_space(run_dir, header["parameters"]["total"], config))
     # run_dir may have been taken by another run
     run_dir = Path(runtime.on_rank_zero(lambda: log.open(checkpoints.resumption, progress)))
-    checkpoints.open(run_dir, log)
-    watchdog.on_peer_lost = log.peer_lost
 
     def evaluate() -> bool:
         """Log the validation metrics; returns whether they are the best so far."""
@@ -74,8 +75,8 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
         log.evaluation(progress.step, progress.tokens, metrics, progress.best)
         return is_best
 
-    with (log, checkpoints, memory_history(config, runtime, log), StepProfiler(config, runtime, log) as profiler,
-          watchdog.training()):
+    with (log, checkpoints.open(run_dir, log), memory_history(config, runtime, log),
+          StepProfiler(config, runtime, log) as profiler, watchdog.training()):
         log.begin(model, checkpoints.resumption, progress.step)
         if config.eval_only:
             evaluate()
@@ -149,19 +150,21 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
 
 
 def main(config: Config) -> None:
+    watchdog: Watchdog | None = None
     try:
         if config.dry_run:
             sys.exit(dry_run(config, build_model))
         runtime = launch.init(config)
-        if name := find_restarted_run(config, runtime):
-            config = load_config(sys.argv[1:], restarted=name)
-        launch.check_same_config(config, runtime)
         with Watchdog(runtime, config) as watchdog:
+            if name := find_restarted_run(config, runtime):
+                watchdog.config = config = load_config(sys.argv[1:], restarted=name)
+            launch.check_same_config(config, runtime)
             train(config, runtime, watchdog)
+            launch.wait_for_all()
     except ConfigError as error:
         raise with_location(error, config.explicit) from None
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        raise out_of_memory_error(error, config) or error from None
+    except (MemoryError, RuntimeError, OSError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        raise out_of_memory_error(error, config, build_model, watchdog) or error from None
     launch.shutdown()
 
 

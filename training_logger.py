@@ -17,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ ROOT = Path(__file__).resolve().parent
 MAX_RANKS_LISTED = 64  # with more processes, the log summarises their values
 RESTART_SECONDS = 30.0  # that torchrun's restart waits for the lock of a process that is being killed
 STRAGGLER_RATIO = 1.05  # × the median step time: a rank that the console names
+LOCK_SECONDS = 5.0
 RUN_KEYS = ("resume", "resume_force", "eval_only")  # how a run was started, not what it is
 
 
@@ -169,6 +171,7 @@ class RunLog:
         self.tracker: WandbTracker | None = None
         self.final_status: dict[str, Any] = {"status": "finished", "status_reason": None}
         self.first_step: tuple[int, float] | None = None
+        self.lock = threading.Lock()  # held while run.json is written
 
     def open(self, resumption: Resumption | None = None, progress: Progress | None = None) -> str:
         """Create the directory, or take over that of a resumed run; returns its path.
@@ -254,13 +257,11 @@ class RunLog:
                  trace: TracebackType | None) -> None:
         if self.quiet:
             return
-        if self.record["status"] == "running":
-            if exc_type is None:
-                self.record |= self.final_status
-            else:
-                interrupted = issubclass(exc_type, KeyboardInterrupt)
-                self.record["status"] = "interrupted" if interrupted else "failed"
-                self.record["status_reason"] = " ".join(f"{exc_type.__name__}: {error}".split())[:500]
+        if exc_type is None:
+            self._end(self.final_status)
+        else:
+            self._end({"status": "interrupted" if issubclass(exc_type, KeyboardInterrupt) else "failed",
+                       "status_reason": " ".join(f"{exc_type.__name__}: {error}".split())[:500]})
         if self.line_open:
             echo("")
         self._update_record()
@@ -293,6 +294,7 @@ class RunLog:
         if self.quiet:
             return
         self.final_status["status_reason"] = stopped_early and f"stopped early: {stopped_early}"
+        self._end(self.final_status)
         self.info(f"stopped early: {stopped_early}" if stopped_early else f"done: {self.dir}")
 
     def interrupted(self, reason: str, step: int) -> None:
@@ -303,11 +305,18 @@ class RunLog:
         self.info(f"interrupted by {reason} at step {step}, saved (to continue: --resume=must "
                   f"--run_name={self.dir.name})")
 
-    def peer_lost(self, reason: str) -> None:
-        """Record the run as failed, from any thread, just before the process exits."""
-        if not self.quiet:
-            self.record |= {"status": "failed", "status_reason": reason}
-            self._update_record()
+    def ended(self, status: str, reason: str) -> None:
+        """Record how the process ends, from any thread, just before it does. A status that is final stays."""
+        if self.quiet or not self.record:
+            return
+        self._end({"status": status, "status_reason": reason})
+        for _ in range(3):
+            with contextlib.suppress(RuntimeError):  # the main thread changed the record meanwhile
+                return self._update_record()
+
+    def _end(self, status: dict[str, Any]) -> None:
+        if self.record["status"] == "running":  # an evaluation does not change how its run has ended
+            self.record |= self.final_status if self.config.eval_only else status
 
     # ------------------------------------------------------------ records
 
@@ -463,7 +472,12 @@ class RunLog:
             if series:
                 self.results[name] = statistics.median(known) if known else None
         self.record |= {"updated_at": utc_now(), "results": self.results}
-        write_json(self.dir / "run.json", finite(self.record))
+        held = self.lock.acquire(timeout=LOCK_SECONDS)  # a disk that hangs must not keep the process from ending
+        try:
+            write_json(self.dir / "run.json", finite(self.record))
+        finally:
+            if held:
+                self.lock.release()
 
     def _update_record(self) -> None:
         try:

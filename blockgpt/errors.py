@@ -8,8 +8,11 @@ import contextlib
 import difflib
 import functools
 import importlib
+import json
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
@@ -78,6 +81,13 @@ class PeerLostError(UserError):
     on_all_ranks = False
 
 
+class OutOfMemoryError(UserError):
+    """A device or the host has no memory left."""
+
+    exit_code = 7
+    on_all_ranks = False
+
+
 def did_you_mean(word: object, names: Iterable[object]) -> str:
     """The hint after an unknown word: ' (did you mean X?)' for a near miss, else ' (one of …)'.
 
@@ -121,9 +131,7 @@ def exit_on_user_error(exit_process: Callable[[int], Any] = sys.exit) -> Iterato
     try:
         yield
     except UserError as error:
-        if is_reported_here(error):
-            line = " ".join(str(error).split())
-            print("error: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
+        report_error(error)
         exit_process(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -131,6 +139,31 @@ def exit_on_user_error(exit_process: Callable[[int], Any] = sys.exit) -> Iterato
     except BrokenPipeError:  # the reader of stdout closed the pipe, as `| head` does
         sys.stderr.close()
         sys.exit(141)
+    except Exception:
+        record_for_torchrun(traceback.format_exc())
+        raise
+
+
+def report_error(error: UserError) -> None:
+    """Print the line of an error, unless another process does, and record it for torchrun."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    record_for_torchrun(f"error: {line}")
+    if is_reported_here(error):
+        with contextlib.suppress(OSError):  # the terminal is gone
+            print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def record_for_torchrun(message: str) -> None:
+    """Write the file that torchrun's agent reads from a process that has failed, for the summary that it prints.
+
+    The format is that of torch.distributed.elastic.multiprocessing.errors. Only the first error counts.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    entry = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+    with contextlib.suppress(OSError), open(path, "x") as file:
+        json.dump({"message": entry}, file)
 
 
 def is_reported_here(error: UserError) -> bool:

@@ -3,9 +3,11 @@
 import pickle
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from blockgpt import errors
 from blockgpt.errors import (
@@ -49,6 +51,25 @@ def test_an_error_of_one_rank_is_printed_there(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: out of memory\n" and UserError.on_all_ranks
 
 
+@pytest.mark.parametrize("error, leaves", [
+    (UserError("one\ntwo"), SystemExit), (ZeroDivisionError("x"), ZeroDivisionError)])
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_torchrun_shows_the_line_or_the_traceback_of_every_process(monkeypatch, tmp_path, error, leaves, local_rank):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    for first in (error, UserError("a later one")):
+        with pytest.raises((leaves, SystemExit)), exit_on_user_error():
+            raise first
+    failure = ProcessFailure(int(local_rank), 1, 2, str(tmp_path / "error.json"))
+    summary = ChildFailedError("train.py", {int(local_rank): failure}).format_msg()
+    assert "a later one" not in summary and abs(failure.timestamp - time.time()) < 3600
+    if leaves is SystemExit:
+        assert "  traceback : error: one two\n" in summary
+    else:
+        assert "ZeroDivisionError: x" in summary and "raise first" in summary
+
+
 def test_the_caller_may_end_the_process_another_way():
     codes = []
     with exit_on_user_error(codes.append):
@@ -74,7 +95,7 @@ def test_every_error_has_its_own_exit_code():
     codes = {name: cls.exit_code for name, cls in vars(errors).items()
              if isinstance(cls, type) and issubclass(cls, UserError)}
     assert codes == {"UserError": 2, "ConfigError": 2, "DataError": 2, "CheckpointError": 3, "SaveError": 4,
-                     "NonFiniteError": 5, "PeerLostError": 6}
+                     "NonFiniteError": 5, "PeerLostError": 6, "OutOfMemoryError": 7}
 
 
 def test_a_config_error_names_its_key_once_and_its_place():

@@ -291,7 +291,7 @@ MAY_LOOK = {
     "data/pycode/prepare.py": "os.walk, with an onerror that refuses",
     "tools/mutate.py": "files of its own copy of the tree",
     "tools/torture/files.py": "files that the trial has made", "tools/torture/ranks.py": "the same",
-    "tools/torture/runs.py": "the same", "tools/torture/__main__.py": "the same"}
+    "tools/torture/runs.py": "the same", "tools/torture/network.py": "devices", "tools/torture/__main__.py": "the same"}
 
 
 def lookups_with_two_answers(text: str) -> list[str]:

@@ -133,8 +133,31 @@ def test_other_processes_write_nothing(tmp_path, capsys):
         log.warning("x")
         log.interrupted("x", 1)
         log.finished("x")
-        log.peer_lost("x")
+        log.ended("failed", "x")
     assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("before, recorded", [
+    (lambda log: None, ("interrupted", "SIGINT at step 3")), (lambda log: log.finished(None), ("finished", None)),
+    (lambda log: log.interrupted("SIGTERM", 2), ("interrupted", "SIGTERM at step 2"))])
+def test_a_process_that_leaves_records_how_unless_the_run_has_ended(new_log, before, recorded):
+    log = new_log()
+    before(log)
+    log.ended("interrupted", "SIGINT at step 3")
+    assert (run_json(log)["status"], run_json(log)["status_reason"]) == recorded
+
+
+def test_an_evaluation_that_leaves_does_not_change_how_its_run_ended(new_log):
+    new_log().ended("failed", "x")
+    for leave in (lambda log: log.ended("interrupted", "SIGINT"), lambda log: log.__exit__(ValueError, None, None)):
+        log = new_log(resumed=True, eval_only=True)
+        leave(log)
+        assert (run_json(log)["status"], run_json(log)["status_reason"]) == ("failed", "x")
+
+
+def test_a_process_can_leave_before_its_log_is_open(tmp_path):
+    RunLog(tmp_path / "run", HEADER, configuration(tmp_path, "run")).ended("interrupted", "SIGINT")
+    assert not list(tmp_path.iterdir())
 
 
 # ---- what it says

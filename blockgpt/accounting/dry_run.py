@@ -5,6 +5,7 @@ FLOPs, `hardware.py` has the table of GPUs; this module compares them and prints
 """
 
 import os
+import resource
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -148,8 +149,11 @@ def named_target(config: Any) -> Target:
 
 
 def host_memory() -> int:
-    """Bytes of memory of this computer, or the lower limit of the control group of this process."""
+    """Bytes of memory of this computer, or the lower limit of this process or its control group."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        memory = min(memory, limit)
     try:
         with open("/sys/fs/cgroup/memory.max") as f:
             return min(memory, int(f.read()))

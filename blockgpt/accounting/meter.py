@@ -1,6 +1,5 @@
 """How fast training runs: step time, tokens/s, FLOP/s and model FLOPs utilisation (MFU) since the last log line."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,12 +24,15 @@ class StepMeter:
         self.seconds, self.steps, self.last = 0.0, 0, 0.0  # of the steps that count, and of the last one
 
     def begin(self) -> None:
-        """A step begins. Evaluation and checkpoints are outside `begin` … `end`, so they cost no step time."""
-        self.started = time.perf_counter()
+        """A step begins. Evaluation and checkpoints are outside `begin` … `end`, so they cost no step time.
+
+        Nor does time in which the process was stopped: see `RunningClock`.
+        """
+        self.started = self.runtime.clock.time()
 
     def elapsed(self) -> float:
         """Seconds since the step began."""
-        return time.perf_counter() - self.started
+        return self.runtime.clock.time() - self.started
 
     def end(self, profiled: bool) -> None:
         """The step ended.

@@ -1,50 +1,103 @@
-"""The error of a run that is out of memory, with a hint how to reduce its memory."""
+"""The error of a run that is out of memory: in which phase, how much is needed, and what to change."""
 
+import contextlib
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn as nn
 
-from blockgpt.errors import UserError
+from blockgpt.accounting.dry_run import host_memory
+from blockgpt.accounting.memory import MemoryAccount
+from blockgpt.accounting.requirements import ModelState, chosen_mode, model_state, tensor_parallel_config
+from blockgpt.console import human_bytes
+from blockgpt.errors import OutOfMemoryError
+from blockgpt.training.device import is_out_of_memory
+from blockgpt.training.faults import Watchdog
+from blockgpt.training.launch import Runtime
+
+FIRST_STEP = "first step"
+PHASES = {  # of the watchdog, and the first step, in words
+    "start": "before the model was built", "build": "while building the model and its optimizer",
+    "restore": "while loading the checkpoint or the initial weights", "wrap": "while preparing the first step",
+    FIRST_STEP: "in the first step, which allocates gradients and optimizer state", "step": "in a step",
+    "evaluation": "in an evaluation", "save": "while saving", "end": "at the end of the run"}
+IN_STEPS = (FIRST_STEP, "step", "evaluation")
+DRY_RUN = "--dry_run shows what fits"
 
 
-def out_of_memory_hint(batch_size: int, accumulation: int, processes: int, checkpointing: str, zero1: bool,
-                       fsdp: bool) -> str:
-    """One line that says what to change, the cheapest change first. Options already in use are left out.
-
-    A smaller batch_size with more accumulation does not change the step, so the losses stay the same.
+def out_of_memory_error(error: Exception, config: Any, build_model: Callable[[Any], nn.Module],
+                        watchdog: Watchdog | None) -> OutOfMemoryError | None:
+    """The line for `error`, if it means that memory is lacking; else None.
 
     Args:
-        batch_size: sequences per micro-batch (batch_size).
-        accumulation: micro-batches per step (gradient_accumulation_steps).
-        processes: data-parallel processes (dp_size).
-        checkpointing: activation_checkpointing.
-        zero1: use_zero1.
-        fsdp: use_fsdp.
+        build_model: builds the model of a config, here without memory.
+        watchdog: knows the phase; None before the processes have met.
     """
-    changes = []
-    factor = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), None)  # the smallest prime factor
-    if factor == 2:
-        changes += [f"halve batch_size (--batch_size={batch_size // 2})",
-                    f"double gradient_accumulation_steps (--gradient_accumulation_steps={2 * accumulation})"]
-    elif factor:
-        changes += [f"--batch_size={batch_size // factor} with --gradient_accumulation_steps={factor * accumulation}"]
-    if checkpointing != "full":
-        changes.append("--activation_checkpointing=full")
-    if processes > 1 and not (zero1 or fsdp):
-        changes.append("--use_zero1=True")
-    if processes > 1 and not fsdp:
-        changes.append("--use_fsdp=True")
-    return "out of memory: " + ", then ".join(changes or ["a smaller block_size, n_embd or n_layer, or more processes"])
-
-
-def out_of_memory_error(error: Exception, config: Any) -> UserError | None:
-    """The `UserError` with that line, if `error` is an out-of-memory error; else None.
-
-    torch.OutOfMemoryError is CUDA's; on a CPU torch raises a plain RuntimeError.
-    """
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+    if not is_out_of_memory(error):
         return None
-    hint = UserError(out_of_memory_hint(config.batch_size, config.gradient_accumulation_steps, config.data_processes,
-                                        config.activation_checkpointing, config.use_zero1, config.use_fsdp))
-    hint.on_all_ranks = False  # one process may be the first to run out
-    return hint
+    phase = "start" if watchdog is None else watchdog.phase
+    if watchdog is not None and phase == "step" and "step" not in watchdog.finished_phases:
+        phase = FIRST_STEP
+    sizes = [requested(str(error))]
+    state, limit = None, memory_limit(watchdog.runtime if watchdog else None)
+    with contextlib.suppress(MemoryError, RuntimeError, ValueError):  # there may be no memory for this either
+        state = process_state(config, build_model)
+        sizes.append(f"a process needs {human_bytes(state.parameters)} for parameters, {human_bytes(state.gradients)} "
+                     f"for gradients and {human_bytes(state.optimizer)} for the optimizer, besides activations")
+    sizes.append(f"there are {human_bytes(limit)} in all")
+    too_large = state is not None and state.parameters + state.gradients + state.optimizer > limit
+    changes = smaller_batch(config) if phase in IN_STEPS and not too_large else []
+    changes += ["--checkpoint_async=False"] if phase == "save" and config.checkpoint_async else []
+    changes += less_state(config, on_gpu=watchdog is not None and watchdog.runtime.device.type == "cuda")
+    return OutOfMemoryError(f"out of memory {PHASES[phase]}: {'; '.join(filter(None, sizes))} "
+                            f"({', then '.join(changes)}; {DRY_RUN})")
+
+
+def requested(message: str) -> str:
+    """'tried to allocate 2.00 GiB', if an allocator's message says so."""
+    found = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)", message)
+    if not found:
+        return ""
+    size, unit = float(found[1]), {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[found[2]]
+    return f"tried to allocate {human_bytes(size * unit)}"
+
+
+def memory_limit(runtime: Runtime | None) -> int:
+    """Bytes of the device's memory, or of the host's."""
+    if runtime is not None and runtime.device.type == "cuda":
+        return torch.cuda.get_device_properties(runtime.device).total_memory
+    return host_memory()
+
+
+def process_state(config: Any, build_model: Callable[[Any], nn.Module]) -> ModelState:
+    """What one process of the run stores between steps."""
+    model_config = tensor_parallel_config(config.model, config.tensor_parallel)
+    return model_state(MemoryAccount(build_model, model_config, torch.float32, gpu=False), chosen_mode(config)[0])
+
+
+def smaller_batch(config: Any) -> list[str]:
+    """Flags that reduce the activations, the cheapest change first. The step, and so the losses, stay the same."""
+    batch_size, accumulation = config.batch_size, config.gradient_accumulation_steps
+    factor = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), None)  # the smallest prime factor
+    changes = []
+    if factor:
+        changes += [f"--batch_size={batch_size // factor} --gradient_accumulation_steps={factor * accumulation}"]
+    if config.activation_checkpointing != "full":
+        changes.append("--activation_checkpointing=full")
+    return changes or ["a smaller block_size"]
+
+
+def less_state(config: Any, on_gpu: bool) -> list[str]:
+    """Flags that reduce what a process stores of the model, those in use left out."""
+    changes = []
+    if config.data_processes > 1 and not (config.use_zero1 or config.use_fsdp):
+        changes.append("--use_zero1=True")
+    if config.data_processes > 1 and not config.use_fsdp:
+        changes.append("--use_fsdp=True")
+    elif on_gpu and config.data_processes == 1:
+        changes.append("more processes with --use_fsdp=True")
+    elif on_gpu and not config.fsdp_cpu_offload:
+        changes.append("--fsdp_cpu_offload=True")
+    return [*changes, "a smaller n_embd, n_layer or vocab_size"]

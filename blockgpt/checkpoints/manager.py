@@ -152,8 +152,12 @@ class CheckpointManager:
             self.initial_weights = load_initial_weights(self.config.init_from, self.model, self.runtime)
         return self.progress
 
-    def open(self, run_dir: Path, log: CheckpointLog) -> None:
-        """Prepare for saves into `run_dir`; removes what killed saves left there. Called once, by all ranks."""
+    def open(self, run_dir: Path, log: CheckpointLog) -> "CheckpointManager":
+        """Prepare for saves into `run_dir`; removes what killed saves left there. Called once, by all ranks.
+
+        Returns:
+            This manager, as the context manager of the saves.
+        """
         self.run_dir, self.log = run_dir, log
         before, now = (self.initial_weights or {}).get("tokenizer"), self.description["tokenizer"]
         if before and before != now and not self.last_saved:
@@ -161,6 +165,7 @@ class CheckpointManager:
                         f"data's ({describe_tokenizer(now)})")
         self.runtime.on_rank_zero(lambda: checkpoint.clean(run_dir))
         self.saver = CheckpointSaver(run_dir, self.runtime, self.config.keep_last, self.config.checkpoint_async)
+        return self
 
     @property
     def stopped_early(self) -> str | None:

@@ -27,6 +27,7 @@ NOT_COMPARED = {  # {key: why it cannot matter}
     "keep_best": "only saves",
     "checkpoint_async": "only saves, and step time excludes saves",
     "rank_timeout": "only ends a run whose processes are lost",
+    "join_timeout": "only ends a run whose processes do not meet",
     "save_timeout": "only ends a run whose processes are lost",
     "dry_run": "a dry run leaves no run directory",
     "dry_run_gpus": "of a dry run",

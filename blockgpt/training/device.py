@@ -3,6 +3,7 @@
 A device type is added in `choose_device`, its precisions in `choose_dtype`, its memory in `Runtime.memory`.
 """
 
+import errno
 import os
 import platform
 import resource
@@ -93,3 +94,18 @@ def process_memory() -> dict[str, int | None]:
     except OSError:
         return {"allocated": None, "peak": peak, "reserved": None}
     return {"allocated": now, "peak": max(peak, now), "reserved": None}  # the kernel counts the two separately
+
+
+OUT_OF_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that a device or the host has no memory left.
+
+    CUDA has torch.OutOfMemoryError, numpy MemoryError, the system an errno. torch's other allocators and libraries
+    raise a RuntimeError.
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY))

@@ -6,24 +6,23 @@ same order.
 """
 
 import contextlib
-import datetime
 import gc
 import os
 import shutil
 import sys
-import time
-import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from blockgpt.errors import CheckpointError, ConfigError, PeerLostError, UserError, short_repr
+from blockgpt.errors import CheckpointError, ConfigError, UserError, short_repr
+from blockgpt.training import rendezvous
+from blockgpt.training.clock import RunningClock
 from blockgpt.training.device import choose_device, choose_dtype, cpu_name, process_memory
 
-FIRST_CALL_TIMEOUT = 1800.0  # seconds for joining, and for each phase the first time, which may include compilation
+FIRST_CALL_TIMEOUT = 1800.0  # seconds for each phase the first time, which may include compilation
 
 T = TypeVar("T")
 
@@ -39,9 +38,10 @@ class Runtime:
     Attributes:
         dtype: the dtype of the matrix products; parameters stay float32.
         tp_size: the number of adjacent ranks that share each matrix and read the same data.
-        launch_id: under torchrun the id of this launch, a restart included; see `agree_on_launch_id`.
+        launch_id: of several processes, and under torchrun; a restart has another. See `agree_on_launch_id`.
         first_launch_id: the id of the launch that torchrun's restarts replace.
         heartbeat: called wherever a phase makes progress; set by `Watchdog`.
+        clock: seconds, not counting those that this process was stopped.
     """
 
     rank: int
@@ -55,6 +55,7 @@ class Runtime:
     launch_id: str | None = None
     first_launch_id: str | None = None
     heartbeat: Callable[[], None] = no_heartbeat
+    clock: RunningClock = field(default_factory=RunningClock)
 
     @property
     def is_rank_zero(self) -> bool:
@@ -150,8 +151,7 @@ class Runtime:
 
 def init(config: Any) -> Runtime:
     """Choose device and precision, and join the other processes if torchrun started this one."""
-    rank, local_rank, world_size = (int(os.environ.get(variable, default)) for variable, default in
-                                    (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, local_rank, world_size = rendezvous.read_ranks()
     device = choose_device(config.device, local_rank)
     dtype = choose_dtype(config.dtype, device)
     if device.type == "cuda":
@@ -180,71 +180,22 @@ def init_process_group(runtime: Runtime, config: Any) -> None:
     """Start torch.distributed where the run needs it, and set the launch ids of `runtime`.
 
     Raises:
-        UserError: WORLD_SIZE is set, but not what torchrun sets with it.
-        PeerLostError: another process did not join in time.
+        PeerLostError: the processes did not meet in time.
     """
     rank, world_size = runtime.rank, runtime.world_size
-    missing = [variable for variable in ("RANK", "MASTER_ADDR", "MASTER_PORT") if variable not in os.environ]
-    if missing and world_size > 1:
-        raise UserError(f"WORLD_SIZE={world_size} is set, but not {', '.join(missing)} (start several processes with "
-                        "torchrun --nproc_per_node=N train.py …)")
-    # This timeout is the last resort: those of the watchdog are shorter.
-    timeout = datetime.timedelta(seconds=2 * max(FIRST_CALL_TIMEOUT, config.save_timeout))
-    store: dist.Store | None = dist.HashStore() if missing else None
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not missing:
-        agent_store = connect_store(timeout)
-        runtime.launch_id, runtime.first_launch_id = agree_on_launch_id(agent_store, rank, world_size, timeout)
-        store = dist.PrefixStore(runtime.launch_id, agent_store)
-    if world_size > 1 or config.use_fsdp or config.use_zero1:
-        on_cuda = runtime.device.type == "cuda"
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout, store=store, rank=rank,
-                                world_size=world_size, device_id=runtime.device if on_cuda else None)
-
-
-def connect_store(timeout: datetime.timedelta = datetime.timedelta(minutes=5)) -> dist.TCPStore:
-    """A new connection to the store at MASTER_ADDR:MASTER_PORT."""
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout,
-                         wait_for_workers=False)
-
-
-def agree_on_launch_id(store: dist.Store, rank: int, world_size: int,
-                       timeout: datetime.timedelta) -> tuple[str, str]:
-    """Agree on an id that all processes of this launch share, and those of no other launch.
-
-    torchrun keeps one store over its restarts, and torch stores its keys without naming the launch: a process would
-    read the address of one that was killed. So each process generates an id. Rank 0 sends its own id to every rank
-    that it finds, until all have confirmed it; processes of an earlier launch are dead and never confirm.
-
-    Returns:
-        The id of this launch, and that of the first launch in this store.
-
-    Raises:
-        PeerLostError: a rank did not join within `timeout`.
-    """
-    own_id = uuid.uuid4().hex
-    if rank > 0:
-        store.set(f"candidate/{rank}", own_id)
-        try:
-            store.wait([f"launch/{own_id}"], timeout)
-        except dist.DistStoreError:
-            raise PeerLostError(f"rank {rank}: rank 0 did not join within {timeout.total_seconds():.0f} s") from None
-        launch_id = store.get(f"launch/{own_id}").decode()
-        store.set(f"joined/{launch_id}/{rank}", "")
-        return launch_id, store.get("first").decode()
-    first_id = store.compare_set("first", "", own_id).decode()
-    deadline = time.monotonic() + timeout.total_seconds()
-    absent = set(range(1, world_size))
-    while absent:
-        if time.monotonic() > deadline:
-            raise PeerLostError(f"rank 0: rank {min(absent)} did not join within {timeout.total_seconds():.0f} s"
-                                + (f", nor did {len(absent) - 1} more" if len(absent) > 1 else ""))
-        for peer in sorted(absent):
-            if store.check([f"joined/{own_id}/{peer}"]):
-                absent.remove(peer)
-            elif store.check([f"candidate/{peer}"]):
-                store.set(f"launch/{store.get(f'candidate/{peer}').decode()}", own_id)
-        time.sleep(0.01)
-    return own_id, first_id
+    on_cuda = runtime.device.type == "cuda"
+    needs_group = world_size > 1 or config.use_fsdp or config.use_zero1
+    with rendezvous.Deadline(rank, config.join_timeout).watch() as deadline:
+        store: dist.Store = dist.HashStore()
+        if world_size > 1 or rendezvous.has_agent_store():
+            agent_store = rendezvous.open_store(deadline, rank)
+            runtime.launch_id, runtime.first_launch_id = rendezvous.agree_on_launch_id(agent_store, rank, world_size,
+                                                                                       deadline)
+            store = dist.PrefixStore(runtime.launch_id, agent_store)
+        if needs_group:
+            deadline.wait_for(*rendezvous.no_connection(world_size))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=rendezvous.NEVER, store=store,
+                                    rank=rank, world_size=world_size, device_id=runtime.device if on_cuda else None)
 
 
 # ---------------------------------------------------------------- all ranks
@@ -293,11 +244,16 @@ def run_on_all_ranks(runtime: Runtime, work: Callable[[], T], group: dist.Proces
 # ---------------------------------------------------------------- the exit
 
 
+def wait_for_all() -> None:
+    """Wait until every rank has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def shutdown() -> None:
-    """Leave the process group, all ranks at once."""
+    """Leave the process group."""
     if dist.is_initialized():
         gc.collect()  # a model or optimizer that outlives the group can abort the interpreter at its exit
-        dist.barrier()
         dist.destroy_process_group()
 
 

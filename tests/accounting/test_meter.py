@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from blockgpt.accounting import meter as meter_module
 from blockgpt.accounting.flops import flops_per_token
 from blockgpt.accounting.meter import StepMeter
 from model_builder import build_model
@@ -15,15 +14,16 @@ SIZES = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=32)
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock():
     """A clock; clock.now is the time that the meter reads."""
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: clock.now)
+    clock.time = lambda: clock.now
     return clock
 
 
-def make(world_size=1, peak_tflops=1e-6):
-    runtime = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, tf32=False, world_size=world_size)
+def make(clock, world_size=1, peak_tflops=1e-6):
+    runtime = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, tf32=False, world_size=world_size,
+                              clock=clock)
     model = build_model(get_preset("llama", **SIZES))
     return model, StepMeter(model, SimpleNamespace(model=model.config, mfu_peak=peak_tflops), runtime, 64)
 
@@ -38,7 +38,7 @@ def step(meter, clock, seconds, profiled=False):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_report_is_the_mean_of_its_steps_and_mfu_divides_by_all_devices(clock, world_size):
-    model, meter = make(world_size)
+    model, meter = make(clock, world_size)
     for seconds in (1.0, 3.0):
         step(meter, clock, seconds)
     report = meter.report(pytest.fail)
@@ -51,7 +51,7 @@ def test_a_report_is_the_mean_of_its_steps_and_mfu_divides_by_all_devices(clock,
 
 
 def test_profiled_steps_count_only_where_there_are_no_others(clock):
-    _, meter = make(peak_tflops=1.0)
+    _, meter = make(clock, peak_tflops=1.0)
     step(meter, clock, 9.0, profiled=True)
     step(meter, clock, 1.0)
     assert meter.report(pytest.fail)["step_time"] == pytest.approx(1.0)
@@ -60,7 +60,7 @@ def test_profiled_steps_count_only_where_there_are_no_others(clock):
 
 
 def test_an_impossible_mfu_is_one_warning_and_no_mfu_from_then_on(clock):
-    _, meter = make(peak_tflops=1e-9)
+    _, meter = make(clock, peak_tflops=1e-9)
     warnings = []
     for _ in range(2):
         step(meter, clock, 1.0)

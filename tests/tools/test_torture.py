@@ -2,7 +2,10 @@
 
 import importlib
 import pickle
+import random
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -11,6 +14,7 @@ from conftest import ROOT, run_python
 from tools.torture import ranks
 from tools.torture.__main__ import GROUPS
 from tools.torture.files import MALICIOUS, Bomb, files_read, reset_access_times
+from tools.torture.network import CUT, Quality, TwoNodes, has_namespaces
 from tools.torture.runs import LaunchResult, rank_environments, read_losses
 from tools.torture.trials import Row, run_trials
 
@@ -31,8 +35,8 @@ def total(rows, event):
 
 
 @pytest.mark.slow
-def test_one_process_under_torture(tmp_path):  # test_faults.py has the short form of signals
-    groups = {*GROUPS} - {"signals"}
+def test_one_process_under_torture(tmp_path):  # test_faults.py has the short form of signals and pauses
+    groups = {*GROUPS} - {"signals", "pauses", "network"}
     rows = run_torture(tmp_path, *sorted(groups), "--modes=single", "--phases=commit,rename", "--no_torchrun",
                    "--scale=0.01", "--seed=2")
     assert {group for group, _ in rows} == groups
@@ -53,6 +57,24 @@ def test_every_mode_under_torture(tmp_path, group):
 
 
 # ---- the instruments
+
+def ping(node: str, other: str) -> bool:
+    return subprocess.run(["ip", "netns", "exec", node, sys.executable, "-c",
+                           f"import socket; socket.create_connection(('{other}', 1), 2)"],
+                          capture_output=True, text=True).stderr.strip().endswith("Connection refused")
+
+
+@pytest.mark.slow
+def test_the_link_of_two_nodes_is_cut_and_restored():
+    if not has_namespaces():
+        pytest.skip("network namespaces need root")
+    with TwoNodes(0, random.Random(0)) as nodes:
+        assert ping(nodes.names[0], "10.9.8.2") and ping(nodes.names[1], "10.9.8.1")
+        nodes.set_quality(CUT)
+        assert not ping(nodes.names[0], "10.9.8.2") and nodes.lost
+        nodes.set_quality(Quality(delay=0.1))
+        assert ping(nodes.names[0], "10.9.8.2")
+
 
 def test_every_wrapped_function_exists():
     for module, qualified_name in ranks.WRAPPED.values():

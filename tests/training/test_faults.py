@@ -26,43 +26,72 @@ def new_watchdog():
 
 # ---- one process
 
+class FakeLog:
+    """What a `Watchdog` tells the run's log."""
+
+    def __init__(self):
+        self.lines, self.status = [], None
+
+    def info(self, text):
+        self.lines.append(text)
+
+    def ended(self, status, reason):
+        self.status = (status, reason)
+
+
 @pytest.fixture
-def clock(monkeypatch):
-    """The watchdog's time, as a list of one number. All its signals raise KeyboardInterrupt unless it handles them."""
-    time = [0.0]
-    monkeypatch.setattr(faults.time, "monotonic", lambda: time[0])
-    # SIGINT too, as a job in the background starts with it ignored.
-    before = {s: signal.signal(s, signal.default_int_handler) for s in Watchdog.SIGNALS}
-    yield time
-    found = [signal.getsignal(s) for s in Watchdog.SIGNALS]
-    for s, handler in before.items():
-        signal.signal(s, handler)
-    assert found == [signal.default_int_handler] * 3
+def watchdog(monkeypatch):
+    """A watchdog, not entered, with a log. Its exit from the process raises SystemExit."""
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(faults.os, "_exit", leave)
+    watchdog = new_watchdog()
+    watchdog.log = FakeLog()
+    return watchdog
 
 
-@pytest.mark.parametrize("first", Watchdog.SIGNALS)
-@pytest.mark.parametrize("last", Watchdog.SIGNALS)
-def test_the_first_signal_asks_for_a_stop_and_a_later_one_ends_the_process(clock, first, last):
+def test_the_first_signal_asks_for_a_stop_and_says_so_and_a_later_one_ends_the_process(watchdog, capsys):
+    for first in (signal.SIGINT, signal.SIGHUP, signal.SIGXCPU):
+        for last in (signal.SIGINT, signal.SIGTERM):
+            watchdog.log, watchdog.stop_requested = FakeLog(), None
+            with watchdog.training():
+                assert watchdog.gather_status().stop_reason is None
+                watchdog._on_signal(first, 10.0)
+                assert watchdog.gather_status().stop_reason == first.name
+                assert watchdog.log.lines == [f"{first.name}: stopping after this step and saving; again to leave now"]
+                watchdog._on_signal(signal.SIGTERM, 10.9)  # the same signal, passed on by torchrun
+                watchdog._on_signal(signal.SIGXCPU, 12.0)  # the kernel repeats it every second
+                watchdog._on_signal(signal.SIGHUP, 12.0)  # from the shell, then from the kernel
+                assert watchdog.log.status is None and watchdog.gather_status().stop_reason == first.name
+                with pytest.raises(SystemExit) as left:
+                    watchdog._on_signal(last, 11.2)
+                assert left.value.code == 128 + last
+                assert watchdog.log.status == ("interrupted", f"{last.name} at step 0 in phase {watchdog.phase}, "
+                                                              "not saved")
+                assert f"interrupted by {last.name}" in capsys.readouterr().err
+
+
+def test_before_training_the_first_signal_ends_the_process(watchdog):
+    with pytest.raises(SystemExit) as left:
+        watchdog._on_signal(signal.SIGTERM, 0.0)
+    assert left.value.code == 128 + signal.SIGTERM and watchdog.log.status[0] == "interrupted"
+
+
+def test_signals_reach_the_watchdog_until_it_exits():
+    before = signal.signal(signal.SIGUSR2, signal.SIG_DFL)
     with new_watchdog() as watchdog, watchdog.training():
-        assert watchdog.gather_status().stop_reason is None
-        signal.raise_signal(first)
-        assert watchdog.gather_status().stop_reason == first.name
-        clock[0] = 0.9
-        signal.raise_signal(signal.SIGTERM)  # the same signal, passed on by torchrun
-        signal.raise_signal(signal.SIGINT)
-        assert watchdog.gather_status().stop_reason == first.name
-        clock[0] = 2.0
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(last)
+        signal.raise_signal(signal.SIGUSR2)
+        wait_until(lambda: watchdog.gather_status().stop_reason == "SIGUSR2")
+    assert signal.signal(signal.SIGUSR2, before) == signal.SIG_DFL
 
 
-def test_signals_ask_for_a_stop_only_within_training(clock):
-    with new_watchdog() as watchdog:
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-        with watchdog.training():
-            assert signal.getsignal(signal.SIGTERM) != signal.default_int_handler
-        assert signal.getsignal(signal.SIGTERM) == signal.default_int_handler
+def wait_until(condition):
+    """Return when `condition()` is true."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_the_exit_of_torchrun_asks_for_a_stop(monkeypatch):
@@ -71,10 +100,7 @@ def test_the_exit_of_torchrun_asks_for_a_stop(monkeypatch):
     with new_watchdog() as watchdog, watchdog.training():
         assert watchdog.gather_status().stop_reason is None
         monkeypatch.setattr(os, "getppid", lambda: 1)
-        deadline = time.monotonic() + 10
-        while (reason := watchdog.gather_status().stop_reason) is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert reason == "the exit of torchrun"
+        wait_until(lambda: watchdog.gather_status().stop_reason == "the exit of torchrun")
 
 
 def test_the_status_of_one_process():
@@ -210,10 +236,27 @@ def test_a_signal_to_one_or_all_stops_all_at_the_same_step(endless, sent, ranks)
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_a_process_that_waits_for_a_peer(endless):
+def test_a_second_signal_ends_a_process_that_waits_for_a_peer_and_the_run_is_recorded(endless):
     run = endless()
     run.send(signal.SIGSTOP, 1)
-    run.send(signal.SIGTERM, 0)
-    time.sleep(1.5)
-    run.send(signal.SIGTERM, 0)
-    assert run.wait(0)[0] in (128 + signal.SIGTERM, -signal.SIGTERM)
+    for _ in range(3):
+        run.send(signal.SIGINT, 0)
+        time.sleep(0.6)
+    assert run.wait(0)[0] == 128 + signal.SIGINT
+    record = run.record()
+    assert record["status"] == "interrupted" and record["status_reason"].startswith("SIGINT at step ")
+    assert "stopping after this step and saving; again to leave now" in (run.folder / "rank0.out").read_text()
+
+
+@pytest.mark.slow
+def test_a_pause_of_all_ranks_is_neither_silence_nor_step_time(endless):
+    run = endless("--rank_timeout=3", "--save_timeout=3")
+    run.send(signal.SIGSTOP, 0, 1)
+    time.sleep(8)
+    step = max(records(run.dir))
+    run.send(signal.SIGCONT, 0, 1)
+    wait_for_step(run.dir, step + 20)
+    run.send(signal.SIGTERM, 0, 1)
+    assert [run.wait(rank)[0] for rank in (0, 1)] == [0, 0] and run.record()["status"] == "interrupted"
+    assert max(record["step_time"] for record in records(run.dir).values()) < 4
+    assert "paused for " in (run.folder / "rank0.out").read_text()

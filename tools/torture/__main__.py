@@ -8,8 +8,8 @@ random time), two runs of the tool differ. Runs are tiny, 12 steps with a save e
 from a process with torch loaded (ranks.py); some of each group are launched by torchrun. The run directories of broken
 promises are kept, and their paths printed.
 
-A new group is a function here, in files.py or in lookups.py, that yields the rows of `run_trials`, and an entry of
-GROUPS.
+A new group is a function here, in files.py, lookups.py or network.py, that yields the rows of `run_trials`, and an
+entry of GROUPS.
 """
 
 import contextlib
@@ -31,8 +31,9 @@ from blockgpt.console import ArgumentParser
 from blockgpt.errors import did_you_mean, exit_on_user_error
 from tools.torture.files import damage, malicious
 from tools.torture.lookups import lookups, shared
+from tools.torture.network import network
 from tools.torture.ranks import PHASES
-from tools.torture.runs import CHECKPOINT_INTERVAL, MODES, STEPS, Harness, Trial
+from tools.torture.runs import CHECKPOINT_INTERVAL, MODES, STEPS, Harness, Trial, read_step_times
 from tools.torture.trials import Row, run_trials
 
 DEFAULT_MODES = ("single", "ddp", "zero1", "fsdp")
@@ -40,6 +41,9 @@ KILLS = 200  # at random times
 KILLS_PER_PHASE = 60
 MAX_KILLS_PER_RUN = 4
 TORCHRUN_INTERVAL = 10  # one trial in this many is launched by torchrun
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torchrun, to its ranks
+PAUSE_TIMEOUT = 3  # seconds, of these keys
+PAUSED_TIMEOUTS = ("rank_timeout", "save_timeout", "join_timeout")
 SMOKE_SCALE = 0.02  # at this --scale and below, a run is killed once
 Result = tuple[Trial, Counter[str]]
 
@@ -180,10 +184,13 @@ def send_signal(harness: Harness, signal_number: int, target: str, phase: str, m
             trial.report_broken("steps", f"{result.steps}, newest {newest}")
         # The signal came at the last step, during a background save; or that save had fewer events than the reference.
         late = all(int(line.split()[1]) == STEPS for line in result.fired)
+        # torchrun ends by a signal that it does not forward, perhaps with a core dump; its ranks look twice a second.
+        late |= target == "launcher" and signal_number not in FORWARDED and run["status"] == "finished"
         counts["late"] += late
         if run["status"] != ("finished" if late else "interrupted") or not (
                 late or run["status_reason"].endswith(f" at step {newest}")):
-            trial.report_broken("status", f"{run['status']}: {run['status_reason']}, fired in {result.fired}")
+            trial.report_broken("status", f"{signal.Signals(signal_number).name}: {run['status']}: "
+                                          f"{run['status_reason']}, fired in {result.fired}")
     trial.torchrun = False  # a run of torchrun is resumed without it, too
     resumed = trial.launch()
     trial.check_resumed(resumed, newest)
@@ -192,13 +199,52 @@ def send_signal(harness: Harness, signal_number: int, target: str, phase: str, m
 
 
 def signals(harness: Harness) -> Iterator[Row]:
-    signal_numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    signal_numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
     modes = [mode for mode in harness.modes if MODES[mode][0] > 1] or ["single"]
     for target in ("launcher", "one", "all") if harness.torchrun else ("one", "all"):
         for phase in ("step", "evaluation", "save"):
             def in_phase(rng: random.Random, i: int, target: str = target, phase: str = phase) -> Result:
-                return send_signal(harness, signal_numbers[i % 3], target, phase, modes[(i + i // 3) % len(modes)], rng)
-            yield from run_trials(harness, "signals", f"{target}, in {phase}", "signals", 7, in_phase)
+                return send_signal(harness, signal_numbers[i % 6], target, phase, modes[(i + i // 6) % len(modes)], rng)
+            yield from run_trials(harness, "signals", f"{target}, in {phase}", "signals", 12, in_phase)
+
+
+# ---- pauses
+
+def pause(harness: Harness, everybody: bool, rng: random.Random, i: int) -> Result:
+    """All ranks, or one of several, are stopped for longer than the time-outs, and continue.
+
+    Together they lose nothing, not even step time. One alone counts as lost.
+    """
+    modes = [mode for mode in harness.modes if everybody or MODES[mode][0] > 1]
+    mode = modes[i % len(modes)]
+    trial = harness.new_trial(mode, [f"--checkpoint_async={rng.random() < 0.5}",
+                                     *(f"--{key}={PAUSE_TIMEOUT}" for key in PAUSED_TIMEOUTS)])
+    start, seconds = rng.uniform(0, harness.reference(mode).wall), rng.uniform(2, 3) * PAUSE_TIMEOUT
+    rank = rng.randrange(trial.world_size)
+
+    def send(signal_number: int) -> None:
+        harness.server.signal(trial.ranks if everybody else [trial.ranks[rank]], signal_number)
+
+    result = trial.launch(schedule=[(start, partial(send, signal.SIGSTOP)),
+                                    (start + seconds, partial(send, signal.SIGCONT))], peer_timeout=60)
+    newest = trial.check_checkpoints(result.newest_saved())
+    lost = 6 in result.codes
+    if result.hung or not set(result.codes) <= ({0} if everybody else {0, 6}):
+        trial.report_broken("codes", f"paused at {start:.2f} s: {result.codes}: {result.err[-1500:]}")
+    if everybody:
+        times = [step_time for step_time in read_step_times(trial.run_dir) if step_time > seconds - 1]
+        if times:
+            trial.report_broken("step time", f"{times} of a pause of {seconds:.1f} s")
+    resumed = trial.launch()
+    trial.check_resumed(resumed, newest)
+    trial.check_end(resumed)
+    return trial, Counter(pauses=1, told=int("paused for " in result.out), lost=int(lost))
+
+
+def pauses(harness: Harness) -> Iterator[Row]:
+    yield from run_trials(harness, "pauses", "all ranks", "pauses", 20, partial(pause, harness, True))
+    if any(MODES[mode][0] > 1 for mode in harness.modes):
+        yield from run_trials(harness, "pauses", "one of several ranks", "pauses", 10, partial(pause, harness, False))
 
 
 # ---- not finite
@@ -251,8 +297,8 @@ def ends(harness: Harness) -> Iterator[Row]:
 # ---- the command
 
 GROUPS: dict[str, Callable[[Harness], Iterator[Row]]] = {
-    "kills": kills, "damage": damage, "disk": disk, "signals": signals, "nonfinite": nonfinite, "ends": ends,
-    "malicious": malicious, "shared": shared, "lookups": lookups}
+    "kills": kills, "damage": damage, "disk": disk, "signals": signals, "pauses": pauses, "network": network,
+    "nonfinite": nonfinite, "ends": ends, "malicious": malicious, "shared": shared, "lookups": lookups}
 
 
 def run_groups(harness: Harness, groups: list[str]) -> dict[str, Row]:

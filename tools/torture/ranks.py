@@ -10,6 +10,7 @@ Requests and answers of the server are lines of JSON, for runs.py's `Server`.
 """
 
 import contextlib
+import ctypes
 import errno
 import gc
 import importlib
@@ -53,6 +54,8 @@ PRELOADED = ("blockgpt.checkpoints.manager", "blockgpt.training.faults", "traini
              "blockgpt.training.objectives", "blockgpt.training.optimizers", "blockgpt.training.parallel",
              "blockgpt.accounting.dry_run", "blockgpt.training.sharding", "model_builder", "torch.distributed.optim",
              "torch.distributed.tensor.parallel", "torch._dynamo")
+
+CLONE_NEWNET = 0x40000000  # of Linux
 
 
 class Fault:
@@ -245,9 +248,18 @@ def fill_disk(path: str) -> None:
 
 # ---- a rank
 
+def enter_network(path: str) -> None:
+    """Move this process into a network namespace."""
+    with open(path) as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), path)
+
+
 def become_rank(task: dict[str, Any]) -> None:
-    """Run train.py with the {argv, env, cwd, out, fault} of `task`."""
+    """Run train.py with the {argv, env, cwd, out, fault, network} of `task`; network: the file of a namespace."""
     os.chdir(task["cwd"])
+    if task.get("network"):
+        enter_network(task["network"])
     for signal_number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, signal.default_int_handler if signal_number == signal.SIGINT else signal.SIG_DFL)
     if task.get("out"):

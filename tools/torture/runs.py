@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ FLAGS = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch
          "--save_timeout=30"]
 LAUNCH_TIMEOUT = 60.0  # seconds for a launch of a tiny run
 PEER_TIMEOUT = 10.0  # seconds for a rank whose peer was killed
+
+
+Schedule = list[tuple[float, Callable[[], None]]]  # what happens how many seconds after a launch
 
 
 def child_environment() -> dict[str, str]:
@@ -157,18 +160,23 @@ class Trial:
         self.torchrun, self.terminate_peers, self.out_dir = torchrun, terminate_peers, out_dir or folder / "runs"
         self.world_size, self.run_dir, self.launches = MODES[mode][0], self.out_dir / "run", 0
         self.broken: list[tuple[str, str]] = []  # (promise, details)
+        self.nodes: tuple[list[dict[str, str]], list[Path]] | None = None  # variables, and network namespace, by rank
+        self.ranks: list[Rank] = []  # of the launch, unless it is by torchrun
         folder.mkdir(parents=True)
 
     def report_broken(self, promise: str, details: object = "") -> None:
         self.broken.append((promise, f"{self.folder} launch {self.launches}: {details}"))
 
     def launch(self, fault: Mapping[str, Any] | None = None, kill: tuple[float, list[int]] | None = None,
-               timeout: float = LAUNCH_TIMEOUT) -> LaunchResult:
+               timeout: float = LAUNCH_TIMEOUT, peer_timeout: float = PEER_TIMEOUT,
+               schedule: Schedule | None = None) -> LaunchResult:
         """Start the run and wait for its end.
 
         Args:
             fault: the spec of a `tools.torture.ranks.Fault`.
             kill: (seconds, ranks): SIGKILL from outside.
+            peer_timeout: seconds for a rank after another has failed.
+            schedule: what else happens, in the order of time; not with torchrun.
         """
         self.launches += 1
         for pattern in ("fired*", "rank?.json", "code*", "pid*"):
@@ -179,7 +187,10 @@ class Trial:
         argv = [*FLAGS, *MODES[self.mode][1], f"--data_dir={self.harness.data_dir}", f"--out_dir={self.out_dir}",
                 *self.flags]
         started = time.monotonic()
-        result = (self._launch_torchrun if self.torchrun else self._launch_forked)(argv, fault, kill, timeout)
+        if self.torchrun:
+            result = self._launch_torchrun(argv, fault, kill, timeout)
+        else:
+            result = self._launch_forked(argv, fault, kill, timeout, peer_timeout, list(schedule or ()))
         result.wall = time.monotonic() - started
         for rank in range(self.world_size):
             with contextlib.suppress(OSError, ValueError):
@@ -191,22 +202,27 @@ class Trial:
         return result
 
     def _launch_forked(self, argv: list[str], fault: Mapping[str, Any] | None, kill: tuple[float, list[int]] | None,
-                       timeout: float) -> LaunchResult:
+                       timeout: float, peer_timeout: float, schedule: Schedule) -> LaunchResult:
         server, outputs = self.harness.server, [str(self.folder / f"launch{self.launches}-rank{rank}")
                                                 for rank in range(self.world_size)]
-        ranks = server.fork([{"argv": argv, "cwd": str(self.folder), "out": output, "fault": fault, "env": env}
-                             for output, env in zip(outputs, rank_environments(self.world_size), strict=True)])
+        envs, namespaces = self.nodes or (rank_environments(self.world_size), [])
+        self.ranks = ranks = server.fork([
+            {"argv": argv, "cwd": str(self.folder), "out": output, "fault": fault, "env": env,
+             "network": str(namespaces[rank]) if namespaces else None}
+            for rank, (output, env) in enumerate(zip(outputs, envs, strict=True))])
         started, failed_at, hung, killed = time.monotonic(), None, False, False
         while any(rank.code is None for rank in ranks):
             now = time.monotonic()
             if kill and now - started > kill[0]:
                 server.signal([ranks[i] for i in kill[1]], signal.SIGKILL)
                 kill, killed = None, True
+            while schedule and now - started > schedule[0][0]:
+                schedule.pop(0)[1]()
             if failed_at is None and any(rank.code not in (None, 0) for rank in ranks):
                 failed_at = now
                 if self.terminate_peers:
                     server.signal(ranks, signal.SIGTERM)
-            if now - started > timeout or (failed_at is not None and now - failed_at > PEER_TIMEOUT):
+            if now - started > timeout or (failed_at is not None and now - failed_at > peer_timeout):
                 hung = True
                 server.signal(ranks, signal.SIGKILL)
             with server.condition:
@@ -329,10 +345,19 @@ def is_running(pid: int) -> bool:
     return False
 
 
-def read_losses(run_dir: Path) -> dict[int, float]:
-    """{step: loss} by the last record of each step. The incomplete line of a killed run or a full disk is skipped."""
+def read_steps(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of steps. The incomplete line of a killed run or a full disk is skipped."""
     records, _ = read_log(run_dir / "metrics.jsonl")
-    return {record["step"]: record["loss"] for record in records if record["kind"] == "step"}
+    return [record for record in records if record["kind"] == "step"]
+
+
+def read_losses(run_dir: Path) -> dict[int, float]:
+    """{step: loss} by the last record of each step."""
+    return {record["step"]: record["loss"] for record in read_steps(run_dir)}
+
+
+def read_step_times(run_dir: Path) -> list[float]:
+    return [record["step_time"] for record in read_steps(run_dir)]
 
 
 @dataclass
