@@ -302,6 +302,10 @@ class Config:
         """The objective of the run, with its data; raises what would stop the run at its start."""
         return OBJECTIVES[self.objective].load_class()(self, runtime)
 
+    def companion_models(self) -> list[ModelConfig]:
+        """The models of the objective's frozen companions, such as a teacher."""
+        return [source_model_config(run) for run in OBJECTIVES[self.objective].load_class().companion_runs(self)]
+
     def for_vocabulary(self, n: int) -> "Config":
         """The config for a dataset of n token ids: vocab_size as it was set, else n rounded up to a multiple of 64.
 

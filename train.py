@@ -52,7 +52,8 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
 
     watchdog.enter_phase("build")
     model = build(config.model)
-    objective.build_companions(lambda run: load_companion(run, build(source_model_config(run)), runtime))
+    objective.companions = [load_companion(run, build(source_model_config(run)), runtime)
+                            for run in objective.companion_runs(config)]
     optimizer = build_optimizer(model, config, runtime.device)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     checkpoints = CheckpointManager(config, runtime, model, optimizer, scaler, objective)

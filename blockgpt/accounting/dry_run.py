@@ -69,10 +69,12 @@ def dry_run(config: Any, build_model: Callable[[Any], nn.Module]) -> int:
     target = find_target(config)
     config.model.check_trainable_on("cuda" if target.gpu else "cpu")
     config, data = inspect_data(config)
-    account = per_process = MemoryAccount(build_model, config.model, target.dtype, target.gpu)
+    frozen = config.companion_models()
+    account = per_process = MemoryAccount(build_model, config.model, target.dtype, target.gpu, frozen)
     if config.tensor_parallel > 1:
-        model_config = tensor_parallel_config(config.model, config.tensor_parallel)
-        per_process = MemoryAccount(build_model, model_config, target.dtype, target.gpu)
+        model_config, *frozen = (tensor_parallel_config(model, config.tensor_parallel)
+                                 for model in (config.model, *frozen))
+        per_process = MemoryAccount(build_model, model_config, target.dtype, target.gpu, frozen)
     rows = memory_table(per_process, config, target.budget)
     for name, text in (*model_lines(account), *run_lines(config, target, account, data)):
         echo(in_columns(f"{name:<22} ", text))
@@ -311,12 +313,13 @@ def time_text(config: Any, target: Target, account: MemoryAccount) -> str:
 
 def table_lines(config: Any, rows: list[TableRow]) -> list[str]:
     """The table in GiB, one line per row. > marks the mode of the run."""
-    columns = [field.name.replace("logits", "logits, loss") for field in fields(MemoryNeed)]
+    shown = [field.name for field in fields(MemoryNeed) if field.name != "frozen" or rows[0].need.frozen]
+    columns = [name.replace("logits", "logits, loss") for name in shown]
     table = [["", "GiB per process", *columns, "total", "fits", "largest"]]
     for row in rows:
         mark = ">" if (row.mode, row.checkpointing) == chosen_mode(config) else ""
         name = row.mode.name + (f", {row.checkpointing}" if row.checkpointing != "none" else "")
-        sizes = [f"{size / 2**30:,.2f}" for size in (*vars(row.need).values(), row.need.total)]
+        sizes = [f"{size / 2**30:,.2f}" for size in (*(getattr(row.need, name) for name in shown), row.need.total)]
         table.append([mark, name, *sizes, "yes" if row.fits else "no", str(row.largest or "none")])
     return [*align_columns(table, left=(0, 1)), ""]
 
@@ -332,6 +335,8 @@ def table_notes(config: Any, account: MemoryAccount) -> list[str]:
     if mode.tp_size > 1:
         lines.append(f"TP{mode.tp_size}: an estimate, of a model with 1/{mode.tp_size} of the heads, of d_ff and of "
                      "the vocabulary's rows; the logits are not split.")
+    if account.frozen_bytes:
+        lines.append("frozen: the weights of companion models. Their forward passes are not in the estimated time.")
     if mode.cpu_offload and account.gpu:
         state = model_state(account, mode)
         lines.append(f"fsdp_cpu_offload: {human_bytes(state.parameters + state.gradients + state.optimizer)} of "

@@ -161,13 +161,18 @@ class MemoryAccount:
         config: the model's configuration.
         dtype: of the matrix products.
         gpu: whether the operators are CUDA's, or this CPU's.
+        frozen: the configurations of frozen models that exist beside it, of which only the weights are counted.
     """
 
-    def __init__(self, build_model: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype, gpu: bool) -> None:
+    def __init__(self, build_model: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype, gpu: bool,
+                 frozen: Iterable[Any] = ()) -> None:
         self.dtype, self.gpu, self.block_size = dtype, gpu, config.block_size
         self.fake_mode = FakeTensorMode()
         self.model = self._build_fake(build_model, config)
         self.parameter_sizes = {p: p.numel() * p.element_size() for p in self.model.parameters()}
+        with torch.device("meta"):
+            models = [build_model(companion.resolve()) for companion in frozen]
+        self.frozen_bytes = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
         self._traces: dict[tuple[str, bool], StepTrace] = {}
 
     def _build_fake(self, build_model: Callable[[Any], nn.Module], config: Any) -> nn.Module:

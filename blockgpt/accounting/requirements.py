@@ -74,6 +74,7 @@ class MemoryNeed:
         unsharded: parameters and gradients that FSDP holds in full, in addition to the process's own shard.
         activations: what is saved for the backward pass, and temporary tensors of the blocks.
         logits: temporary tensors of the head and the loss.
+        frozen: the weights of frozen companion models, or the process's shard of them.
     """
 
     parameters: int
@@ -82,6 +83,7 @@ class MemoryNeed:
     unsharded: int
     activations: int
     logits: int
+    frozen: int = 0
 
     @property
     def total(self) -> int:
@@ -111,13 +113,14 @@ def memory_need(account: MemoryAccount, mode: ParallelMode, checkpointing: str, 
                                                                      account.gradient_bytes or 1)
         in_blocks = phase.phase not in ("forward", "head")
         unsharded = unsharded_bytes(account, mode, accumulating, in_blocks) if mode.fsdp else 0
-        return MemoryNeed(state.parameters, gradients, state.optimizer, unsharded, phase.activations, phase.logits)
+        return MemoryNeed(state.parameters, gradients, state.optimizer, unsharded, phase.activations, phase.logits,
+                          ceil_div(account.frozen_bytes, mode.shards if mode.fsdp else 1))
 
     phases = account.phases(sequences, checkpointing, accumulating=gradients_persist, weight_copies=not mode.fsdp)
     peak = max(map(need, phases), key=lambda need: need.total)
     if mode.cpu_offload and account.gpu:
         gradients = peak.gradients if gradients_persist else 0
-        return dataclasses.replace(peak, parameters=0, gradients=gradients, optimizer=0)
+        return dataclasses.replace(peak, parameters=0, gradients=gradients, optimizer=0, frozen=0)
     return peak
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,10 +80,12 @@ class Objective(abc.ABC):
         criterion: the metric of `evaluate` that says which model is better.
         val_data: what `evaluate` reads, {"tokens", "digest"}: values of runs with different digests are not compared.
             The same for any number of processes. None: not known, and the configs are compared instead.
+        companions: the models of `companion_runs`, sharded like the run's model, in eval mode, without gradients.
     """
 
     criterion = Criterion()
     val_data: dict[str, Any] | None = None
+    companions: Sequence[torch.nn.Module] = ()
     vocab_size: int
     tokenizer: dict[str, Any]
     micro_steps: int
@@ -95,16 +97,14 @@ class Objective(abc.ABC):
     def __init__(self, config: Any, runtime: Runtime) -> None:
         """Open the data; `UserError` for what would stop the run."""
 
-    def build_companions(self, build: Callable[[str], torch.nn.Module]) -> None:  # noqa: B027 (most have none)
-        """Build frozen models, such as a teacher or a reference, and keep them.
+    @classmethod
+    def companion_runs(cls, config: Any) -> Sequence[str]:
+        """The `init_from` values of the frozen models that the objective needs, such as a teacher or a reference.
 
-        Called once, on all ranks, before the first step. Optimizer, checkpoints and the log know nothing of them: a
-        resumed run builds them again.
-
-        Args:
-            build: returns the model with the weights that an `init_from` value names, sharded like the run's model, in
-                eval mode, without gradients. Call it under `torch.no_grad`.
+        `companions` has the models from the first step on. Call them under `torch.no_grad`. Optimizer, checkpoints and
+        the log know nothing of them: a resumed run builds them again. --dry_run counts their weights.
         """
+        return ()
 
     @abc.abstractmethod
     def micro_batches(self, step: int, model: torch.nn.Module | None = None, generator: torch.Generator | None = None

@@ -20,7 +20,7 @@ from blockgpt.accounting.dry_run import (
 )
 from blockgpt.accounting.flops import flops_per_token
 from blockgpt.accounting.memory import MemoryAccount
-from blockgpt.accounting.requirements import SINGLE, memory_need
+from blockgpt.accounting.requirements import SINGLE, ParallelMode, memory_need
 from blockgpt.errors import UserError
 from blockgpt.training.recompute import CHECKPOINTING_MODES
 from configurator import load_config
@@ -230,3 +230,17 @@ def test_a_model_far_larger_than_this_computer_needs_no_memory(dry_run_command):
     assert done.returncode == 0, done.stderr
     assert "6,738,415,616" in done.stdout and "8 × B200: 180.00 GiB, 1000 W, bfloat16" in done.stdout
     assert re.search(r"^ +FSDP, full .* yes +\d+$", done.stdout, re.MULTILINE)
+
+
+def test_frozen_companions_of_the_objective_are_counted(monkeypatch):
+    teacher = get_preset("llama", n_layer=4, n_head=4, n_embd=256, block_size=256, vocab_size=4096)
+    weights = sum(4 * p.numel() for p in build_model(teacher).parameters())
+    _, without = run(*EIGHT_GPUS)
+    monkeypatch.setattr(type(load_config([])), "companion_models", lambda config: [teacher])
+    _, text = run(*EIGHT_GPUS)
+    assert "frozen" not in without and "frozen: the weights of companion models" in text
+    account = MemoryAccount(build_model, teacher, torch.float16, gpu=True, frozen=[teacher])
+    ddp, fsdp = (memory_need(account, ParallelMode("", 8, fsdp=sharded, shards=8), "none", 1, accumulating=False)
+                 for sharded in (False, True))
+    assert (ddp.frozen, fsdp.frozen) == (weights, weights // 8)
+    assert ddp.total == sum(vars(ddp).values()) > weights

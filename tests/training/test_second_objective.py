@@ -129,8 +129,9 @@ def test_it_starts_from_the_weights_of_a_run_of_another_objective(run):
 class Distillation(LanguageModeling):
     """The teacher's probabilities of the next token as targets (Hinton et al. 2015)."""
 
-    def build_companions(self, build):
-        self.teacher = build("runs/teacher")
+    @classmethod
+    def companion_runs(cls, config):
+        return ["runs/teacher"]
 
     def micro_batches(self, step, model=None, generator=None):
         assert isinstance(model, torch.nn.Module)
@@ -139,9 +140,10 @@ class Distillation(LanguageModeling):
         return super().micro_batches(step, model, generator)
 
     def loss(self, model, batch):
-        assert not self.teacher.training and not any(p.requires_grad for p in self.teacher.parameters())
+        teacher, = self.companions
+        assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
         with torch.no_grad():
-            p = self.teacher(batch["tokens"]).softmax(-1)
+            p = teacher(batch["tokens"]).softmax(-1)
         loss = -(p * model(batch["tokens"]).log_softmax(-1)).sum(-1).mean()
         return loss / self.config.gradient_accumulation_steps, {}
 
