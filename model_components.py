@@ -114,7 +114,7 @@ def joint_linear(x: torch.Tensor, *layers: nn.Linear) -> Sequence[torch.Tensor]:
     Elsewhere one product each: where the weights are sharded, were moved, or belong to other modules than `nn.Linear`.
     A compiler that writes GPU kernels joins them by a copy. Under autocast x is cast, and saved, once.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     weights = [layer.weight for layer in layers]
     if all(type(layer) is nn.Linear for layer in layers):

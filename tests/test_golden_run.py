@@ -100,7 +100,7 @@ def plain_run(config, dtype=torch.float32, scale=1.0, skipped=()):
 def check_run(run_dir, curve, weights, rel=1e-5):
     """`run_dir` has this curve, to `rel`, and these weights, to `rel` of the norm of each tensor.
 
-    The default is four times the difference measured in float32 and bfloat16: sums are in another order.
+    The default is four times the difference measured in float32: sums are in another order.
     """
     steps = records(run_dir)
     assert steps.keys() == curve.keys()
@@ -121,29 +121,30 @@ def config_of(data_dir, *flags):
     return load_config([*TINY, f"--data_dir={data_dir}", *FLAGS, *flags])
 
 
-@pytest.mark.parametrize("flags", [
-    ["--arch_preset=llama"],
-    ["--arch_preset=gpt2_openai", "--gradient_accumulation_steps=3", "--dropout=0.1"],
-    ["--arch_preset=llama", "--dtype=bfloat16", "--grad_clip=0"],
+@pytest.mark.parametrize("flags, rel", [
+    (["--arch_preset=llama"], 1e-5),
+    (["--arch_preset=gpt2_openai", "--gradient_accumulation_steps=3", "--dropout=0.1"], 1e-5),
+    (["--arch_preset=llama", "--dtype=bfloat16", "--grad_clip=0"], 1e-3),  # measured: 1.4e-4; float32 is further
 ], ids=["float32", "accumulation-dropout", "bfloat16"])
-def test_a_run_is_a_plain_pytorch_loop(tmp_path, train, data_dir, flags):
+def test_a_run_is_a_plain_pytorch_loop(tmp_path, train, data_dir, flags, rel):
     done = train("golden", *FLAGS, *flags)
     assert done.returncode == 0, done.stderr
     config = config_of(data_dir, *flags)
     curve, weights, _ = plain_run(config, torch.bfloat16 if config.dtype == "bfloat16" else torch.float32)
     norms = [norm for _, norm, _ in curve.values()]
     assert not config.grad_clip or min(norms) < config.grad_clip < max(norms)  # some steps are clipped, some are not
-    check_run(tmp_path / "runs/golden", curve, weights)
+    check_run(tmp_path / "runs/golden", curve, weights, rel)
 
 
-def test_a_run_saves_at_its_interval_after_the_best_evaluations_and_at_its_end(tmp_path, train):
-    assert train("saves", *FLAGS, "--keep_last=9").returncode == 0
+@pytest.mark.parametrize("flags", [[], ["--keep_best"]], ids=["interval", "best"])
+def test_a_run_saves_at_its_interval_at_its_end_and_on_request_after_the_best_evaluations(tmp_path, train, flags):
+    assert train("saves", *FLAGS, "--keep_last=9", *flags).returncode == 0
     run_dir = tmp_path / "runs/saves"
     losses = {step: record["val_loss"] for step, record in records(run_dir, "eval").items()}
     assert sorted(losses) == [4, 8, 12, 13]
     best = [step for step in losses if all(losses[step] < losses[other] for other in losses if other < step)]
     assert {4, 8} <= set(best)  # no multiples of the interval
-    expected = sorted({5, 10, 13, *best})
+    expected = sorted({5, 10, 13, *(best if flags else [])})
     assert sorted(records(run_dir, "save")) == expected
     assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == [f"step_{s:08d}" for s in expected]
 

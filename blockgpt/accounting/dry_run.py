@@ -313,13 +313,13 @@ def time_text(config: Any, target: Target, account: MemoryAccount) -> str:
 
 def table_lines(config: Any, rows: list[TableRow]) -> list[str]:
     """The table in GiB, one line per row. > marks the mode of the run."""
-    shown = [field.name for field in fields(MemoryNeed) if field.name != "frozen" or rows[0].need.frozen]
-    columns = [name.replace("logits", "logits, loss") for name in shown]
+    attributes = [field.name for field in fields(MemoryNeed) if field.name != "frozen" or rows[0].need.frozen]
+    columns = [name.replace("logits", "logits, loss") for name in attributes]
     table = [["", "GiB per process", *columns, "total", "fits", "largest"]]
     for row in rows:
         mark = ">" if (row.mode, row.checkpointing) == chosen_mode(config) else ""
         name = row.mode.name + (f", {row.checkpointing}" if row.checkpointing != "none" else "")
-        sizes = [f"{size / 2**30:,.2f}" for size in (*(getattr(row.need, name) for name in shown), row.need.total)]
+        sizes = [f"{size / 2**30:,.2f}" for size in (*(getattr(row.need, name) for name in attributes), row.need.total)]
         table.append([mark, name, *sizes, "yes" if row.fits else "no", str(row.largest or "none")])
     return [*align_columns(table, left=(0, 1)), ""]
 
