@@ -60,7 +60,7 @@ class RunTable:
     def report(self, run: PlannedRun, state: str, outcome: RunOutcome) -> None:
         """The state of a run has changed; on a terminal only what went wrong gets a line that stays."""
         before = self.states.get(run.id, ("", outcome))[0]
-        self.states[run.id] = ("open" if state == "again" else state, outcome)
+        self.states[run.id] = ("open" if state in ("again", "interrupted") else state, outcome)
         if state == before or (self.live and state in ("running", "finished", "elsewhere")):
             return
         self.clear()

@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 from blockgpt.errors import UserError
 from blockgpt.experiments.launchers import Handle, Job, Launcher
 from blockgpt.experiments.plan import PlannedRun
-from blockgpt.files import FolderLock, exists
+from blockgpt.files import FolderLock, exists, find
 
 TICK = 0.2  # seconds between looks at what runs
 ELSEWHERE_SECONDS = 2.0  # between looks at a run that another process has claimed
+CONSOLE_BYTES = 2**16  # of a run's output that are searched for why it ended
 MAX_ATTEMPTS = 2  # a failed run is retried once
 FINAL_EXIT_CODES = {2: "refused", 5: "diverged"}  # it would be the same again
 ENDED = ("finished", "diverged", "refused", "failed")
@@ -120,6 +121,7 @@ class Attempt:
         lock: of the run's `sweep/`.
         from_step: at which it continues.
         started: time.monotonic().
+        console_start: bytes that its console.txt had.
     """
 
     run: PlannedRun
@@ -128,6 +130,7 @@ class Attempt:
     lock: FolderLock
     from_step: int
     started: float
+    console_start: int
 
     def finish(self, exit_code: int, stopping: bool) -> RunOutcome:
         """Record how it ended, and free the claim.
@@ -144,7 +147,7 @@ class Attempt:
             state = "failed"
         if state != "finished":
             how = f"exit code {exit_code}" if exit_code >= 0 else f"signal {-exit_code}"
-            reason = f"{last_error(self.run_dir / 'sweep/console.txt') or 'ended'} ({how})"
+            reason = f"{last_error(self.run_dir / 'sweep/console.txt', self.console_start) or 'ended'} ({how})"
         append_line(self.run_dir / "sweep/attempts.jsonl", {
             "state": state, "exit_code": exit_code, "reason": reason, "ended_at": utc_seconds(),
             "seconds": round(time.monotonic() - self.started, 3), "from_step": self.from_step,
@@ -154,10 +157,12 @@ class Attempt:
         return outcome._replace(reason=reason) if state != "finished" else outcome
 
 
-def last_error(console: Path) -> str:
-    """The last `error:` line of a console.txt, else its last line; "" if it has none."""
+def last_error(console: Path, start: int = 0) -> str:
+    """The last `error:` line of a console.txt from byte `start` on, else its last line; "" if it has none."""
     try:
-        lines = console.read_text(errors="replace").splitlines()[-200:]
+        with open(console, "rb") as file:
+            file.seek(max(start, file.seek(0, os.SEEK_END) - CONSOLE_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return ""
     lines = ["".join(c if c.isprintable() else "?" for c in line).strip() for line in lines]
@@ -209,7 +214,8 @@ class SweepRunner:
                     if exit_code is not None:
                         self.running.remove(attempt)
                         outcome = attempt.finish(exit_code, self.stopping)
-                        self.report(attempt.run, outcome.state if outcome.state in ENDED else "again", outcome)
+                        again = "interrupted" if self.stopping else "again"
+                        self.report(attempt.run, outcome.state if outcome.state in ENDED else again, outcome)
                         if outcome.state in ENDED:
                             outcomes[attempt.run.id] = outcome
                         else:
@@ -261,13 +267,14 @@ class SweepRunner:
             (sweep / "stop").unlink()
         command = (sys.executable, str(self.root / "train.py"), *run.words, f"--out_dir={self.folder.resolve()}",
                    f"--run_name={run.name}", "--resume=auto")
+        console_start = status.st_size if (status := find(sweep / "console.txt")) else 0
         job = Job(command, sweep.resolve(), Path.cwd(), self.environment)
         try:
             handle = self.launcher.start(job)
         except BaseException:
             lock.release()
             raise
-        return Attempt(run, run_dir, handle, lock, outcome.step, time.monotonic())
+        return Attempt(run, run_dir, handle, lock, outcome.step, time.monotonic(), console_start)
 
     def abandon(self) -> None:
         """An error of this process: ask what it runs to end, so that nothing trains unwatched."""

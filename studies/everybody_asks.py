@@ -1,0 +1,23 @@
+"""Three questions that everybody asks, on the embedded corpus at two sizes.
+
+    python -m tools.ablate --plan studies/everybody_asks.py --dry_run
+"""
+question = ("Does RoPE help more than SwiGLU? Is pre-norm better than post-norm? Is RMSNorm faster than LayerNorm? "
+            "(the first two by loss, the third by tokens/s)")
+base = ["config/arch_gpt2.py", "--norm_position=pre", "--normalization=layernorm", "--eval_tokens=65_536",
+        "--compile=False"]
+variants = {
+    "baseline": {},
+    "rope": {"position_encoding": "rope"},
+    "swiglu": {"ffn_type": "swiglu"},
+    "post-norm": {"norm_position": "post"},
+    "rmsnorm": {"normalization": "rmsnorm"},
+}
+sizes = {
+    "2L-64": ["config/size_tiny.py", "--max_iters=2000", "--eval_interval=500"],
+    "4L-128": ["config/size_demo.py", "--max_iters=600", "--eval_interval=200"],
+}
+lr_sweep = [1e-3, 2e-3, 4e-3]  # post-norm trains at smaller rates than pre-norm; each variant gets its own
+seeds = 5
+horizons = [0.5, 2]  # of the baseline, for the worth of a difference in tokens
+margin = 0.01  # nats per byte

@@ -1,0 +1,19 @@
+"""Norm × position × FFN at two sizes, on the embedded corpus: which of the three choices of LLaMA matters at this scale?
+
+    python -m tools.ablate --plan studies/norm_position_ffn.py --dry_run
+"""
+question = "Which of RMSNorm, RoPE and SwiGLU improves a small pre-norm GPT-2 on Python code, and do they interact?"
+base = ["config/arch_gpt2.py", "--norm_position=pre", "--eval_tokens=65_536", "--compile=False"]
+vary = {
+    "normalization": ["layernorm_nobias", "rmsnorm"],
+    "position_encoding": ["learned_absolute", "rope"],
+    "ffn_type": ["standard", "swiglu"],
+}
+sizes = {
+    "2L-64": ["config/size_tiny.py", "--max_iters=2000", "--eval_interval=500"],
+    "4L-128": ["config/size_demo.py", "--max_iters=600", "--eval_interval=200"],
+}
+lr_sweep = [1e-3, 2e-3, 4e-3]  # every variant gets the same tries
+seeds = 3
+horizons = [0.5, 2]  # of the baseline, for the worth of a difference in tokens
+margin = 0.01  # nats per byte
