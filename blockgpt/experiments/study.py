@@ -1,7 +1,7 @@
 """A study: trials of variants that differ in what is asked, repeated over seeds, sizes and horizons. No torch.
 
 A trial is one planned run with what became of it. Whoever has a plan builds its trials with `trial_of_run` and
-`Trial(…, status="missing")`; comparison.py builds them from run directories alone. verdicts.py judges a study.
+`StudyTrial(…, status="missing")`; comparison.py builds them from run directories alone. verdicts.py judges a study.
 """
 
 import bisect
@@ -19,7 +19,7 @@ SPENDS = ("tokens", "flops", "time")
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class StudyTrial:
     """One run of a variant with a seed, or the lack of it.
 
     Attributes:
@@ -75,7 +75,7 @@ class Study:
         warnings: one line each, of the study as a whole.
     """
 
-    trials: Sequence[Trial]
+    trials: Sequence[StudyTrial]
     criterion: Criterion = VAL_LOSS
     excluded: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cautions: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -153,7 +153,7 @@ def parse_at(text: str) -> tuple[str, float]:
 
 
 def trial_of_run(run: Run, variant: str, seed: int, size: str = "", horizon: float = 0.0,
-                 factors: Mapping[str, str] | None = None, reading: Reading | None = None) -> Trial:
+                 factors: Mapping[str, str] | None = None, reading: Reading | None = None) -> StudyTrial:
     """The trial that a run is, as `records.read_run` has read it."""
     reading = reading or Reading()
     status, _, reason = run["status"].partition(": ")
@@ -167,19 +167,19 @@ def trial_of_run(run: Run, variant: str, seed: int, size: str = "", horizon: flo
     else:
         outcome = "failed" if status == "broken" else "missing"
         reason = reason or status
-    return Trial(variant, seed, outcome, value, size, horizon, tuple(run["curve"]), run["tokens_per_sec"],
+    return StudyTrial(variant, seed, outcome, value, size, horizon, tuple(run["curve"]), run["tokens_per_sec"],
                  run["peak_memory"], run["flops_per_token"], run["parameters"], run["unique_tokens"],
                  run["environment"].get("hardware"), factors or {}, run["created_at"], run["name"], reason)
 
 
-def duplicates(trials: Iterable[Trial]) -> tuple[list[Trial], list[tuple[Trial, Trial]]]:
+def duplicates(trials: Iterable[StudyTrial]) -> tuple[list[StudyTrial], list[tuple[StudyTrial, StudyTrial]]]:
     """(the trials that count, [(an earlier finished trial, the one that counts)] of the same variant and seed).
 
     Of several trials of one (variant, size, horizon, seed) the newest finished one counts, else the newest diverged
     one, else the newest.
     """
     order = {status: i for i, status in enumerate(("missing", "failed", "diverged", "finished"))}
-    groups: dict[tuple[str, str, float, int], list[Trial]] = {}
+    groups: dict[tuple[str, str, float, int], list[StudyTrial]] = {}
     for trial in trials:
         groups.setdefault((trial.variant, trial.size, trial.horizon, trial.seed), []).append(trial)
     counting, earlier = [], []

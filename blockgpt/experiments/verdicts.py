@@ -22,7 +22,7 @@ from typing import NamedTuple
 from blockgpt.errors import UserError, did_you_mean
 from blockgpt.experiments import statistics
 from blockgpt.experiments.statistics import MIN_FLIPS, MIN_SEEDS, Effect, Estimate
-from blockgpt.experiments.study import Study, Trial, duplicates, pareto_front
+from blockgpt.experiments.study import Study, StudyTrial, duplicates, pareto_front
 from blockgpt.experiments.worth import Law, Worth, fit_law, worth
 from blockgpt.training.criterion import Criterion
 
@@ -73,7 +73,7 @@ class NoiseFloor(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Arm:
     """One variant at one size and horizon, over its seeds.
 
     Attributes:
@@ -155,7 +155,7 @@ class Judgement:
     look: int | None
     level_here: float
     declared_margin: float | None
-    rows: tuple[Row, ...]
+    arms: tuple[Arm, ...]
     verdicts: tuple[Verdict, ...]
     floors: tuple[NoiseFloor, ...]
     effects: Mapping[Cell, list[Effect]]
@@ -164,14 +164,14 @@ class Judgement:
     warnings: tuple[str, ...]
 
 
-# ---- rows ----
+# ---- arms ----
 
 def mean_of(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None
 
 
-def make_row(trials: Sequence[Trial], level: float) -> Row:
+def make_arm(trials: Sequence[StudyTrial], level: float) -> Arm:
     """The trials of one variant, size and horizon, one of each seed."""
     first = trials[0]
     values = {trial.seed: trial.value for trial in sorted(trials, key=lambda trial: trial.seed)
@@ -183,19 +183,19 @@ def make_row(trials: Sequence[Trial], level: float) -> Row:
     regime = Regime(first.horizon or None, mean_of([trial.unique_tokens for trial in trials]),
                     mean_of([trial.parameters for trial in trials]))
     unread = {trial.seed: trial.reason for trial in trials if trial.status == "finished" and trial.value is None}
-    return Row(first.variant, first.size, first.horizon,
+    return Arm(first.variant, first.size, first.horizon,
                statistics.estimate(list(values.values()), level) if values else None, values, seeds("diverged"),
                seeds("failed"), seeds("missing"), unread, mean_of([trial.tokens_per_sec for trial in trials]),
                mean_of([trial.peak_memory for trial in trials]), mean_of([trial.flops_per_token for trial in trials]),
                regime)
 
 
-def noise_floor(row: Row, again: Sequence[tuple[float, float]], level: float) -> NoiseFloor:
-    values = list(row.values.values())
+def noise_floor(arm: Arm, again: Sequence[tuple[float, float]], level: float) -> NoiseFloor:
+    values = list(arm.values.values())
     if len(values) < 2:
-        return NoiseFloor(row.size, row.horizon, len(values), None, None, None, tuple(again))
+        return NoiseFloor(arm.size, arm.horizon, len(values), None, None, None, tuple(again))
     std = stdlib.stdev(values)
-    return NoiseFloor(row.size, row.horizon, len(values), std, *statistics.std_interval(values, level), tuple(again))
+    return NoiseFloor(arm.size, arm.horizon, len(values), std, *statistics.std_interval(values, level), tuple(again))
 
 
 # ---- verdicts ----
@@ -230,11 +230,11 @@ def lower_bound(std: float, n: int, level: float) -> float:
     return std * math.sqrt((n - 1) / statistics.chi2_quantile(1 - level, n - 1))
 
 
-def half_pairs(row: Row, base: Row) -> list[str]:
+def half_pairs(arm: Arm, base: Arm) -> list[str]:
     """One line for every reason why a seed of one has no partner in the other."""
     notes = []
-    for own, other in ((row, base), (base, row)):
-        name = "" if own is row else "the baseline "
+    for own, other in ((arm, base), (base, arm)):
+        name = "" if own is arm else "the baseline "
         for word, seeds in (("diverged", own.diverged), ("failed", own.failed), ("is missing", own.missing),
                             ("cannot be read", tuple(own.unread))):
             if seeds:
@@ -250,11 +250,11 @@ def half_pairs(row: Row, base: Row) -> list[str]:
     return notes
 
 
-def compare_rows(row: Row, base: Row, margin: Margin, test: str, level: float) -> Verdict:
+def compare_arms(arm: Arm, base: Arm, margin: Margin, test: str, level: float) -> Verdict:
     """The difference of a variant from the baseline, with p values that are not adjusted yet."""
-    differences = {seed: value - base.values[seed] for seed, value in row.values.items() if seed in base.values}
-    notes = half_pairs(row, base)
-    verdict = Verdict(row.variant, row.size, row.horizon, None, regime=row.regime, differences=differences,
+    differences = {seed: value - base.values[seed] for seed, value in arm.values.items() if seed in base.values}
+    notes = half_pairs(arm, base)
+    verdict = Verdict(arm.variant, arm.size, arm.horizon, None, regime=arm.regime, differences=differences,
                       margin=margin.value, notes=tuple(notes))
     if differences:
         difference = statistics.estimate(list(differences.values()), level)
@@ -271,14 +271,14 @@ def compare_rows(row: Row, base: Row, margin: Margin, test: str, level: float) -
                 verdict, method="sign flips", p=statistics.flip_test(values), p_equal=statistics.equivalence(
                     lambda shift: statistics.flip_test_above(values, shift),
                     lambda shift: statistics.flip_test_above([-value for value in values], -shift), margin.tested))
-    elif min(len(row.values), len(base.values)) >= 2:
-        difference = statistics.welch(list(row.values.values()), list(base.values.values()), level)
+    elif min(len(arm.values), len(base.values)) >= 2:
+        difference = statistics.welch(list(arm.values.values()), list(base.values.values()), level)
         verdict = dataclasses.replace(verdict, difference=difference, method="Welch's t, as no seed is in both")
         if difference.n < MIN_SEEDS:
             text = f"{difference.n} seeds, of which none pairs: no verdict below {MIN_SEEDS}"
             return dataclasses.replace(verdict, notes=(text, *notes))
     else:
-        missing = "neither has" if not row.values and not base.values else "no pair:"
+        missing = "neither has" if not arm.values and not base.values else "no pair:"
         return dataclasses.replace(verdict, notes=(f"{missing} a value with a seed that both have", *notes))
     return dataclasses.replace(
         verdict, p=statistics.t_test(difference), p_equal=statistics.equivalence(
@@ -286,7 +286,7 @@ def compare_rows(row: Row, base: Row, margin: Margin, test: str, level: float) -
             lambda shift: statistics.t_test_below(difference, shift), margin.tested))
 
 
-def decide(verdict: Verdict, row: Row, base: Row, criterion: Criterion, level: float, margin: Margin, family: int
+def decide(verdict: Verdict, arm: Arm, base: Arm, criterion: Criterion, level: float, margin: Margin, family: int
            ) -> Verdict:
     """The outcome of a verdict whose p values are adjusted."""
     difference = verdict.difference
@@ -300,14 +300,14 @@ def decide(verdict: Verdict, row: Row, base: Row, criterion: Criterion, level: f
     elif is_equal:
         outcome = "equal"
     # A run that diverged is worse than any loss, and cannot be averaged away.
-    if row.diverged and outcome in ("better", "equal"):
+    if arm.diverged and outcome in ("better", "equal"):
         notes.insert(0, f"{outcome} where it finished")
         outcome = "inconclusive"
     if base.diverged and outcome in ("worse", "equal"):
         notes.insert(0, f"{outcome} where the baseline finished")
         outcome = "inconclusive"
     needed = None
-    if outcome == "inconclusive" and not row.diverged and not base.diverged:
+    if outcome == "inconclusive" and not arm.diverged and not base.diverged:
         needed = seeds_to_settle(difference, level, margin, family)
     return dataclasses.replace(verdict, outcome=outcome, needed=needed, notes=tuple(notes),
                                within_margin=is_equal and outcome in ("better", "worse"))
@@ -334,7 +334,7 @@ def seeds_to_settle(difference: Estimate, level: float, margin: Margin, family: 
 
 # ---- worth ----
 
-def worth_of(verdict: Verdict, row: Row, base: Row, law: Law | str, trials: Mapping[tuple[str, int], Trial],
+def worth_of(verdict: Verdict, arm: Arm, base: Arm, law: Law | str, trials: Mapping[tuple[str, int], StudyTrial],
              criterion: Criterion, level: float) -> Worth:
     if criterion.more_is_better:
         return Worth(notes=(f"worth is defined for losses, and more of {criterion.metric} is better",))
@@ -342,10 +342,10 @@ def worth_of(verdict: Verdict, row: Row, base: Row, law: Law | str, trials: Mapp
         return Worth(notes=(law,))
     if not verdict.differences:
         return Worth(law=law, notes=("worth needs pairs: seeds that both have",))
-    flops = (row.flops_per_token / base.flops_per_token if row.flops_per_token and base.flops_per_token else None)
+    flops = (arm.flops_per_token / base.flops_per_token if arm.flops_per_token and base.flops_per_token else None)
     log_times, hardware = {}, set()
     for seed in verdict.differences:
-        own, other = trials[row.variant, seed], trials[base.variant, seed]
+        own, other = trials[arm.variant, seed], trials[base.variant, seed]
         hardware |= {own.hardware, other.hardware}
         if own.tokens_per_sec and other.tokens_per_sec:
             log_times[seed] = math.log(other.tokens_per_sec / own.tokens_per_sec)
@@ -409,55 +409,55 @@ def judge(study: Study, baseline: str, margin: float | None = None, level: float
     if look is not None and look < 1:
         raise UserError(f"look: {look} is out of range, must be at least 1")
     counting, earlier = duplicates(study.trials)
-    groups: dict[tuple[str, str, float], list[Trial]] = {}
+    groups: dict[tuple[str, str, float], list[StudyTrial]] = {}
     for trial in counting:
         groups.setdefault((trial.variant, trial.size, trial.horizon), []).append(trial)
-    rows = {key: make_row(trials, level) for key, trials in groups.items()}
-    bases = {(size, horizon): row for (variant, size, horizon), row in rows.items() if variant == baseline}
+    arms = {key: make_arm(trials, level) for key, trials in groups.items()}
+    bases = {(size, horizon): arm for (variant, size, horizon), arm in arms.items() if variant == baseline}
     again: dict[Cell, list[tuple[float, float]]] = {}
     for trial, last in earlier:
         if trial.variant == baseline and trial.value is not None and last.value is not None:
             again.setdefault((trial.size, trial.horizon), []).append((trial.value, last.value))
-    floors = {cell: noise_floor(row, again.get(cell, []), level) for cell, row in bases.items()}
+    floors = {cell: noise_floor(arm, again.get(cell, []), level) for cell, arm in bases.items()}
 
     share_of_look = statistics.spend(level, look)
-    judged = [row for row in rows.values() if row.variant != baseline and row.variant not in study.excluded
-              and (row.size, row.horizon) in bases]
+    judged = [arm for arm in arms.values() if arm.variant != baseline and arm.variant not in study.excluded
+              and (arm.size, arm.horizon) in bases]
     family = max(1, len(judged))
     margins = {cell: margin_of(margin, floors[cell], share_of_look / len(bases)) for cell in bases}
-    verdicts = [compare_rows(row, bases[row.size, row.horizon], margins[row.size, row.horizon], test, level)
-                for row in judged]
+    verdicts = [compare_arms(arm, bases[arm.size, arm.horizon], margins[arm.size, arm.horizon], test, level)
+                for arm in judged]
     verdicts = adjust(verdicts)
     laws: dict[str, Law | str] = {}
     for size in dict.fromkeys(size for size, _ in bases):
-        laws[size] = fit_law({horizon: row.values for (own, horizon), row in bases.items()
-                              if own == size and horizon > 0 and row.values})
+        laws[size] = fit_law({horizon: arm.values for (own, horizon), arm in bases.items()
+                              if own == size and horizon > 0 and arm.values})
     decided = []
-    for verdict, row in zip(verdicts, judged, strict=True):
-        base, cell_margin = bases[row.size, row.horizon], margins[row.size, row.horizon]
-        final = decide(verdict, row, base, study.criterion, share_of_look, cell_margin, family)
-        trials = {(trial.variant, trial.seed): trial for variant in (row.variant, baseline)
-                  for trial in groups[variant, row.size, row.horizon]}
-        caution = [f"it differs in {study.cautions[row.variant]}"] if row.variant in study.cautions else []
+    for verdict, arm in zip(verdicts, judged, strict=True):
+        base, cell_margin = bases[arm.size, arm.horizon], margins[arm.size, arm.horizon]
+        final = decide(verdict, arm, base, study.criterion, share_of_look, cell_margin, family)
+        trials = {(trial.variant, trial.seed): trial for variant in (arm.variant, baseline)
+                  for trial in groups[variant, arm.size, arm.horizon]}
+        caution = [f"it differs in {study.cautions[arm.variant]}"] if arm.variant in study.cautions else []
         decided.append(dataclasses.replace(
-            final, worth=worth_of(final, row, base, laws[row.size], trials, study.criterion, level),
+            final, worth=worth_of(final, arm, base, laws[arm.size], trials, study.criterion, level),
             notes=(*final.notes, *caution)))
 
     notes, warnings = [], [*study.warnings]
     warnings += [f"{variant}: not judged: {reason}" for variant, reason in study.excluded.items()]
-    warnings += [f"{row.variant}: not judged at {cell_text(row.size, row.horizon)}: the baseline has no run there"
-                 for row in rows.values() if row.variant != baseline and (row.size, row.horizon) not in bases]
+    warnings += [f"{arm.variant}: not judged at {cell_text(arm.size, arm.horizon)}: the baseline has no run there"
+                 for arm in arms.values() if arm.variant != baseline and (arm.size, arm.horizon) not in bases]
     warnings += sign_changes(decided, level)
     factors = {trial.variant: dict(trial.factors) for trial in counting}
     effects: dict[Cell, list[Effect]] = {}
     front: dict[Cell, list[str]] = {}
     for cell in bases:
-        here = [row for row in rows.values() if (row.size, row.horizon) == cell and row.variant not in study.excluded]
-        effects[cell], problem = statistics.grid_effects({row.variant: row.values for row in here}, factors, baseline,
+        here = [arm for arm in arms.values() if (arm.size, arm.horizon) == cell and arm.variant not in study.excluded]
+        effects[cell], problem = statistics.grid_effects({arm.variant: arm.values for arm in here}, factors, baseline,
                                                          level)
         notes += [problem] * bool(problem)
         front[cell] = front_of(here, study.criterion)
-    return Judgement(baseline, study.criterion, test, level, look, share_of_look, margin, tuple(rows.values()),
+    return Judgement(baseline, study.criterion, test, level, look, share_of_look, margin, tuple(arms.values()),
                      tuple(decided), tuple(floors.values()), effects, front, tuple(notes), tuple(warnings))
 
 
@@ -471,10 +471,10 @@ def adjust(verdicts: Sequence[Verdict]) -> list[Verdict]:
             for verdict in verdicts]
 
 
-def front_of(rows: Sequence[Row], criterion: Criterion) -> list[str]:
-    """The variants on the Pareto front of the criterion, speed and memory; none if a row has not recorded all three."""
-    costs = {row.variant: (criterion.sort_key(row.estimate.mean), -row.tokens_per_sec, row.peak_memory) for row in rows
-             if row.estimate is not None and row.tokens_per_sec is not None and row.peak_memory is not None}
+def front_of(arms: Sequence[Arm], criterion: Criterion) -> list[str]:
+    """The variants on the Pareto front of the criterion, speed and memory; none if a arm has not recorded all three."""
+    costs = {arm.variant: (criterion.sort_key(arm.estimate.mean), -arm.tokens_per_sec, arm.peak_memory) for arm in arms
+             if arm.estimate is not None and arm.tokens_per_sec is not None and arm.peak_memory is not None}
     return pareto_front(costs) if len(costs) > 1 else []
 
 
