@@ -24,7 +24,7 @@ QUIET_SECONDS = 15 * 60  # a run with status running that has written nothing fo
 REQUIRED_SECTIONS = {"schema_version": int, "status": str, "created_at": str, "arch_name": str, "parameters": dict,
                      "model": dict, "config": dict, "data": dict}
 OPTIONAL_SECTIONS = {"status_reason": str, "results": dict, "hardware": dict, "criterion": dict, "resumes": list,
-                     "launches": list, "initial_weights": dict, "val_data": dict}
+                     "launches": list, "initial_weights": dict, "val_data": dict, "flops_per_token": dict}
 TYPE_NAMES = {int: "a number", str: "text", dict: "an object", list: "a list"}
 RECORD_FIELDS = {"step": ("tokens", "tokens_per_sec", "mfu", "step_time"), "eval": ("tokens", "val_loss", "val_bpb")}
 DATA_KEYS = ("data", "dataset", "dataset_schedule", "eval_tokens", "block_size", "objective")  # decide the val data
@@ -42,6 +42,25 @@ class Change(NamedTuple):
     before: Any
     now: Any
     forced: bool  # whether resume_force was needed
+
+
+class Point(NamedTuple):
+    """One evaluation: what had been spent, and the value of the criterion.
+
+    Attributes:
+        tokens: trained on so far; None if it was not recorded.
+        flops: of training so far; None if run.json has no FLOPs per token.
+        time: seconds of training so far, without evaluations and checkpoints; None if steps were not timed.
+        value: of the criterion; None if it was not finite.
+        bpb: bits per byte; None if it was not evaluated.
+    """
+
+    step: float
+    tokens: float | None
+    flops: float | None
+    time: float | None
+    value: float | None
+    bpb: float | None = None
 
 
 class ValData(NamedTuple):
@@ -389,6 +408,33 @@ def run_metrics(evals: list[dict[str, Any]], steps: list[dict[str, Any]], result
     }
 
 
+def training_times(steps: list[dict[str, Any]], at: Iterable[float]) -> list[float | None]:
+    """Seconds of training up to each of the steps `at` (ascending), from the logged step times.
+
+    A record's step_time is the mean since the record before it. A step before the first record or after the last has
+    the time of the nearest.
+    """
+    if not steps or any(record["step_time"] is None for record in steps):
+        return [None for _ in at]
+    times: list[float | None] = []
+    total, previous, index = 0.0, 0.0, 0
+    for step in at:
+        while index < len(steps) and steps[index]["step"] <= step:
+            total += steps[index]["step_time"] * (steps[index]["step"] - previous)
+            previous, index = steps[index]["step"], index + 1
+        times.append(total + steps[min(index, len(steps) - 1)]["step_time"] * (step - previous))
+    return times
+
+
+def learning_curve(evals: list[dict[str, Any]], steps: list[dict[str, Any]], metric: str, flops_per_token: float | None
+                   ) -> list[Point]:
+    """The evaluations of a run with what had been spent."""
+    times = training_times(steps, [record["step"] for record in evals])
+    return [Point(record["step"], record["tokens"], record["tokens"] * flops_per_token
+                  if flops_per_token is not None and record["tokens"] is not None else None, seconds, record[metric],
+                  record.get("val_bpb")) for record, seconds in zip(evals, times, strict=True)]
+
+
 # ---- a run ----
 
 def read_run(directory: str | os.PathLike[str], upgrade: Upgrade, renamed: dict[str, str]) -> Run:
@@ -405,14 +451,16 @@ def read_run(directory: str | os.PathLike[str], upgrade: Upgrade, renamed: dict[
     Returns:
         A value or None for each column but rank and delta, which depend on the other runs; path, created_at, warnings,
         criterion; the sections model, config, data and hardware of run.json; environment (see `launch_environment`) of
-        the newest launch; initial_weights (text or None); changes ([`Change`]) and val_data (`ValData`).
+        the newest launch; initial_weights (text or None); changes ([`Change`]), val_data (`ValData`) and curve
+        ([`Point`]); flops_per_token (of training) and unique_tokens (of the training data), None if not recorded.
     """
     path = Path(directory)
     file, metrics = path / "run.json", path / "metrics.jsonl"
     run: Run = dict.fromkeys(column.key for column in COLUMNS)
     run |= {"name": printable(os.path.basename(os.path.realpath(path))), "path": str(path), "warnings": [], "model": {},
             "config": {}, "data": {}, "hardware": {}, "environment": {}, "initial_weights": None, "changes": [],
-            "val_data": ValData(None, None, ""), "criterion": Criterion(),
+            "val_data": ValData(None, None, ""), "criterion": Criterion(), "curve": [], "flops_per_token": None,
+            "unique_tokens": None,
             "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(modified_time(path)))}
     try:
         document = read_document(file)
@@ -427,6 +475,7 @@ def read_run(directory: str | os.PathLike[str], upgrade: Upgrade, renamed: dict[
         records, skipped = ({"eval": [], "step": []}, 0) if just_begun else read_metrics(metrics, metric)
         evals = on_final_val_data(records["eval"], run["changes"])
         run |= run_metrics(evals, records["step"], document.get("results") or {}, criterion)
+        run["curve"] = learning_curve(evals, records["step"], metric, run["flops_per_token"])
     except (BrokenLogError, RecursionError) as error:  # a value that can be parsed may be nested too deeply to print
         return run | {"status": f"broken: {printable(str(error))}"}
     run["status"] = f"{status}: {printable(reason)}" if reason else status
@@ -460,4 +509,6 @@ def describe_run(document: dict[str, Any], upgrade: Upgrade, renamed: dict[str, 
             "environment": launch_environment(newest),
             "initial_weights": f"{printable(digest)[:12]}@{printable(weights.get('step'))}" if digest else None,
             "changes": changes,
+            "flops_per_token": numeric_value(document.get("flops_per_token") or {}, "train"),
+            "unique_tokens": numeric_value(document["data"], "train_tokens"),
             "val_data": ValData(tokens, val_digest, describe_val_data(document, config, model))}
