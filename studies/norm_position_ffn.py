@@ -1,4 +1,4 @@
-"""Norm × position × FFN at two sizes, on the embedded corpus: which of the three choices of LLaMA matters at this scale?
+"""Norm × position × FFN at two sizes, on the embedded corpus: which of LLaMA's three choices matters at this scale?
 
     python -m tools.ablate --plan studies/norm_position_ffn.py --dry_run
 """

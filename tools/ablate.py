@@ -40,16 +40,20 @@ from blockgpt.experiments.plan import (
     write_plan,
 )
 from blockgpt.experiments.progress import RunTable, label
+from blockgpt.experiments.results import control_lines, detectable_text, pair_differences, study_of_plan
 from blockgpt.experiments.runner import (
     RunOutcome,
     SweepRunner,
     allow_retries,
     incomplete_blocks,
+    read_looks,
     read_outcome,
     record_look,
 )
 from blockgpt.experiments.selection import expense, parse_budget
 from blockgpt.experiments.sweep import Sweep, duration
+from blockgpt.experiments.verdicts import judge
+from compare_architectures import load_run
 from configurator import KEYS, ROOT, TYPES, load_config
 
 OWN_KEYS = ("dry_run", "out_dir")  # keys of train.py that mean something of this command here
@@ -220,7 +224,8 @@ def visible_gpus(device_type: str) -> list[str]:
 def plan_lines(sweep: Sweep, workers: int, threads: int, launcher: str) -> list[str]:
     """The plan: the costs of each variant, and of all runs."""
     plan, runs = sweep.plan, sweep.planned()
-    done = [run for run in runs if read_outcome(sweep.folder / run.name).state == "finished"]
+    outcomes = {run.id: read_outcome(sweep.folder / run.name) for run in runs}
+    done = [run for run in runs if outcomes[run.id].state == "finished"]
     left = [run for run in runs if run not in done]
     purposes = {name: sum(run.purpose == name for run in runs) for name in ("judge", "horizon", "tune", "screen")}
     words = {"judge": "judged", "horizon": "of the baseline at other horizons", "tune": "of the learning rate sweep",
@@ -235,7 +240,8 @@ def plan_lines(sweep: Sweep, workers: int, threads: int, launcher: str) -> list[
         ("left", f"{sum(run.tokens for run in left):,} tokens, {flops or 0:.3g} FLOPs, "
                  + ("time unknown: not probed" if seconds is None else duration(seconds))
                  + f" with {workers} workers ({launcher}, {threads} threads each)"),
-        ("detectable", detectable_text(sweep)),
+        ("detectable", detectable_text(plan, pair_differences(plan, runs, outcomes),
+                                       len(read_looks(sweep.folder)) + 1)),
     ]
     lines = [f"{name:<12} {text}" for name, text in rows]
     if len(plan.sizes) == 1:
@@ -243,11 +249,6 @@ def plan_lines(sweep: Sweep, workers: int, threads: int, launcher: str) -> list[
     if len(plan.seeds) < 3:
         lines.append("note: fewer than three seeds have no verdicts, only numbers (--seeds 3)")
     return [*sweep.cost_lines(), "", *lines]
-
-
-def detectable_text(sweep: Sweep) -> str:
-    """The smallest difference that so many seeds can be expected to show, at Holm's first step."""
-    return ""
 
 
 def own_and_rest(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -349,14 +350,18 @@ def print_results(sweep: Sweep, runs: Sequence[PlannedRun], outcomes: Mapping[st
         echo(f"divergence rate: {diverged} of {len(states)} runs ({diverged / len(states):.0%})")
     for line in incomplete_blocks(runs, outcomes):
         echo(f"warning: {line}")
-    look = record_look(sweep.folder, runs, outcomes)
-    for line in judged_lines(sweep, runs, outcomes, look):
-        echo(line)
-    return 0 if all(state == "finished" for state in states) else 1
-
-
-def judged_lines(sweep: Sweep, runs: Sequence[PlannedRun], outcomes: Mapping[str, RunOutcome], look: int) -> list[str]:
-    return []
+    plan, passed = sweep.plan, True
+    if "finished" in states:
+        look = record_look(sweep.folder, runs, outcomes)
+        judgement = judge(study_of_plan(plan, runs, outcomes, sweep.folder, load_run), plan.baseline, plan.margin,
+                          plan.level, look)
+        for verdict in judgement.verdicts:
+            echo(f"{verdict.variant} {verdict.size}: {verdict.outcome} {verdict.difference}")
+        if plan.control:
+            lines, passed = control_lines(judgement)
+            for line in lines:
+                echo(line)
+    return 0 if passed and all(state == "finished" for state in states) else 1
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import datetime
 import fcntl
 import hashlib
 import json
+import math
 import os
 import socket
 import sys
@@ -69,19 +70,26 @@ def read_outcome(run_dir: Path) -> RunOutcome:
                           for name in ("results", "criterion"))
     more_is_better = criterion.get("more_is_better") is True
     metric = criterion.get("metric", "val_loss")
-    value = results.get(f"best_{metric}", results.get(metric))
-    step, seconds, step_time = (results.get(name) for name in ("step", "wall_time", "step_time"))
+    names = (f"best_{metric}" if f"best_{metric}" in results else metric, "step", "wall_time", "step_time",
+             "peak_memory")
+    value, step, seconds, step_time, peak_memory = (finite_value(results.get(name)) for name in names)
     last = attempts[-1] if attempts else {}
+    duration, from_step = finite_value(last.get("seconds")), finite_value(last.get("from_step"))
     overhead = None
-    if last.get("seconds") is not None and step_time is not None and step:
-        overhead = max(0.0, last["seconds"] - step_time * (step - last.get("from_step", 0)))
-    outcome = RunOutcome("open", "", step or 0, (-value if more_is_better and value is not None else value), seconds,
-                      step_time, overhead, results.get("peak_memory"))
+    if duration is not None and step_time is not None and step:
+        overhead = max(0.0, duration - step_time * (step - (from_step or 0)))
+    outcome = RunOutcome("open", "", int(step or 0), (-value if more_is_better and value is not None else value),
+                         seconds, step_time, overhead, peak_memory)
     if record.get("status") == "finished":
         return outcome._replace(state="finished")
     if failures and (failures[-1]["state"] != "failed" or len(failures) >= MAX_ATTEMPTS):
         return outcome._replace(state=failures[-1]["state"], reason=str(failures[-1].get("reason", "")), value=None)
     return outcome
+
+
+def finite_value(value: Any) -> Any:
+    """A finite number of a file that may be damaged, else None."""
+    return value if type(value) in (int, float) and math.isfinite(value) else None
 
 
 def read_attempts(run_dir: Path) -> list[dict[str, Any]]:

@@ -62,7 +62,8 @@ def plan_file(tmp_path, text):
 
 
 def test_a_grid_has_every_combination_once_and_the_base_is_its_baseline():
-    study = declared("--vary", "normalization=rmsnorm,layernorm_nobias", "--vary=position_encoding=learned_absolute,rope")
+    study = declared("--vary", "normalization=rmsnorm,layernorm_nobias",
+                     "--vary=position_encoding=learned_absolute,rope")
     assert list(study.variants) == ["rmsnorm+learned_absolute", "rmsnorm+rope", "layernorm_nobias+learned_absolute",
                                     "layernorm_nobias+rope"]
     assert study.baseline == "layernorm_nobias+learned_absolute"

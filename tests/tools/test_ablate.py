@@ -90,8 +90,8 @@ def test_a_study_that_is_killed_everywhere_ends_as_an_undisturbed_one(tmp_path, 
     assert read_attempts(stopped)[-1]["state"] == "interrupted"
 
     sweep = start(disturbed, data_dir, *study)  # kill -9 of the sweep: its runs save and end
-    wait_for(lambda: any(json.loads((path / "run.json").read_text())["status"] == "running"
-                         and json.loads((path / "run.json").read_text()).get("resumes") for path in run_dirs(disturbed)))
+    wait_for(lambda: any(record["status"] == "running" and record.get("resumes") for record in
+                         (json.loads((path / "run.json").read_text()) for path in run_dirs(disturbed))))
     sweep.kill()
     sweep.wait()
     wait_for(lambda: not training_pids(disturbed))
