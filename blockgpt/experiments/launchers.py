@@ -225,7 +225,8 @@ class RayLauncher:
     def __init__(self, workers: int, cpus: int, gpus: int) -> None:
         self.ray, self.slots = require_package("ray"), workers
         if not self.ray.is_initialized():
-            self.ray.init(log_to_driver=False, include_dashboard=False)
+            local = {} if "RAY_ADDRESS" in os.environ else {"_node_ip_address": "127.0.0.1"}
+            self.ray.init(log_to_driver=False, include_dashboard=False, **local)
         self.remote = self.ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(run_job)
 
     def start(self, job: Job) -> RayHandle:

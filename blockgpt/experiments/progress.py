@@ -25,6 +25,8 @@ def label(run: PlannedRun) -> str:
         names.append(f"horizon {run.horizon:g}")
     elif run.purpose != "judge":
         names.append(run.purpose)
+    if run.purpose == "tune":
+        names += [word.lstrip("-") for word in run.words if word.startswith("--learning_rate=")][-1:]
     return " ".join(names)
 
 

@@ -99,7 +99,7 @@ def test_a_parameter_that_submitit_does_not_know_is_one_line(tmp_path):
 @pytest.mark.slow
 def test_ray(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
-    monkeypatch.setattr(os, "environ", environment(PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path])))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
     try:
         check_launcher(RayLauncher(2, 1, 0), tmp_path)
     finally:
