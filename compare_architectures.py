@@ -2,12 +2,15 @@
 
     python compare_architectures.py                             every run in runs/
     python compare_architectures.py 'runs/llama-*' --latest 5   some of them
+    python compare_architectures.py --baseline gpt2-1           is the difference more than noise?
     python compare_architectures.py --format json               for other programs
 
 A run is named by the architecture that was built, not by the keys that were set. Runs are ranked by their criterion,
 the metric that run.json names (val_loss if it names none), if they were evaluated on the same data. A broken or
-unfinished log is listed with its reason and does not stop the comparison. blockgpt/experiments/records.py reads a run,
-and comparison.py ranks runs and says what they differ in. This program needs no torch.
+unfinished log is listed with its reason and does not stop the comparison. Runs that differ in the seed alone are
+repeats: their mean has an interval, and with --baseline a verdict (docs/EXPERIMENTS.md). In blockgpt/experiments/,
+records.py reads a run, comparison.py ranks runs and says what they differ in, verdicts.py judges. This program needs no
+torch.
 """
 
 import contextlib
@@ -15,6 +18,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
 import sys
 import textwrap
@@ -24,8 +28,19 @@ from typing import Any
 from blockgpt.checkpoints.resume import FORMER_INIT_FROM
 from blockgpt.console import ArgumentParser, align_columns, check_ranges
 from blockgpt.errors import UserError, exit_on_user_error
+from blockgpt.experiments.arms import arms_without_baseline, study_of_runs
 from blockgpt.experiments.comparison import Comparison, compare, shorten_middle
 from blockgpt.experiments.records import COLUMNS, Column, Run, columns, printable, read_run
+from blockgpt.experiments.study import Reading, parse_at
+from blockgpt.experiments.verdict_text import (
+    SCHEMA_VERSION,
+    arm_record,
+    arms_table,
+    judgement_record,
+    latex_table,
+    render_judgement,
+)
+from blockgpt.experiments.verdicts import TESTS, Arm, Judgement, arms_of, judge
 from blockgpt.files import exists, is_dir, list_dir, matching
 from configurator import KEYS, RENAMED_KEYS
 from model_config import ModelConfig
@@ -117,19 +132,52 @@ def as_csv(comparison: Comparison) -> str:
     return out.getvalue().rstrip("\n")
 
 
-def as_json(comparison: Comparison) -> str:
+def comparison_record(comparison: Comparison) -> dict[str, Any]:
+    """A comparison as JSON has it."""
     keys = [*(c.key for c in columns(comparison["criterion"])), "path", "created_at"]
     runs = [{**{key: run[key] for key in keys}, "val_data": run["val_data"].digest,
              "changes": [change._asdict() for change in run["changes"]]} for run in comparison["runs"]]
-    return json.dumps({**comparison, "criterion": comparison["criterion"]._asdict(), "runs": runs}, indent=2)
+    return {"schema_version": SCHEMA_VERSION, **comparison, "criterion": comparison["criterion"]._asdict(),
+            "runs": runs}
 
 
-FORMATS: dict[str, Callable[[Comparison], str]] = {"table": as_table, "md": as_markdown, "csv": as_csv, "json": as_json}
+def as_json(comparison: Comparison) -> str:
+    return json.dumps(comparison_record(comparison), indent=2)
+
+
+def as_latex(comparison: Comparison) -> str:
+    """A tabular, with the notes and warnings as comments above it."""
+    cells = [column_cells(comparison["runs"], c) for c in columns(comparison["criterion"])]
+    comments = [f"% {text}" for text in (*comparison["notes"], *comparison["warnings"])]
+    return "\n".join([*comments, latex_table(list(zip(*cells, strict=True)))])
+
+
+FORMATS: dict[str, Callable[[Comparison], str]] = {"table": as_table, "md": as_markdown, "csv": as_csv, "json": as_json,
+                                                   "latex": as_latex}
 
 
 def render(comparison: Comparison, format: str = "table") -> str:
     """A comparison as text, in one of FORMATS. CSV leaves out the warnings and notes."""
     return FORMATS[format](comparison)
+
+
+def render_with_arms(comparison: Comparison, arms: list[Arm], format: str) -> str:
+    """A comparison, and the means over seeds where there are repeats."""
+    if format == "json":
+        return json.dumps({**comparison_record(comparison), "arms": list(map(arm_record, arms))}, indent=2)
+    text = render(comparison, format)
+    if format != "table" or all(len(arm.values) < 2 for arm in arms):
+        return text
+    return "\n".join([text, "", *arms_table(arms, WIDTH), "",
+                      "note: --baseline NAME says which of these differences are more than noise"])
+
+
+def render_with_judgement(comparison: Comparison, judgement: Judgement, format: str) -> str:
+    """A comparison with the verdicts; CSV has the verdicts alone."""
+    if format == "json":
+        return json.dumps({**comparison_record(comparison), "judgement": judgement_record(judgement)}, indent=2)
+    verdicts = render_judgement(judgement, format, WIDTH)
+    return verdicts if format == "csv" else f"{render(comparison, format)}\n\n{verdicts}"
 
 
 # ---- the command ----
@@ -167,13 +215,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", choices=FORMATS, default="table", help="output format")
     parser.add_argument("--sort", metavar="KEY", help="one of " + ", ".join(c.key for c in COLUMNS) + " (default: the "
                         "criterion of the runs, usually val_loss)")
+    parser.add_argument("--baseline", metavar="NAME", help="judge the others against this run or architecture")
+    parser.add_argument("--margin", type=float, help="with --baseline: differences below it count as equal (default: "
+                        "the standard deviation of the baseline over seeds)")
+    parser.add_argument("--level", type=float, default=0.05, help="of the tests")
+    parser.add_argument("--test", choices=TESTS, default="t", help="paired t, or exact sign flips from 6 pairs")
+    parser.add_argument("--at", metavar="SPEND=N", help="judge at tokens=N, flops=N or time=SECONDS, interpolated "
+                        "between evaluations")
+    parser.add_argument("--last", type=int, default=0, metavar="K", help="judge the mean of the last K evaluations "
+                        "(0: the best one)")
     args = parser.parse_args(argv)
-    check_ranges(args, {"latest": (args.latest is None or args.latest >= 1, "at least 1")})
+    check_ranges(args, {"latest": (args.latest is None or args.latest >= 1, "at least 1"),
+                        "margin": (args.margin is None or 0 < args.margin < math.inf, "positive"),
+                        "level": (0 < args.level < 1, "between 0 and 1"), "last": (args.last >= 0, "0 or more")})
+    if args.at and args.last:
+        raise UserError("--last: has no effect with --at (drop one of them)")
+    for name in ("margin", "test"):
+        if getattr(args, name) != parser.get_default(name) and args.baseline is None:
+            raise UserError(f"--{name}: has no effect without --baseline")
+    reading = Reading(parse_at(args.at) if args.at else None, args.last)
     runs = sorted(map(load_run, select_runs(args.runs, args.out_dir)), key=lambda run: run["created_at"], reverse=True)
     comparison = compare(runs[:args.latest], args.sort)
-    print(render(comparison, args.format), flush=True)  # flushed here, so that a closed pipe is handled below
+    comparable = [run for run in comparison["runs"] if run["criterion"] == comparison["criterion"]]
+    warnings = list(comparison["warnings"])
+    if args.baseline is None:
+        arms = arms_of(arms_without_baseline(comparable, reading), args.level)
+        text = render_with_arms(comparison, arms, args.format)
+    else:
+        study, baseline = study_of_runs(comparable, args.baseline, reading)
+        judgement = judge(study, baseline, args.margin, args.level, test=args.test)
+        text = render_with_judgement(comparison, judgement, args.format)
+        warnings += judgement.warnings
+    print(text, flush=True)  # flushed here, so that a closed pipe is handled below
     if args.format in ("csv", "json"):  # stdout is read by a program, stderr by people
-        for warning in comparison["warnings"]:
+        for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
 
 

@@ -76,7 +76,7 @@ def test_json_parses_back_with_raw_numbers_differences_and_warnings(tmp_path, ca
     make_run(tmp_path / "b", preset="gpt2", losses=(2.5,))
     out, err = main(capsys, "--out_dir", tmp_path, "--format", "json")
     result = json.loads(out)
-    assert set(result) == {"criterion", "runs", "differences", "warnings", "notes"}
+    assert set(result) == {"schema_version", "criterion", "runs", "differences", "warnings", "notes", "arms"}
     assert result["criterion"] == {"metric": "val_loss", "more_is_better": False}
     assert result["runs"][0] == {
         "rank": 1, "name": "a", "architecture": "4L-4H-128D-RoPE-RMS-SwiGLU-PreNorm", "parameters": 124_300_000,

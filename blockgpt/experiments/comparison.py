@@ -2,18 +2,20 @@
 
 Compared is every configuration key but those of `NOT_COMPARED`, and the environment that a run computed in. Runs that
 differ in nothing else than keys of `REPEATS_MAY_DIFFER` are repeats of one experiment. A new key is compared unless it
-gets a line in one of the two tables, with its reason. Statistics over repeats belong into a module of their own.
+gets a line in one of the two tables, with its reason. arms.py makes them the arms of a
+study, which verdicts.py judges.
 """
 
 import collections
 import re
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from blockgpt.errors import UserError, did_you_mean
 from blockgpt.experiments.records import Change, Run, ValData, columns, printable, without_index
 from blockgpt.training.criterion import Criterion
 
+T = TypeVar("T")
 NOT_COMPARED = {  # {key: why it cannot matter}
     "arch_preset": "a name for the values of other keys, which are compared",
     "run_name": "where the run is stored",
@@ -81,11 +83,11 @@ class Comparison(TypedDict):
     notes: list[str]
 
 
-def group_by(runs: Iterable[Run], key: Callable[[Run], Hashable]) -> list[list[Run]]:
-    """The runs in groups of equal keys."""
-    groups: dict[Hashable, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(key(run), []).append(run)
+def group_by(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """Runs or arms in groups of equal keys."""
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return list(groups.values())
 
 

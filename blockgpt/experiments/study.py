@@ -1,7 +1,7 @@
 """A study: trials of variants that differ in what is asked, repeated over seeds, sizes and horizons. No torch.
 
 A trial is one planned run with what became of it. Whoever has a plan builds its trials with `trial_of_run` and
-`StudyTrial(…, status="missing")`; comparison.py builds them from run directories alone. verdicts.py judges a study.
+`StudyTrial(…, status="missing")`; arms.py builds them from run directories alone. verdicts.py judges a study.
 """
 
 import bisect
@@ -75,11 +75,11 @@ class Study:
         warnings: one line each, of the study as a whole.
     """
 
-    trials: Sequence[StudyTrial]
+    trials: list[StudyTrial]
     criterion: Criterion = VAL_LOSS
-    excluded: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    cautions: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    warnings: Sequence[str] = ()
+    excluded: dict[str, str] = dataclasses.field(default_factory=dict)
+    cautions: dict[str, str] = dataclasses.field(default_factory=dict)
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
     def variants(self) -> list[str]:
         """The names of the variants, in the order of their first trials."""
@@ -161,6 +161,8 @@ def trial_of_run(run: Run, variant: str, seed: int, size: str = "", horizon: flo
     if status == "finished":
         outcome = "diverged" if run["curve"] and run["curve"][-1].value is None else "finished"
         value, reason = reading.value(run["curve"], run["criterion"])
+        if not run["curve"] and reading == Reading():  # an old run, whose results are in run.json alone
+            value = run[run["criterion"].metric]
         value = value if outcome == "finished" else None
     elif status == "failed":
         outcome = "diverged" if reason.startswith("NonFiniteError") else "failed"

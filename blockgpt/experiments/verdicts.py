@@ -190,6 +190,19 @@ def make_arm(trials: Sequence[StudyTrial], level: float) -> Arm:
                regime)
 
 
+def arms_of(study: Study, level: float = 0.05) -> list[Arm]:
+    """The arms of a study, without a baseline."""
+    return [make_arm(trials, level) for trials in group_trials(duplicates(study.trials)[0]).values()]
+
+
+def group_trials(trials: Sequence[StudyTrial]) -> dict[tuple[str, str, float], list[StudyTrial]]:
+    """{(variant, size, horizon): its trials}."""
+    groups: dict[tuple[str, str, float], list[StudyTrial]] = {}
+    for trial in trials:
+        groups.setdefault((trial.variant, trial.size, trial.horizon), []).append(trial)
+    return groups
+
+
 def noise_floor(arm: Arm, again: Sequence[tuple[float, float]], level: float) -> NoiseFloor:
     values = list(arm.values.values())
     if len(values) < 2:
@@ -409,9 +422,7 @@ def judge(study: Study, baseline: str, margin: float | None = None, level: float
     if look is not None and look < 1:
         raise UserError(f"look: {look} is out of range, must be at least 1")
     counting, earlier = duplicates(study.trials)
-    groups: dict[tuple[str, str, float], list[StudyTrial]] = {}
-    for trial in counting:
-        groups.setdefault((trial.variant, trial.size, trial.horizon), []).append(trial)
+    groups = group_trials(counting)
     arms = {key: make_arm(trials, level) for key, trials in groups.items()}
     bases = {(size, horizon): arm for (variant, size, horizon), arm in arms.items() if variant == baseline}
     again: dict[Cell, list[tuple[float, float]]] = {}
@@ -472,7 +483,7 @@ def adjust(verdicts: Sequence[Verdict]) -> list[Verdict]:
 
 
 def front_of(arms: Sequence[Arm], criterion: Criterion) -> list[str]:
-    """The variants on the Pareto front of the criterion, speed and memory; none if a arm has not recorded all three."""
+    """The variants on the Pareto front of the criterion, tokens/s and memory, of those that recorded all three."""
     costs = {arm.variant: (criterion.sort_key(arm.estimate.mean), -arm.tokens_per_sec, arm.peak_memory) for arm in arms
              if arm.estimate is not None and arm.tokens_per_sec is not None and arm.peak_memory is not None}
     return pareto_front(costs) if len(costs) > 1 else []
