@@ -52,6 +52,7 @@ from blockgpt.experiments.runner import (
 )
 from blockgpt.experiments.selection import expense, parse_budget
 from blockgpt.experiments.sweep import Sweep, duration
+from blockgpt.experiments.verdict_text import render_judgement
 from blockgpt.experiments.verdicts import judge
 from compare_architectures import load_run
 from configurator import KEYS, ROOT, TYPES, load_config
@@ -355,8 +356,7 @@ def print_results(sweep: Sweep, runs: Sequence[PlannedRun], outcomes: Mapping[st
         look = record_look(sweep.folder, runs, outcomes)
         judgement = judge(study_of_plan(plan, runs, outcomes, sweep.folder, load_run), plan.baseline, plan.margin,
                           plan.level, look)
-        for verdict in judgement.verdicts:
-            echo(f"{verdict.variant} {verdict.size}: {verdict.outcome} {verdict.difference}")
+        echo("\n" + render_judgement(judgement))
         if plan.control:
             lines, passed = control_lines(judgement)
             for line in lines:
