@@ -20,7 +20,7 @@ from typing import Any
 
 from blockgpt.console import ArgumentParser, check_ranges, echo
 from blockgpt.data.dataset import ensure_prepared, open_dataset
-from blockgpt.errors import UserError, exit_on_user_error
+from blockgpt.errors import UserError, error_text, exit_on_user_error
 from blockgpt.experiments.control import write_shuffled
 from blockgpt.experiments.launchers import LAUNCHERS, Launcher, LocalLauncher, RayLauncher, SlurmLauncher
 from blockgpt.experiments.plan import (
@@ -132,7 +132,7 @@ def seeds_of(text: str) -> tuple[int, ...]:
 def declared_plan(args: argparse.Namespace, words: Sequence[str], program: Program) -> Plan:
     """The study that the command line declares; its flags override the plan file, and its keys the base."""
     values = read_plan(args.plan, ROOT) if args.plan else {}
-    base = (*values.pop("base", ()), *words)
+    base, overrides = (tuple(values.pop("base", ())), tuple(words)) if args.plan else (tuple(words), ())
     vary, one_at_a_time = values.pop("vary", {}), values.pop("one_at_a_time", False)
     for name in vary:
         check_key(str(args.plan), name, program)
@@ -142,7 +142,7 @@ def declared_plan(args: argparse.Namespace, words: Sequence[str], program: Progr
         vary = parse_vary(args.vary, program)
     if vary and "variants" in values:
         raise UserError(f"{args.plan}: vary: is incompatible with variants (drop one of them)")
-    own = base_values(base, program)
+    own = base_values([*base, *overrides], program)
     if vary:
         values["variants"], baseline = grid(vary, own, args.one_at_a_time or one_at_a_time)
         values.setdefault("baseline", baseline)
@@ -163,7 +163,7 @@ def declared_plan(args: argparse.Namespace, words: Sequence[str], program: Progr
     files = [Path(args.plan)] if args.plan else [Path(word) for word in words if word.endswith(".py")]
     name = args.study or values.pop("name", None) or "+".join(path.stem for path in files) or "ablation"
     values.pop("name", None)
-    return with_control(Plan(name=name, base=base, **values))
+    return with_control(Plan(name=name, base=base, overrides=overrides, **values))
 
 
 def prepare_data(planner: Planner) -> None:
@@ -270,29 +270,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     program = Program(load_config, KEYS, TYPES, code_version(ROOT))
     plan = declared_plan(args, words, program)
     folder = Path(args.out_dir, plan.name)
-    config = load_config([*plan.base, *next(iter(plan.sizes.values()))])
+    config = load_config([*plan.base, *next(iter(plan.sizes.values())), *plan.overrides])
     from blockgpt.experiments.costs import parameter_count, run_cost  # imports torch
     from blockgpt.training.device import choose_device
     from model_builder import build_model
 
-    device_type = choose_device(config.device, 0).type
+    is_local = args.launcher == "local"  # else this computer may have another device than those of the runs
+    device_type = choose_device(config.device, 0).type if is_local else config.device.partition(":")[0]
     threads = args.threads or int(os.environ.get("OMP_NUM_THREADS") or 1)
-    environment = {"threads": threads} if device_type == "cpu" else {}
-    planner = Planner(plan, program, {"device": device_type, **environment}, (folder / "data").resolve())
+    variables = {"OMP_NUM_THREADS": str(threads)} if device_type == "cpu" or not is_local else {}
+    planner = Planner(plan, program, {"device": device_type, **variables}, (folder / "data").resolve())
     prepare_data(planner)
     planner.judged()  # a mistake in a variant, or two that are the same, before anything is measured
     launcher = choose_launcher(args, folder, visible_gpus(device_type), threads)
-    variables = {"OMP_NUM_THREADS": str(threads)} if device_type == "cpu" else {}
     runners: list[SweepRunner] = []
 
     def runner_for(run_folder: Path, table: RunTable) -> SweepRunner:
-        run_folder.mkdir(parents=True, exist_ok=True)
+        try:
+            run_folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{run_folder}: cannot be written: {error_text(error)} (--out_dir=…)") from None
         if args.retry_failed:
             allow_retries(run_folder, table.runs)
         runners[:] = [SweepRunner(run_folder, launcher, ROOT, variables, table.report)]
         return runners[0]
 
-    sweep = Sweep(planner, folder, runner_for, lambda c: run_cost(c, build_model, launcher.slots),
+    sweep = Sweep(planner, folder, runner_for, lambda c: run_cost(c, build_model, launcher.slots if is_local else None),
                   lambda c: parameter_count(c, build_model), echo)
     with stop_on_signals(runners) as received:
         measured = sweep.estimate(probe=not args.no_probe)
@@ -303,8 +306,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 echo(line)
             if args.dry_run:
                 return 0
-            folder.mkdir(parents=True, exist_ok=True)
-            write_plan(folder, plan, sweep.planned())
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_plan(folder, plan, sweep.planned())
+            except OSError as error:
+                raise UserError(f"{folder}: cannot be written: {error_text(error)} (--out_dir=…)") from None
             echo("")
             runs, outcomes = sweep.run_all()
     if sweep.stopped:

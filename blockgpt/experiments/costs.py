@@ -1,5 +1,6 @@
 """What a run needs and costs, computed as --dry_run does: nothing is trained."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -14,26 +15,29 @@ from blockgpt.accounting.requirements import chosen_mode, memory_need
 from blockgpt.experiments.plan import tokens_per_step
 from blockgpt.experiments.selection import Cost
 
+UNLIMITED = 2**62  # bytes
 VOCABULARIES: dict[str, int] = {}  # {sources of data: token ids}
 
 
-def run_cost(config: Any, build_model: Callable[[Any], nn.Module], workers: int = 1) -> Cost:
+def run_cost(config: Any, build_model: Callable[[Any], nn.Module], workers: int | None = 1) -> Cost:
     """The `Cost` of a run, without its speed.
 
     Args:
         config: of the run.
         build_model: builds the model of a model configuration, on the device of the context.
-        workers: runs that share the memory of a CPU.
+        workers: runs that share the memory of a CPU. None: they run on other computers, of which only dry_run_gpu
+            says how much memory they have; without it, memory is no limit.
 
     Raises:
         UserError: what would stop the run at its start.
     """
-    target = find_target(config)
+    elsewhere = workers is None and config.dry_run_gpu is None
+    target = find_target(dataclasses.replace(config, device="cpu") if elsewhere else config)
     config.model.check_trainable_on("cuda" if target.gpu else "cpu")
     config, _ = inspect_data(config)
     account = MemoryAccount(build_model, config.model, target.dtype, target.gpu, config.companion_models())
     model: Any = account.model
-    available = target.budget if target.gpu else target.budget // workers
+    available = UNLIMITED if elsewhere else target.budget if target.gpu else target.budget // (workers or 1)
     need = memory_need(account, *chosen_mode(config), config.batch_size,
                        config.gradient_accumulation_steps > config.data_processes).total
     text = "" if need <= available else advice(account, config, available, memory_table(account, config, available))

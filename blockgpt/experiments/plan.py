@@ -74,6 +74,7 @@ class Plan:
         tuning_seeds: how many.
         equal: what all variants spend alike, one of EQUAL.
         control: whether a renamed copy of the baseline and a baseline on shuffled tokens run, too.
+        overrides: words that override the base and the sizes, as the command line does a plan file.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Plan:
     tuning_seeds: int = 1
     equal: str = "tokens"
     control: bool = False
+    overrides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, wrong, words in (
@@ -155,7 +157,7 @@ def read_plan(path: str, root: Path) -> dict[str, Any]:
         UserError: the file cannot be read, or has a name that is no field.
     """
     values = read_config_file(path, root)
-    known = [f.name for f in dataclasses.fields(Plan)] + ["vary", "one_at_a_time"]
+    known = [f.name for f in dataclasses.fields(Plan) if f.name != "overrides"] + ["vary", "one_at_a_time"]
     for name in values:
         if name not in known:
             raise UserError(f"{path}: {name}: no such field of a plan{did_you_mean(name, known)}, or _{name} for a "
@@ -389,14 +391,14 @@ class Planner:
 
     def words(self, variant: str, size: str, **keys: Any) -> tuple[str, ...]:
         """The command line of a variant at a size; later keys override earlier ones."""
-        return (*self.plan.base, *self.plan.sizes[size], *flags(self.plan.variants[variant]),
+        return (*self.plan.base, *self.plan.sizes[size], *self.plan.overrides, *flags(self.plan.variants[variant]),
                 *flags(self.extra.get((variant, size), {})), *self.data_words(variant, size), *flags(keys))
 
     def data_words(self, variant: str, size: str) -> tuple[str, ...]:
         """The keys of the dataset of the control whose tokens are shuffled; none for other variants."""
         if not (self.plan.control and variant == SHUFFLED):
             return ()
-        config = self.program.load_config([*self.plan.base, *self.plan.sizes[size]])
+        config = self.program.load_config([*self.plan.base, *self.plan.sizes[size], *self.plan.overrides])
         return flags({"dataset": f"{config.dataset}{SHUFFLED_SUFFIX}", "data_dir": self.control_data})
 
     def config(self, variant: str, size: str, **keys: Any) -> Any:

@@ -60,10 +60,14 @@ class RunTable:
         self.live, self.drawn, self.drawn_at, self.started = is_terminal(), 0, 0.0, time.monotonic()
 
     def report(self, run: PlannedRun, state: str, outcome: RunOutcome) -> None:
-        """The state of a run has changed; on a terminal only what went wrong gets a line that stays."""
+        """The state of a run has changed.
+
+        On a terminal only what went wrong gets a line that stays. A run that had finished before gets none anywhere.
+        """
         before = self.states.get(run.id, ("", outcome))[0]
         self.states[run.id] = ("open" if state in ("again", "interrupted") else state, outcome)
-        if state == before or (self.live and state in ("running", "finished", "elsewhere")):
+        quiet = self.live and state in ("running", "finished", "elsewhere")
+        if state == before or quiet or (state == "finished" and not before):
             return
         self.clear()
         echo(self.line(run, state, outcome))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blockgpt.errors import UserError
+from blockgpt.errors import UserError, error_text
 from blockgpt.experiments.launchers import Handle, Job, Launcher
 from blockgpt.experiments.plan import PlannedRun
 from blockgpt.files import FolderLock, exists, find
@@ -212,6 +212,9 @@ class SweepRunner:
 
         Args:
             tick: called several times a second.
+
+        Raises:
+            UserError: a file cannot be written. What runs is asked to save and end.
         """
         waiting, outcomes = list(runs), dict[str, RunOutcome]()
         self.active = True
@@ -232,8 +235,11 @@ class SweepRunner:
                     self.start_waiting(waiting, outcomes)
                 tick()
                 time.sleep(TICK if self.running or waiting else 0)
-        except BaseException:
+        except BaseException as error:
             self.abandon()
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                raise UserError(f"{error.filename or self.folder}: {error_text(error)} (the same command continues "
+                                "after a fix)") from None
             raise
         finally:
             self.active = False

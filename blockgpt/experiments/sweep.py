@@ -162,13 +162,12 @@ class Sweep:
         def cost_of(judged: int) -> float | None:
             names = [self.plan.baseline, *others[:judged], *(set(self.plan.variants) - set(self.own_variants))]
             unit = budget.unit if budget else "seconds"
-            return expense(self.preview(names, halving(len(others), judged)), self.costs, workers, unit)
+            rungs = halving(len(others), judged) if others else []
+            return expense(self.preview(names, rungs), self.costs, workers, unit)
 
-        if not others:
-            return
         judged = min(n_judged or len(others), len(others))
         if budget:
-            if screen and n_judged is None:
+            if screen and n_judged is None and others:
                 judged = affordable(budget, len(others), cost_of)
             else:
                 cost = cost_of(judged)
@@ -177,7 +176,7 @@ class Sweep:
                 if cost > budget.amount:
                     raise UserError(f"--budget: the study is expected to cost {Budget(cost, budget.unit)}, more than "
                                     f"{budget} (--halving judges fewer variants, or fewer seeds)")
-        self.rungs = halving(len(others), judged)
+        self.rungs = halving(len(others), judged) if others else []
 
     def preview(self, judged: Sequence[str], rungs: Sequence[Rung]) -> list[PlannedRun]:
         """The runs of all stages as far as they can be told now: which variants survive and win is open."""

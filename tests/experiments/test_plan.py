@@ -142,15 +142,16 @@ def test_a_plan_file_declares_everything_and_flags_override_it(tmp_path):
 question = "is it?"
 base = ["config/arch_llama.py"]
 variants = {"a": {}, "b": {"dropout": 0.1}}
-sizes = {"s": {"n_layer": 2}, "t": ["config/size_tiny.py"]}
+sizes = {"s": {"n_layer": 2}, "t": ["config/size_tiny.py", "--max_iters=9"]}
 seeds = [4, 5]
 horizons = [0.5, 2]
 margin = 0.01
 level = 0.1
 """)
     study = declared_plan(*own_and_rest([f"--plan={path}", "--margin=0.02", "--seeds=2", "--max_iters=7"]), PROGRAM)
-    assert study == Plan("study", ("config/arch_llama.py", "--max_iters=7"), {"a": {}, "b": {"dropout": 0.1}}, "a",
-                         "is it?", {"s": ("--n_layer=2",), "t": ("config/size_tiny.py",)}, (1, 2), (0.5, 2), 0.02, 0.1)
+    assert study == Plan("study", ("config/arch_llama.py",), {"a": {}, "b": {"dropout": 0.1}}, "a", "is it?",
+                         {"s": ("--n_layer=2",), "t": ("config/size_tiny.py", "--max_iters=9")}, (1, 2), (0.5, 2), 0.02,
+                         0.1, overrides=("--max_iters=7",))
     config = Planner(study, PROGRAM).config("b", "t")
     assert (config.max_iters, config.model.dropout, config.model.n_embd) == (7, 0.1, 64)
 

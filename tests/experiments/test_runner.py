@@ -11,7 +11,9 @@ import time
 
 import pytest
 from conftest import ROOT, environment
+from dataset_helpers import refusal
 
+from blockgpt.errors import UserError
 from blockgpt.experiments.launchers import Job, LocalLauncher
 from blockgpt.experiments.plan import PlannedRun
 from blockgpt.experiments.runner import (
@@ -211,8 +213,8 @@ def test_an_error_of_the_sweep_stops_what_it_runs(runner):
         if (runner.folder / "waits/waits").exists():
             raise OSError("the disk of the sweep is full")
 
-    with pytest.raises(OSError):
-        runner.run([planned("waits")], tick)
+    assert refusal(runner.run, [planned("waits")], tick, error=UserError) == (
+        f"{runner.folder}: the disk of the sweep is full (the same command continues after a fix)")
     [attempt] = runner.running
     assert attempt.handle.process.wait(30) == 0
 

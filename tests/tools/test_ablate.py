@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, environment
 
+from blockgpt.errors import UserError
 from blockgpt.experiments.runner import read_attempts
 from blockgpt.files import sha256_of
+from tools import ablate
 
 
 def command(folder, data_dir, *flags):
@@ -54,6 +56,15 @@ def training_pids(folder):
     return found
 
 
+def training_under_way(folder):
+    """Processes that train in one of the folder's runs, and have come as far as its first line of the log."""
+    pids = training_pids(folder)
+    found = [int((path / ".lock").read_text().split()[0]) for path in run_dirs(folder)
+             if (path / ".lock").exists() and json.loads((path / "run.json").read_text())["status"] == "running"
+             and (path / "metrics.jsonl").stat().st_size]
+    return [pid for pid in found if pid in pids]
+
+
 def results(folder):
     """{run: (status, digest of the weights, evaluations)}."""
     found = {}
@@ -65,6 +76,12 @@ def results(folder):
     return found
 
 
+def verdicts(folder):
+    """The verdicts that a sweep has printed last, without the figures of time."""
+    text = (folder / "log.txt").read_text()
+    return text[text.rindex("\nagainst "):].split("\nnote:")[0]
+
+
 def newly_saved(folder, before):
     """A run that has saved a checkpoint, is not finished, and is not among `before`."""
     return [path for path in run_dirs(folder) if path.name not in before and list(path.glob("checkpoints/step_*"))
@@ -74,7 +91,7 @@ def newly_saved(folder, before):
 @pytest.mark.long
 def test_a_study_that_is_killed_everywhere_ends_as_an_undisturbed_one(tmp_path, data_dir):
     study = ["--max_iters=600", "--eval_interval=100", "--checkpoint_interval=20", "--vary=norm_position=pre,post",
-             "--seeds=2", "--workers=2"]
+             "--seeds=3", "--workers=2"]
     folders = tmp_path / "undisturbed", tmp_path / "disturbed"
     for folder in folders:
         folder.mkdir()
@@ -97,11 +114,7 @@ def test_a_study_that_is_killed_everywhere_ends_as_an_undisturbed_one(tmp_path, 
     wait_for(lambda: not training_pids(disturbed))
 
     sweeps = [start(disturbed, data_dir, *study) for _ in range(2)]  # two at once, and kill -9 of a run
-    pid = wait_for(lambda: training_pids(disturbed))[0]
-    time.sleep(3)
-    with_pid = Path(f"/proc/{pid}/cmdline")
-    if with_pid.exists():
-        os.kill(pid, signal.SIGKILL)
+    os.kill(wait_for(lambda: training_under_way(disturbed))[0], signal.SIGKILL)
     assert [sweep.wait(300) for sweep in sweeps] == [0, 0]
     assert results(disturbed).keys() == results(undisturbed).keys()
     for name, (status, weights, evaluations) in results(undisturbed).items():
@@ -109,4 +122,52 @@ def test_a_study_that_is_killed_everywhere_ends_as_an_undisturbed_one(tmp_path, 
         found = results(disturbed)[name]
         assert found[:2] == (status, weights)
         assert dict(found[2]) == dict(evaluations)
-    print((disturbed / "log.txt").read_text())
+    assert verdicts(disturbed) == verdicts(undisturbed)
+    assert " worse" in verdicts(undisturbed) or " inconclusive" in verdicts(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_study_is_shown_run_and_not_run_again(tmp_path, data_dir, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [*TINY, f"--data_dir={data_dir}", "--max_iters=12", "--vary=norm_position=pre,post", "--seeds=1"]
+    assert ablate.main([*argv, "--dry_run"]) == 0
+    shown = capfd.readouterr().out
+    assert "pre (baseline)" in shown and "runs         2 = 2 judged; 2 variants, 1 sizes, 1 seeds; 0 of them" in shown
+    assert "left         3,072 tokens, " in shown
+    assert "none with 1 seeds: a verdict takes 3" in shown
+    assert not run_dirs(tmp_path / "ablations")
+
+    assert ablate.main(argv) == 0
+    out = capfd.readouterr().out
+    assert "pre seed 1: finished" in out and "post seed 1: finished" in out and "no verdict" in out
+    directories = run_dirs(tmp_path / "ablations")
+    assert len(directories) == 2
+    written = {path: (path / "run.json").stat().st_mtime_ns for path in directories}
+    record = json.loads((directories[0].parent / "study.json").read_text())
+    assert {run["run"] for run in record["runs"]} == {path.name for path in directories}
+
+    assert ablate.main([*argv, "--no_probe", "--budget=1e15"]) == 0
+    assert "2 of them have finished" in capfd.readouterr().out
+    assert written == {path: (path / "run.json").stat().st_mtime_ns for path in run_dirs(tmp_path / "ablations")}
+    with pytest.raises(UserError, match="--budget: the study is expected to cost"):
+        ablate.main([*argv, "--no_probe", "--budget=1e6"])
+    with pytest.raises(UserError, match=r"variant pre: does not fit: needs .* \(it fits, .*--batch_size="):
+        ablate.main([*argv, "--no_probe", "--batch_size=10000000"])
+
+
+def test_a_signal_before_any_run_interrupts_and_one_during_runs_stops_them():
+    class Runner:
+        active, stops = False, 0
+
+        def stop(self):
+            self.stops += 1
+
+    runner = Runner()
+    with pytest.raises(KeyboardInterrupt), ablate.stop_on_signals([runner]):
+        signal.raise_signal(signal.SIGTERM)
+    runner.active = True
+    with ablate.stop_on_signals([runner]) as received:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert runner.stops == 2 and received == [signal.SIGTERM, signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
