@@ -18,6 +18,6 @@ sizes = {
     "4L-128": ["config/size_demo.py", "--max_iters=600", "--eval_interval=200"],
 }
 lr_sweep = [1e-3, 2e-3, 4e-3]  # post-norm trains at smaller rates than pre-norm; each variant gets its own
-seeds = 5
+seeds = 6  # with three, the adjustment for the family would leave only very large differences
 horizons = [0.5, 2]  # of the baseline, for the worth of a difference in tokens
 margin = 0.01  # nats per byte

@@ -36,6 +36,7 @@ from blockgpt.experiments.plan import (
     grid,
     parse_vary,
     read_plan,
+    source_stamp,
     with_control,
     write_plan,
 )
@@ -267,6 +268,7 @@ def own_and_rest(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     args, words = own_and_rest(sys.argv[1:] if argv is None else argv)
     budget = parse_budget(args.budget) if args.budget else None
+    stamp = source_stamp(ROOT)
     program = Program(load_config, KEYS, TYPES, code_version(ROOT))
     plan = declared_plan(args, words, program)
     folder = Path(args.out_dir, plan.name)
@@ -285,6 +287,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     launcher = choose_launcher(args, folder, visible_gpus(device_type), threads)
     runners: list[SweepRunner] = []
 
+    def check(run: PlannedRun) -> None:
+        if source_stamp(ROOT) != stamp and code_version(ROOT) != program.version:
+            raise UserError("the code has changed since the study was planned (the same command plans it anew, and all "
+                            "runs of the old code are repeated)")
+        planner.check(run)
+
     def runner_for(run_folder: Path, table: RunTable) -> SweepRunner:
         try:
             run_folder.mkdir(parents=True, exist_ok=True)
@@ -292,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{run_folder}: cannot be written: {error_text(error)} (--out_dir=…)") from None
         if args.retry_failed:
             allow_retries(run_folder, table.runs)
-        runners[:] = [SweepRunner(run_folder, launcher, ROOT, variables, table.report)]
+        runners[:] = [SweepRunner(run_folder, launcher, ROOT, variables, table.report, check)]
         return runners[0]
 
     sweep = Sweep(planner, folder, runner_for, lambda c: run_cost(c, build_model, launcher.slots if is_local else None),

@@ -321,16 +321,27 @@ def code_version(root: Path, packages: Sequence[str] = ("torch", "numpy")) -> st
     Not the commit: a commit that changes the documentation alone would run every run again.
     """
     digest = hashlib.sha256()
-    for path in sorted([*list_dir(root, "*.py"), *source_files(root / "blockgpt")]):
-        name = path.relative_to(root).as_posix()
-        if not any(name == skipped or name.startswith(f"{skipped}/") for skipped in NOT_EXECUTED):
-            digest.update(f"{name}\n{ast.dump(ast.parse(path.read_bytes()))}\n".encode())
+    for path in executed_files(root):
+        digest.update(f"{path.relative_to(root)}\n{ast.dump(ast.parse(path.read_bytes()))}\n".encode())
     for package in packages:
         try:
             digest.update(f"{package} {version(package)}\n".encode())
         except PackageNotFoundError:
             digest.update(f"{package} none\n".encode())
     return digest.hexdigest()[:16]
+
+
+def executed_files(root: Path) -> list[Path]:
+    """The source files that a run executes, sorted."""
+    paths = sorted([*list_dir(root, "*.py"), *source_files(root / "blockgpt")])
+    names = {path: path.relative_to(root).as_posix() for path in paths}
+    return [path for path, name in names.items()
+            if not any(name == skipped or name.startswith(f"{skipped}/") for skipped in NOT_EXECUTED)]
+
+
+def source_stamp(root: Path) -> list[tuple[str, int, int]]:
+    """(path, time of modification, size) of the files of `code_version`: a quick way to see that nothing changed."""
+    return [(str(path), (status := path.stat()).st_mtime_ns, status.st_size) for path in executed_files(root)]
 
 
 def source_files(folder: Path) -> list[Path]:
@@ -419,12 +430,22 @@ class Planner:
         if steps != full.max_iters:
             keys["max_iters"] = steps
         config = self.config(variant, size, seed=seed, **keys)
-        salt = COPY if self.plan.control and variant == COPY else ""
-        identifier = run_id(config, self.program, self.environment, salt)
+        identifier = run_id(config, self.program, self.environment, self.salt(variant))
         words = self.words(variant, size, seed=seed, **keys)
         tokens = steps * tokens_per_step(config)
         name = f"{config.model.arch_name()[:80]}-s{seed}-{identifier}"
         return PlannedRun(identifier, name, variant, size, seed, words, purpose, horizon, steps, tokens, block)
+
+    def salt(self, variant: str) -> str:
+        """Tells the runs of the baseline's copy from the baseline's."""
+        return COPY if self.plan.control and variant == COPY else ""
+
+    def check(self, run: PlannedRun) -> None:
+        """`UserError` if a run would be another one now: a config file or the data have changed since."""
+        config = self.program.load_config(run.words)
+        if run_id(config, self.program, self.environment, self.salt(run.variant)) != run.id:
+            raise UserError(f"{run.variant}, seed {run.seed}: a config file or the data have changed since the study "
+                            "was planned (the same command plans it anew)")
 
     def judged(self, variants: Collection[str] | None = None,
                learning_rates: Mapping[tuple[str, str], float] | None = None) -> list[PlannedRun]:

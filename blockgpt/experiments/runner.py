@@ -191,10 +191,13 @@ class SweepRunner:
         environment: variables of the runs.
         report: called with (run, state, outcome) when the state of a run changes: running, elsewhere, or a state of
             `RunOutcome`.
+        check: called before a run is started; raises `UserError` if it would not be the run that was planned.
     """
 
     def __init__(self, folder: Path, launcher: Launcher, root: Path, environment: Mapping[str, str],
-                 report: Callable[[PlannedRun, str, RunOutcome], None]) -> None:
+                 report: Callable[[PlannedRun, str, RunOutcome], None],
+                 check: Callable[[PlannedRun], None] = lambda run: None) -> None:
+        self.check = check
         self.folder, self.launcher, self.root, self.environment = folder, launcher, root, environment
         self.report = report
         self.running: list[Attempt] = []
@@ -270,6 +273,7 @@ class SweepRunner:
         run_dir = self.folder / run.name
         sweep = run_dir / "sweep"
         sweep.mkdir(parents=True, exist_ok=True)
+        self.check(run)
         lock = try_lock(sweep)
         if lock is None:
             return None

@@ -28,6 +28,7 @@ from blockgpt.experiments.plan import (
     plan_record,
     pooled_spread,
     read_plan,
+    source_stamp,
     split_values,
     with_control,
     write_plan,
@@ -310,6 +311,29 @@ def test_the_version_of_the_code_is_that_of_what_a_run_executes(tmp_path):
     assert code_version(ROOT) != code_version(ROOT, packages=())
     for name in NOT_EXECUTED:
         assert (ROOT / name).exists()
+
+
+def test_a_run_whose_config_file_changes_is_another_run(tmp_path):
+    config = tmp_path / "size.py"
+    config.write_text("n_layer = 1\n")
+    study = planner(base=(*BASE, str(config)))
+    run = study.judged()[0]
+    study.check(run)
+    config.write_text("n_layer = 1  # the same\n")
+    study.check(run)
+    config.write_text("n_layer = 2\n")
+    assert "a config file or the data have changed" in refusal(study.check, run, error=UserError)
+
+
+def test_the_stamp_changes_with_every_file_that_is_executed(tmp_path):
+    (tmp_path / "blockgpt/data").mkdir(parents=True)
+    for name in ("train.py", "blockgpt/data/loader.py"):
+        (tmp_path / name).write_text("x = 1")
+        before = source_stamp(tmp_path)
+        (tmp_path / name).write_text("x = 12")
+        assert source_stamp(tmp_path) != before == [*before]
+    (tmp_path / "sample.py").write_text("x = 1")
+    assert len(source_stamp(tmp_path)) == 2
 
 
 # ---- the record

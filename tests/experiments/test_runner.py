@@ -219,6 +219,19 @@ def test_an_error_of_the_sweep_stops_what_it_runs(runner):
     assert attempt.handle.process.wait(30) == 0
 
 
+def test_a_run_that_is_no_longer_the_planned_one_is_not_started(runner):
+    def check(run):
+        if run.id == "changed":
+            raise UserError("the code has changed")
+
+    runner.check = check
+    runs = [planned("waits"), planned("finishes", "changed")]
+    runner.launcher = LocalLauncher(2)
+    assert refusal(runner.run, runs, error=UserError) == "the code has changed"
+    assert launches(runner, "changed") == 0
+    assert runner.running[0].handle.process.wait(30) in (0, -signal.SIGTERM)
+
+
 # ---- what a directory says
 
 
