@@ -22,6 +22,7 @@ from blockgpt.console import ArgumentParser, check_ranges, echo
 from blockgpt.data.dataset import ensure_prepared, open_dataset
 from blockgpt.errors import UserError, error_text, exit_on_user_error
 from blockgpt.experiments.control import write_shuffled
+from blockgpt.experiments.identity import Program, code_version, source_stamp
 from blockgpt.experiments.launchers import LAUNCHERS, Launcher, LocalLauncher, RayLauncher, SlurmLauncher
 from blockgpt.experiments.plan import (
     EQUAL,
@@ -29,14 +30,11 @@ from blockgpt.experiments.plan import (
     Plan,
     PlannedRun,
     Planner,
-    Program,
     base_values,
     check_key,
-    code_version,
     grid,
     parse_vary,
     read_plan,
-    source_stamp,
     with_control,
     write_plan,
 )

@@ -12,23 +12,19 @@ from hypothesis import strategies as st
 
 from blockgpt.config_fields import example_value
 from blockgpt.errors import UserError
-from blockgpt.experiments import plan as module
 from blockgpt.experiments.comparison import NOT_COMPARED
+from blockgpt.experiments.identity import NOT_EXECUTED, Program, code_version, run_id, source_stamp
 from blockgpt.experiments.plan import (
     COPY,
-    NOT_EXECUTED,
     OF_THE_RUNNER,
     Plan,
     Planner,
-    Program,
     base_values,
-    code_version,
     grid,
     parse_vary,
     plan_record,
     pooled_spread,
     read_plan,
-    source_stamp,
     split_values,
     with_control,
     write_plan,
@@ -258,7 +254,7 @@ def test_an_id_depends_on_every_key_that_is_compared_and_on_no_other(tmp_path):
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, **{name: value}))
         else:
             object.__setattr__(config, name, value)  # in any combination, also one that is refused
-        return module.run_id(config, PROGRAM, {})
+        return run_id(config, PROGRAM, {})
 
     depends, same, refused = set(), set(), set()
     for name, f in KEYS.items():
@@ -279,7 +275,7 @@ def test_an_id_depends_on_every_key_that_is_compared_and_on_no_other(tmp_path):
 
 def test_an_id_depends_on_code_data_and_environment_but_not_on_how_a_default_is_spelled(tmp_path):
     def identifier(*flags, program=PROGRAM, environment=(), salt=""):
-        return module.run_id(load_config([*BASE, f"--data_dir={tmp_path}", *flags]), program, dict(environment), salt)
+        return run_id(load_config([*BASE, f"--data_dir={tmp_path}", *flags]), program, dict(environment), salt)
 
     base = identifier()
     assert identifier("--d_ff=256", "--n_kv_head=2", "--normalization=layernorm_nobias") == base

@@ -9,7 +9,8 @@ from run_helpers import make_run
 
 from blockgpt.errors import UserError
 from blockgpt.experiments import progress
-from blockgpt.experiments.plan import SCREENING_SEED, Plan, Planner, Program, with_control
+from blockgpt.experiments.identity import Program
+from blockgpt.experiments.plan import SCREENING_SEED, Plan, Planner, with_control
 from blockgpt.experiments.progress import RunTable, label, logged_step
 from blockgpt.experiments.results import (
     control_lines,
