@@ -321,7 +321,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs, outcomes = sweep.run_all()
     if sweep.stopped:
         signum = received[0] if received else signal.SIGINT
-        echo(f"stopped by {signal.Signals(signum).name}: what ran has saved; the same command continues")
+        states = [read_outcome(folder / run.name).state for run in sweep.planned()]
+        echo(f"stopped by {signal.Signals(signum).name}: {states.count('finished')} of {len(states)} runs have "
+             "finished, what ran has saved; the same command continues")
         return 128 + signum
     write_plan(folder, plan, [*sweep.stages, *runs])
     return print_results(sweep, runs, outcomes)

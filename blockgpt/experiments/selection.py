@@ -112,8 +112,8 @@ def solve_width(target: int, count: Callable[[Mapping[str, Any]], int], d_ff: in
     candidates: list[dict[str, Any]] = []
     if "d_ff" not in fixed:
         slope = count({"d_ff": d_ff + 1}) - count({"d_ff": d_ff})  # linear in d_ff
-        if slope > 0:
-            solution = max(1, d_ff + round((target - count({"d_ff": d_ff})) / slope))
+        solution = d_ff + round((target - count({"d_ff": d_ff})) / slope) if slope > 0 else 0
+        if solution >= n_embd // 2:  # a narrower FFN is another kind of model
             candidates.append({"d_ff": solution})
     if "n_embd" not in fixed:
         step = math.lcm(WIDTH_STEP, 2 * n_head)  # rotary positions need an even head_dim
