@@ -1,6 +1,6 @@
 """How long compare_architectures.py takes, from its start to the table, and how much memory.
 
-    python -m tools.bench_compare --runs 10000 --out_dir /tmp/synthetic     writes the runs that are not there, then compares
+    python -m tools.bench_compare --runs 10000 --out_dir /tmp/synthetic     writes the runs that do not exist
     python -m tools.bench_compare --runs 10 --repeats 5
 
 The runs are synthetic: run.json and metrics.jsonl as train.py writes them, of architectures with as many seeds each as
@@ -27,7 +27,7 @@ from configurator import KEYS
 from model_config import get_preset
 
 ROOT = Path(__file__).resolve().parent.parent
-EVALUATIONS, STEPS, TOKENS_PER_STEP = 5, 20, 2048  # lines of a metrics.jsonl
+EVALUATIONS, STEPS, TOKENS_PER_STEP = 5, 5, 2048  # records of a metrics.jsonl
 NORMS, PRESETS = ("layernorm_nobias", "rmsnorm"), ("gpt2", "llama")
 
 
@@ -46,7 +46,8 @@ def write_run(run: Path, arm: int, seed: int) -> None:
     model = get_preset(PRESETS[arm % 2], n_layer=4, n_head=4, n_embd=128, block_size=256, vocab_size=320,
                        normalization=NORMS[arm // 2 % 2]).resolve()
     config: dict[str, Any] = {name: key.default for name, key in KEYS.items()}
-    config |= {**dataclasses.asdict(model), "seed": seed, "max_iters": STEPS * 10, "learning_rate": 1e-3 + 1e-6 * (arm // 4)}
+    config |= {**dataclasses.asdict(model), "seed": seed, "max_iters": STEPS * 10,
+               "learning_rate": 1e-3 + 1e-6 * (arm // 4)}
     rng = random.Random(f"{arm} {seed}")
     document = {
         "schema_version": 1, "run_name": run.name, "status": "finished", "status_reason": None,

@@ -3,6 +3,7 @@
 A plan knows this of its runs. Here it is found from what run.json records.
 """
 
+import collections
 import dataclasses
 import fnmatch
 from collections.abc import Collection, Hashable
@@ -172,14 +173,16 @@ def label_variants(groups: list[list[RunArm]], by_size: bool, ignored: Collectio
     """A name for each variant: its architecture, and where several have it the keys in which these differ."""
     firsts = [group[0] for group in groups]
     names = [str(arm.runs[0]["architecture"]).removeprefix(f"{arm.size}-" if by_size else "") for arm in firsts]
-    labels = []
-    for name, arm in zip(names, firsts, strict=True):
-        rivals = [other for other, text in zip(firsts, names, strict=True) if text == name]
-        differing = [key for key in arm.values if key not in ignored
-                     and len({other.values.get(key) for other in rivals}) > 1]
-        labels.append(" ".join([name, *(f"{key}={value_text(arm.values[key])}" for key in differing)]))
+    differing = {}
+    for name in dict.fromkeys(names):
+        rivals = [arm for arm, own in zip(firsts, names, strict=True) if own == name]
+        differing[name] = [key for key in rivals[0].values if key not in ignored
+                           and len({rival.values.get(key) for rival in rivals}) > 1]
+    labels = [" ".join([name, *(f"{key}={value_text(arm.values.get(key))}" for key in differing[name])])
+              for name, arm in zip(names, firsts, strict=True)]
+    counts = collections.Counter(labels)
     # Arms that differ in nothing but changes at resumes or in what is ignored.
-    return [label if labels.count(label) == 1 else f"{label} ({arm.runs[0]['name']})"
+    return [label if counts[label] == 1 else f"{label} ({arm.runs[0]['name']})"
             for label, arm in zip(labels, firsts, strict=True)]
 
 

@@ -42,6 +42,7 @@ NOT_COMPARED = {  # {key: why it cannot matter}
     "wandb_log": "only logs",
     "wandb_project": "only logs",
 }
+DIGEST = re.compile("^([0-9a-f]{12})[0-9a-f]{28,}")
 ROUNDING = "the same computation, its sums in another order"
 REPEATS_MAY_DIFFER = {  # {what is shown where runs differ in it: why such runs are still repeats}
     "seed": "repeats exist to vary it",
@@ -110,7 +111,7 @@ def changes_of(run: Run) -> list[Change]:
 def value_text(value: Any) -> str:
     """A value in a message; a digest or commit by its first characters."""
     text = printable(value)
-    return re.sub("^([0-9a-f]{12})[0-9a-f]{28,}", r"\1", text)  # a dirty tree's commit ends in -dirty
+    return DIGEST.sub(r"\1", text) if len(text) >= 40 else text  # a dirty tree's commit ends in -dirty
 
 
 def change_text(change: Change) -> str:
@@ -121,8 +122,10 @@ def change_text(change: Change) -> str:
 def compared_values(run: Run) -> dict[str, Any]:
     """{key: value} of what is reported if runs differ in it: the model as built, other keys as set, the environment.
 
-    A value that changed at a resume is a text that says so.
+    A value that changed at a resume is a text that says so. `compare` computes them once for each run.
     """
+    if "compared" in run:
+        return dict(run["compared"])
     values = {**run["config"], **run["model"]}
     values["device"] = without_index(values.get("device"))
     values |= run["environment"]  # what was in force, in place of what was asked for, such as dtype=auto
@@ -260,6 +263,8 @@ def compare(runs: list[Run], sort: str | None = None) -> Comparison:
         raise UserError(f"--sort: {sort!r} is unknown{did_you_mean(str(sort), [c.key for c in table_columns])}")
     runs = [run | {"name": printable(run["path"])} if len(group) > 1 else dict(run)
             for group in group_by(runs, lambda run: run["name"]) for run in group]
+    for run in runs:
+        run["compared"] = compared_values(run)
     others = [run for run in runs if run["criterion"] != criterion and not is_broken(run)]
     for run in runs:
         run |= dict.fromkeys({c.key for c in table_columns} - run.keys())

@@ -4,10 +4,12 @@ Metrics come from metrics.jsonl; the results in run.json are stale if a run was 
 metrics.jsonl has none. To add a column: a line in `columns` and its value in `run_metrics`.
 """
 
+import functools
 import itertools
 import json
 import math
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -130,13 +132,23 @@ class BrokenLogError(Exception):
     """A log, or a line of metrics.jsonl, cannot be used. Broken lines are only counted, so messages name run.json."""
 
 
+def finite_or_none(digits: str) -> float | None:
+    return value if math.isfinite(value := float(digits)) else None
+
+
+LARGE_EXPONENT = re.compile(rb"[eE]\+?\d{3}")
+MANY_DIGITS = re.compile(rb"\d{300}")
+FAST_DECODER = json.JSONDecoder(parse_constant=lambda _: None)
+CAREFUL_DECODER = json.JSONDecoder(parse_float=finite_or_none, parse_constant=lambda _: None)
+
+
 def parse_object(data: bytes) -> dict[str, Any]:
     """The JSON object in `data`, with None for every number that is not finite (NaN, Infinity, 1e999)."""
-    def finite_or_none(digits: str) -> float | None:
-        return value if math.isfinite(value := float(digits)) else None
-
+    # Only a number of these forms can overflow; to check every float takes as long as all the rest.
+    may_overflow = LARGE_EXPONENT.search(data) or (len(data) > 300 and MANY_DIGITS.search(data))
+    decoder = CAREFUL_DECODER if may_overflow else FAST_DECODER
     try:
-        value = json.loads(data, parse_float=finite_or_none, parse_constant=lambda _: None)
+        value = decoder.decode(data.decode(json.detect_encoding(data), "surrogatepass"))
     except (ValueError, RecursionError) as error:  # invalid UTF-8 is a ValueError too
         raise BrokenLogError(f"run.json is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -155,18 +167,26 @@ def numeric_value(section: dict[str, Any], key: str) -> Any:
 
 def printable(value: Any) -> str:
     """A value from a log as one printable line: logs may contain line feeds, terminal escapes and half characters."""
-    text = "-" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    text = " ".join(("-" if value is None else value if isinstance(value, str) else json.dumps(value)).split())
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+@functools.lru_cache(maxsize=8192)
+def printable_text(text: str) -> str:
+    """`printable` of a text that many runs have, such as a key."""
+    return printable(text)
 
 
 def plain_value(value: Any) -> Any:
     """A number as it is, everything else as text, so that it can be compared, hashed and printed."""
-    return value if type(value) in (bool, int, float, type(None)) else printable(value)
+    if type(value) in (bool, int, float, type(None)):
+        return value
+    return printable_text(value) if type(value) is str and len(value) < 64 else printable(value)
 
 
 def plain_values(section: dict[str, Any]) -> dict[str, Any]:
     """A section with plain values."""
-    return {printable(key): plain_value(value) for key, value in section.items()}
+    return {printable_text(key): plain_value(value) for key, value in section.items()}
 
 
 def without_index(device: Any) -> Any:
@@ -328,10 +348,10 @@ def read_val_data(section: dict[str, Any]) -> tuple[Any, str | None]:
 def parse_record(raw: dict[str, Any], metric: str) -> tuple[str, dict[str, Any]] | None:
     """(its record type, the values of a record of metrics.jsonl that are used); None for a type that is not used."""
     record_type = raw.get("kind")
-    if record_type not in list(RECORD_FIELDS):  # a list, as the value may not be hashable
+    if not isinstance(record_type, str) or record_type not in RECORD_FIELDS:
         return None
-    names = {"step", *RECORD_FIELDS[record_type], *([metric] if record_type == "eval" else [])}
-    record = {key: numeric_value(raw, key) for key in names}
+    names = RECORD_FIELDS[record_type] if record_type == "step" else (*RECORD_FIELDS[record_type], metric)
+    record = {key: numeric_value(raw, key) for key in ("step", *names)}
     memory, val_data = raw.get("memory"), raw.get("val_data")
     record["peak_memory"] = numeric_value(memory, "peak") if isinstance(memory, dict) else None
     if isinstance(val_data, dict):

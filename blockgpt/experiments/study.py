@@ -201,6 +201,8 @@ def pareto_front(points: Mapping[str, Sequence[float]]) -> list[str]:
     def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
         return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
 
-    return [name for name, costs in points.items() if not any(dominates(other, costs) for other in points.values())]
-
-
+    front: list[str] = []  # in this order whoever dominates a name precedes it, and so does one of the front
+    for name in sorted(points, key=lambda name: tuple(points[name])):
+        if not any(dominates(points[other], points[name]) for other in front):
+            front.append(name)
+    return front

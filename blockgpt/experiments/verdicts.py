@@ -14,6 +14,7 @@ The rules, each verified by simulation in tests/experiments/test_verdicts.py:
 """
 
 import dataclasses
+import itertools
 import math
 import statistics as stdlib
 from collections.abc import Mapping, Sequence
@@ -376,10 +377,13 @@ def sign_changes(verdicts: Sequence[Verdict], level: float) -> list[str]:
     better or worse.
     """
     lines = []
-    for i, one in enumerate(verdicts):
-        for other in verdicts[i + 1:]:
-            if (one.variant != other.variant or one.size == other.size or one.difference is None
-                    or other.difference is None or one.difference.mean * other.difference.mean >= 0):
+    by_variant: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        by_variant.setdefault(verdict.variant, []).append(verdict)
+    for own in by_variant.values():
+        for one, other in itertools.combinations(own, 2):
+            if (one.size == other.size or one.difference is None or other.difference is None
+                    or one.difference.mean * other.difference.mean >= 0):
                 continue
             here, elsewhere = list(one.differences.values()), list(other.differences.values())
             apart = (min(len(here), len(elsewhere)) >= MIN_SEEDS
