@@ -312,11 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 echo(line)
             if args.dry_run:
                 return 0
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_plan(folder, plan, sweep.planned())
-            except OSError as error:
-                raise UserError(f"{folder}: cannot be written: {error_text(error)} (--out_dir=…)") from None
+            write_plan(folder, plan, sweep.planned())
             echo("")
             runs, outcomes = sweep.run_all()
     if sweep.stopped:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blockgpt.config_fields import coerce, located, parse_value, read_config_file
-from blockgpt.errors import UserError, did_you_mean, short_repr
+from blockgpt.errors import UserError, did_you_mean, error_text, short_repr
 from blockgpt.experiments.comparison import NOT_COMPARED
 from blockgpt.experiments.identity import Program, resolved_values, run_id
 from blockgpt.files import write_json
@@ -433,8 +433,16 @@ def plan_record(plan: Plan, runs: Sequence[PlannedRun]) -> dict[str, Any]:
 
 
 def write_plan(folder: Path, plan: Plan, runs: Sequence[PlannedRun]) -> None:
-    """Replace the study.json of a study's folder: what is declared. What is done is in the run directories alone."""
-    write_json(folder / "study.json", plan_record(plan, runs))
+    """Replace the study.json of a study's folder: what is declared. What is done is in the run directories alone.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "study.json", plan_record(plan, runs))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error_text(error)} (--out_dir=…)") from None
 
 
 # ---- figures of a plan

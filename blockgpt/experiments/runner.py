@@ -15,6 +15,7 @@ import os
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -353,18 +354,19 @@ def record_look(folder: Path, runs: Iterable[PlannedRun], outcomes: Mapping[str,
     finished = sorted((run for run in runs if run.purpose == "judge" and outcomes[run.id].state == "finished"),
                       key=lambda run: run.id)
     digest = hashlib.sha256(" ".join(run.id for run in finished).encode()).hexdigest()[:16]
-    path = folder / "looks.jsonl"
-    with FolderLock(folder, "records a look at the verdicts", wait=60):
-        looks = read_looks(folder)
-        for look in looks:
-            if look.get("digest") == digest:
-                return max(1, int(look.get("look", 1)))
-        seeds: dict[str, int] = {}
-        for run in finished:
-            seeds[f"{run.size}/{run.variant}"] = seeds.get(f"{run.size}/{run.variant}", 0) + 1
-        append_line(path, {"look": len(looks) + 1, "at": utc_seconds(), "runs": len(finished), "seeds": seeds,
-                           "digest": digest})
-        return len(looks) + 1
+    seeds = Counter(f"{run.size}/{run.variant}" for run in finished)
+    try:
+        with FolderLock(folder, "records a look at the verdicts", wait=60):
+            looks = read_looks(folder)
+            for i, look in enumerate(looks, 1):
+                if look.get("digest") == digest:
+                    return i
+            append_line(folder / "looks.jsonl", {"look": len(looks) + 1, "at": utc_seconds(), "runs": len(finished),
+                                                 "seeds": seeds, "digest": digest})
+            return len(looks) + 1
+    except OSError as error:
+        raise UserError(f"{folder}: a look at the verdicts cannot be recorded: {error_text(error)} (no verdict without "
+                        "a record of it)") from None
 
 
 def read_looks(folder: Path) -> list[dict[str, Any]]:

@@ -346,6 +346,12 @@ def test_study_json_has_every_field_and_every_run(tmp_path):
     assert load_config(record["runs"][1]["command"][1:]).model.normalization == "rmsnorm"
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    message = refusal(write_plan, tmp_path / "file/study", plan(), [], error=UserError)
+    assert message == f"{tmp_path}/file/study: cannot be written: Not a directory (--out_dir=…)"
+
+
 def test_a_pooled_spread_is_that_of_all_pairs_about_their_own_means():
     assert pooled_spread([]) is None and pooled_spread([[1.0]]) is None
     assert pooled_spread([[1.0, 3.0], [10.0, 12.0]]) == pytest.approx(2**0.5)

@@ -299,6 +299,8 @@ def test_every_look_at_new_results_is_recorded_once(tmp_path):
     assert [record_look(tmp_path, runs, outcomes) for outcomes in (some, some, everything, some)] == [1, 1, 2, 1]
     looks = read_looks(tmp_path)
     assert [look["look"] for look in looks] == [1, 2]
+    assert "no verdict without a record of it" in refusal(record_look, tmp_path / "no/folder", runs, some,
+                                                          error=UserError)
     assert looks[0]["seeds"] == {"base/a": 2, "base/b": 1} and looks[1]["runs"] == 4
     with open(tmp_path / "looks.jsonl", "a") as file:
         file.write('{"look": 3, "da\n')  # a look is one although its line was cut off
