@@ -409,7 +409,7 @@ def test_one_process_logs_no_ranks(new_log):
     with new_log() as log:
         log_step(log)
     assert lines(log) == [{"kind": "step", "step": 1, "tokens": 8, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, **SPEED,
-                           "memory": MEMORY, "tokens_per_source": {"text": 8}}]
+                           "memory": MEMORY, "tokens_per_source": {"text": 8}, "skipped": 0}]
 
 
 def test_the_metrics_of_a_step_are_logged_and_printed(new_log, capsys):

@@ -50,6 +50,11 @@ class StepStatus(NamedTuple):
     step_times: list[float]
     memory_peaks: list[float]  # bytes, where measured
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss and all gradients are."""
+        return math.isfinite(sum(self.grad_norms) + self.loss)
+
 
 class Watchdog:
     """Watches this process and its peers. A context manager for the whole run; `training` is one for its steps.
