@@ -32,7 +32,7 @@ from blockgpt.accounting.meter import StepMeter
 from blockgpt.checkpoints.manager import Progress, Resumption
 from blockgpt.checkpoints.resume import run_exists
 from blockgpt.checkpoints.saver import versions
-from blockgpt.console import echo, human_bytes, human_time, in_columns, is_terminal, percentages
+from blockgpt.console import echo, human_bytes, human_time, in_columns, is_terminal, percentages, resume_flags
 from blockgpt.errors import UserError
 from blockgpt.experiments.records import BrokenLogError, first_launch, launch_environment, read_log
 from blockgpt.files import FolderLock, exists, is_dir, list_dir, unreadable, write_json
@@ -319,8 +319,7 @@ class RunLog:
         if self.quiet:
             return
         self.record |= {"status": "interrupted", "status_reason": f"{reason} at step {step}"}
-        self.info(f"interrupted by {reason} at step {step}, saved (to continue: --resume=must "
-                  f"--run_name={self.dir.name})")
+        self.info(f"interrupted by {reason} at step {step}, saved (to continue: {resume_flags(self.dir)})")
 
     def ended(self, status: str, reason: str) -> None:
         """Record how the process ends, from any thread, just before it does. A status that is final stays."""

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -87,6 +88,13 @@ def echo(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
         if stream is not sys.stderr:
             echo(f"warning: the console cannot be written ({error.strerror}): the run continues without output",
                  sys.stderr)
+
+
+def resume_flags(run_dir: str | os.PathLike[str], resume: str = "must") -> str:
+    """The flags that continue a run, to paste behind `python train.py` or torchrun's train.py."""
+    folder, name = os.path.split(os.fspath(run_dir))
+    out_dir = [] if folder == "runs" else [f"--out_dir={folder or '.'}"]
+    return shlex.join([f"--resume={resume}", f"--run_name={name}", *out_dir])
 
 
 def is_terminal() -> bool:

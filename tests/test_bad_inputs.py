@@ -230,7 +230,7 @@ COMMANDS = [
     ("train.py tiny.py --data_dir=nowhere", 2, "dataset 'chars' does not exist: no nowhere/chars/meta.json"),
     ("train.py tiny.py --dataset=shakespeare_char", 2, "dataset .* is not prepared: run python data/.*prepare.py"),
     ("train.py tiny.py --dataset=truncated", 2, "data/truncated/train.bin: has 4398 bytes, meta.json says 4400"),
-    ("train.py tiny.py --dataset=padded", 2, "data/padded/train.bin: has 4402 bytes, .*prepare.py.* again"),
+    ("train.py tiny.py --dataset=padded", 2, "data/padded/train.bin: has 4402 bytes, .*make it again"),
     ("train.py tiny.py --dataset=flipped", 2, "data/flipped/val.bin: is damaged: its sha256"),
     ("train.py tiny.py --dataset=beyond", 2, "data/beyond/train.bin: .*token id 11, beyond vocab_size=11"),
     ("train.py tiny.py --dataset=lost", 2, "data/lost/val.bin: cannot be read: No such file"),

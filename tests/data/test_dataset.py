@@ -156,7 +156,17 @@ def test_a_damaged_dataset_is_refused_in_one_line(tmp_path, name):
     damage(tmp_path / "x")
     message = refusal(open_dataset, "x", tmp_path)
     assert str(tmp_path / "x" / file) in message and words in message
-    assert message.endswith(f"(run python data/x/prepare.py --out_dir {tmp_path / 'x'} again)")
+    assert message.endswith("(make it again, or copy it again from where it is whole)")  # there is no data/x/prepare.py
+
+
+def test_a_damaged_dataset_of_a_script_is_prepared_again_and_a_closed_file_is_not(tmp_path):
+    write_shards(tmp_path / "a b/pycode", SHARDS)
+    (tmp_path / "a b/pycode/val.bin").unlink()
+    message = refusal(open_dataset, "pycode", tmp_path / "a b")
+    assert message.endswith(f"(run python data/pycode/prepare.py --out_dir '{tmp_path}/a b/pycode' again)")
+    (tmp_path / "a b/pycode/val.bin").mkdir()  # as of mode 000: what it has is not known
+    assert "cannot be read" in refusal(open_dataset, "pycode", tmp_path / "a b")
+    assert "again" not in refusal(open_dataset, "pycode", tmp_path / "a b")
 
 
 def test_the_hint_is_the_command_that_meta_json_records(tmp_path):
