@@ -45,7 +45,7 @@ def declared_flags():
 
 def unknown_flags(text, flags):
     return {flag for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9_-]+)", text)
-            if flag not in flags and flag.replace("-", "_") not in flags}
+            if not {flag, flag.replace("-", "_"), flag.removeprefix("no_")} & flags}
 
 
 def missing_files(text):
