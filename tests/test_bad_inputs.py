@@ -161,7 +161,7 @@ COMMANDS = [
     ("train.py --embedding_scale=root", 2, r"--embedding_scale: .*'root' is unknown \(a number, or sqrt"),
     ("train.py --min_lr=1", 2, "--min_lr: 1 is above learning_rate=0.001"),
     ("train.py --warmup_iters=9 --lr_decay_iters=8", 2, "--lr_decay_iters: .*8 ends before warmup_iters=9 .*raise it"),
-    ("WORLD_SIZE=3 train.py --gradient_accumulation_steps=4", 2, "--gradient_accumulation_steps: 4 .*steps=3 or 6;"),
+    ("WORLD_SIZE=3 train.py --gradient_accumulation_steps=4", 2, "--gradient_accumulation_steps: 4 .*steps=3 or 6\\)"),
     ("WORLD_SIZE=3 train.py --resume=must --run_name=good", 2, "runs/good/run.json: gradient_accumulation_steps: 1 "),
     ("WORLD_SIZE=many train.py", 2, "WORLD_SIZE: 'many' is not a number of processes"),
     ("WORLD_SIZE=0 train.py", 2, "WORLD_SIZE: '0' is not a number of processes"),

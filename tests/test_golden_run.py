@@ -169,7 +169,7 @@ def run_directly(tmp_path, data_dir, *flags, dtype=torch.float32, init_scale=1.0
     return tmp_path / "golden"
 
 
-def test_float16_gradients_are_unscaled_before_clipping_and_an_overflow_skips_the_update(tmp_path, data_dir, capfd):
+def test_float16_gradients_are_unscaled_before_clipping_and_an_overflow_skips_the_update(tmp_path, data_dir):
     flags = ["--arch_preset=llama", "--gradient_accumulation_steps=2"]
     run_dir = run_directly(tmp_path, data_dir, *flags, dtype=torch.float16, init_scale=2.0**19)
     curve, weights, scale = plain_run(config_of(data_dir, *flags), torch.float16, 2.0**19)
@@ -182,8 +182,6 @@ def test_float16_gradients_are_unscaled_before_clipping_and_an_overflow_skips_th
     assert json.loads((run_dir / "run.json").read_text())["results"]["skipped_steps"] == len(overflows)
     states = [json.loads(path.read_text()) for path in run_dir.glob("checkpoints/*/state.json")]
     assert {state["skipped"] for state in states} == {len(overflows)}
-    warnings = [line for line in capfd.readouterr().err.splitlines() if "overflows float16" in line]
-    assert len(warnings) == 1 and f"step {overflows[0]}: " in warnings[0]
 
 
 def test_a_skipped_spike_updates_nothing(tmp_path, data_dir):

@@ -76,7 +76,7 @@ def test_token_ids_of_a_large_dataset_are_checked_in_the_batches(tmp_path, monke
     monkeypatch.setattr(dataset_module, "VERIFY_BYTES", 20)
     batches = TrainBatches(open_dataset("x", tmp_path), 0, 39, 2)
     message = refusal(batches.micro_batch, 0)
-    assert "train: has the token id 100" in message and "prepare.py" in message
+    assert "train: has the token id 100" in message and "make it again" in message
 
 
 # Damaged datasets
@@ -164,7 +164,8 @@ def test_a_damaged_dataset_of_a_script_is_prepared_again_and_a_closed_file_is_no
     (tmp_path / "a b/pycode/val.bin").unlink()
     message = refusal(open_dataset, "pycode", tmp_path / "a b")
     assert message.endswith(f"(run python data/pycode/prepare.py --out_dir '{tmp_path}/a b/pycode' again)")
-    (tmp_path / "a b/pycode/val.bin").mkdir()  # as of mode 000: what it has is not known
+    (tmp_path / "a b/pycode/meta.json").unlink()
+    (tmp_path / "a b/pycode/meta.json").mkdir()  # as of mode 000: what it has is not known
     assert "cannot be read" in refusal(open_dataset, "pycode", tmp_path / "a b")
     assert "again" not in refusal(open_dataset, "pycode", tmp_path / "a b")
 
