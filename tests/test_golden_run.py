@@ -5,6 +5,7 @@ The architecture is the project's, and so is the order of the sequences. Everyth
 """
 
 import functools
+import json
 import math
 import random
 import runpy
@@ -175,6 +176,12 @@ def test_float16_gradients_are_unscaled_before_clipping_and_an_overflow_skips_th
     overflows = [step for step, (_, norm, _) in curve.items() if norm is None]
     assert 1 <= len(overflows) < STEPS - 6 and scale == 2.0 ** (19 - len(overflows))
     check_run(run_dir, curve, weights, 1e-3)  # measured: 1.4e-4; a last bit of a weight changes float16 sums
+    assert sorted(records(run_dir, "overflow")) == overflows
+    skipped = [record["skipped"] for _, record in sorted(records(run_dir).items())]
+    assert skipped == [sum(overflow <= step for overflow in overflows) for step in range(1, STEPS + 1)]
+    assert json.loads((run_dir / "run.json").read_text())["results"]["skipped_steps"] == len(overflows)
+    states = [json.loads(path.read_text()) for path in run_dir.glob("checkpoints/*/state.json")]
+    assert {state["skipped"] for state in states} == {len(overflows)}
 
 
 def test_a_skipped_spike_updates_nothing(tmp_path, data_dir):
