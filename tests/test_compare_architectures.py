@@ -183,3 +183,105 @@ def test_the_command_imports_neither_torch_nor_numpy(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+# ---- repeats and verdicts ----
+
+def make_study(folder, seeds=4, offset=-0.2, **options):
+    """A baseline (gpt2) and a variant (llama), evaluated twice; run names end in the seed."""
+    for seed in range(seeds):
+        noise = (0.03, -0.02, 0.01, -0.01, 0.02)[seed]
+        for preset, shift in (("gpt2", 0.0), ("llama", offset + noise / 10)):
+            make_run(folder / f"{preset}-{seed}", preset=preset, seed=seed, losses=(2.5 + noise + shift, 2 + noise + shift),
+                     config={"max_iters": 200, **options})
+    return folder
+
+
+def test_repeats_get_a_mean_with_its_interval(tmp_path, capsys):
+    make_study(tmp_path)
+    out = main(capsys, "--out_dir", tmp_path).out
+    assert "95 %" in out and "--baseline NAME" in out
+    row = next(line for line in out.splitlines() if line.startswith("4L-4H-128D-AbsPos") and "[" in line)
+    assert row.split()[1] == "2.0025" and row.split()[-1] == "4"
+    arms = json.loads(main(capsys, "--out_dir", tmp_path, "--format", "json").out)["arms"]
+    assert sorted(len(arm["values"]) for arm in arms) == [4, 4]
+
+
+@pytest.mark.parametrize("name", ["gpt2-1", "4L-4H-128D-AbsPos-LN-NB-GELU-PostNorm", "gpt2-*"])
+def test_a_baseline_gives_a_verdict(tmp_path, capsys, name):
+    make_study(tmp_path)
+    out = main(capsys, "--out_dir", tmp_path, "--baseline", name).out
+    assert "noise floor (A/A)" in out and "paired by seed" in out and "tokens, unique tokens not recorded" in out
+    assert any(line.startswith("4L-4H-128D-RoPE") and line.endswith("better") for line in out.splitlines())
+    assert all(len(line) <= 120 for line in out.splitlines())
+    record = json.loads(main(capsys, "--out_dir", tmp_path, "--baseline", name, "--format", "json").out)
+    verdict = record["judgement"]["verdicts"][0]
+    assert (record["schema_version"], verdict["verdict"], verdict["difference_n"]) == (1, "better", 4)
+    for format in ("md", "csv", "latex"):
+        assert "better" in main(capsys, "--out_dir", tmp_path, "--baseline", name, "--format", format).out
+
+
+def test_diverged_failed_and_broken_runs_stay_in_sight(tmp_path, capsys):
+    make_study(tmp_path, seeds=5)
+    for i, (name, reason) in enumerate((("llama-4", "NonFiniteError: step 3: the loss is not finite"),
+                                        ("llama-3", "OutOfMemoryError: no memory"))):
+        document = json.loads((tmp_path / name / "run.json").read_text())
+        (tmp_path / name / "run.json").write_text(json.dumps({**document, "status": "failed", "status_reason": reason}))
+        (tmp_path / name / "metrics.jsonl").write_bytes(b'{"kind": "step", "step": 1, "tokens": 2048}\n' * (i + 1))
+    (tmp_path / "gpt2-9").mkdir()
+    (tmp_path / "gpt2-9" / "run.json").write_text("{")
+    out = main(capsys, "--out_dir", tmp_path, "--baseline", "gpt2-0").out
+    assert "3/5 diverged 1 failed 1" in out and "inconclusive" in out and "broken: run.json is not JSON" in out
+    assert "diverged with seed 4: 1 half pair" in out and "failed with seed 3: 1 half pair" in out
+
+
+def test_horizons_of_the_baseline_give_the_worth(tmp_path, capsys):
+    make_study(tmp_path)
+    for seed in range(4):
+        for steps, loss in ((100, 2.5), (400, 1.7), (800, 1.5)):
+            make_run(tmp_path / f"gpt2-{seed}-{steps}", preset="gpt2", seed=seed, losses=(loss + seed / 100,),
+                     config={"max_iters": steps})
+    out = main(capsys, "--out_dir", tmp_path, "--baseline", "gpt2-0").out
+    assert "% fewer tokens, 95 % [" in out and "4 horizons, 4 seeds" in out and "extrapolated" not in out
+
+
+def test_runs_that_cannot_be_compared_say_why(tmp_path, capsys):
+    make_study(tmp_path)
+    for seed in range(4):
+        make_run(tmp_path / f"long-{seed}", seed=seed, config={"max_iters": 400})
+        make_run(tmp_path / f"batch-{seed}", seed=seed, config={"max_iters": 200, "learning_rate": 2e-3},
+                 data={"sequences_per_step": 16}, git_commit="abc")
+    out = " ".join(main(capsys, "--out_dir", tmp_path, "--baseline", "gpt2-0").out.split())
+    assert "not judged: it was planned for 8.192e+05 tokens, the baseline for 4.096e+05" in out
+    assert "it differs in sequences per step: 16, the baseline 8; code version: abc, the baseline -" in out
+
+
+def test_at_reads_between_evaluations_and_warns_of_a_cosine(tmp_path, capsys):
+    make_study(tmp_path, lr_schedule="cosine")
+    out = " ".join(main(capsys, "--out_dir", tmp_path, "--baseline", "gpt2-0", "--at", "tokens=307200").out.split())
+    assert "2.2525" in out and "is in the middle of the cosine of" in out  # halfway from 2.5025 to 2.0025
+    out = main(capsys, "--out_dir", tmp_path, "--baseline", "gpt2-0", "--last", "2").out
+    assert "2.2525" in out and "cosine" not in out
+    out = main(capsys, "--out_dir", tmp_path, "--baseline", "gpt2-0", "--at", "tokens=9e9").out
+    assert "unread 4" in out
+
+
+def test_other_vocabularies_are_judged_by_bits_per_byte(tmp_path, capsys):
+    for seed in range(3):
+        for preset, vocab, loss in (("gpt2", 320, 2.0), ("llama", 640, 2.5)):
+            record = {"kind": "eval", "step": 100, "tokens": 204800, "val_loss": loss, "val_bpb": 3 - loss + seed / 100,
+                      "val_data": {"tokens": 1, "digest": str(vocab)}}
+            make_run(tmp_path / f"{preset}-{seed}", record, preset=preset, seed=seed, data={"vocab_size": vocab})
+    out = main(capsys, "--out_dir", tmp_path, "--baseline", "gpt2-0", "--margin", "0.01").out
+    assert "by val_bpb" in out and any(line.endswith("better") for line in out.splitlines())
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--baseline", "gpt3-0"], "did you mean gpt2-0"), (["--at", "token=1"], "did you mean tokens"),
+    (["--at", "tokens=1", "--last", "2"], "no effect with --at"), (["--margin", "0.1"], "no effect without --baseline"),
+    (["--level", "2"], "--level: 2.0 is out of range"), (["--baseline", "*"], "different experiments")])
+def test_a_mistake_in_a_flag_of_the_judge_is_named(tmp_path, argv, message):
+    make_study(tmp_path, seeds=1)
+    with pytest.raises(UserError) as error:
+        tool.main(["--out_dir", str(tmp_path), *argv])
+    assert message in str(error.value)
