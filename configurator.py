@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import key_effects
 import model_config
+from blockgpt import config_effects
 from blockgpt.checkpoints.resume import (
     FORMER_INIT_FROM,
     check_resumable,
@@ -24,6 +24,8 @@ from blockgpt.checkpoints.resume import (
     recorded_config,
     run_exists,
 )
+from blockgpt.config_aliases import ALIASES, NOT_KEYS
+from blockgpt.config_effects import Start
 from blockgpt.config_fields import (
     BOOLEANS,
     Field,
@@ -39,8 +41,6 @@ from blockgpt.config_fields import (
     with_location,
 )
 from blockgpt.errors import ConfigError, UserError, nearest, short_repr
-from key_aliases import ALIASES, NOT_KEYS
-from key_effects import Start
 from model_config import LazyModule, ModelConfig
 
 if TYPE_CHECKING:
@@ -335,7 +335,7 @@ class Config:
         return {**keys, **self.model.flat()}
 
     def start(self, device: str | None = None, dtype: str | None = None, step: int = 0) -> Start:
-        """The start of a process of this run, for `notes` and `keys_without_effect` of key_effects.py.
+        """The start of a process of this run, for `notes` and `keys_without_effect` of blockgpt/config_effects.py.
 
         Args:
             device: the type of the device that it uses; None: that which the keys name, if they do.
@@ -349,11 +349,11 @@ class Config:
 
     def keys_without_effect(self, device: str | None = None, dtype: str | None = None, step: int = 0) -> dict[str, str]:
         """{key: reason} of the explicit keys that change nothing; the arguments are those of `start`."""
-        return key_effects.keys_without_effect(self.start(device, dtype, step))
+        return config_effects.keys_without_effect(self.start(device, dtype, step))
 
     def notes(self, device: str | None = None, dtype: str | None = None, step: int = 0) -> list[str]:
         """What a user may not expect of the keys that are set, one line each; the arguments are those of `start`."""
-        return key_effects.notes(self.start(device, dtype, step))
+        return config_effects.notes(self.start(device, dtype, step))
 
 
 def divisible_steps(batch_size: int, steps: int, processes: int) -> str:

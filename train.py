@@ -122,10 +122,8 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
                 raise non_finite_error(status, done, lr, objective, runtime, checkpoints.last_saved)
             z_score = checkpoints.spikes.z_score(status.loss)
             skip = not status.is_finite or (z_score is not None and config.skip_spikes)
-            if not status.is_finite:  # float16: scaler.update lowers the loss scale
-                log.overflow(done, scaler.get_scale())
-            elif z_score is not None:
-                log.spike(done, status.loss, z_score, skip)
+            if skip or z_score is not None:
+                log.irregular(done, status, z_score, skip, scaler.get_scale())
             if not skip:
                 scaler.step(optimizer)
             scaler.update()

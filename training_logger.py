@@ -390,6 +390,13 @@ class RunLog:
             self.results |= {f"best_{name}": value for name, value in best.items()}
         self._update_record()
 
+    def irregular(self, step: int, status: StepStatus, z_score: float | None, skipped: bool, loss_scale: float) -> None:
+        """A step with a spike of the loss, or with gradients that are not finite."""
+        if not status.is_finite:
+            self.overflow(step, loss_scale)
+        elif z_score is not None:
+            self.spike(step, status.loss, z_score, skipped)
+
     def spike(self, step: int, loss: float, z_score: float, skipped: bool) -> None:
         """A loss `z_score` standard deviations above its running mean, and whether its update was skipped."""
         if self.quiet:

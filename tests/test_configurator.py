@@ -14,10 +14,10 @@ from conftest import ROOT, config_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blockgpt.config_aliases import ALIASES, NOT_KEYS
 from blockgpt.config_fields import example_value
 from blockgpt.errors import UserError, exit_on_user_error
 from configurator import KEYS, RENAMED_KEYS, TYPES, load_config
-from key_aliases import ALIASES, NOT_KEYS
 from model_config import ModelConfig
 
 

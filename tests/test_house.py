@@ -16,7 +16,8 @@ Import = tuple[str, int, bool]  # module, line, whether it runs when the file is
 
 # From the lowest to the highest. A module imports from its own layer and lower ones only.
 LAYERS = (
-    ("blockgpt.errors", "blockgpt.files", "blockgpt.console", "blockgpt.config_fields"),
+    ("blockgpt.errors", "blockgpt.files", "blockgpt.console", "blockgpt.config_fields",
+     "blockgpt.config_aliases", "blockgpt.config_effects"),
     ("blockgpt.data", "blockgpt.kernels"),
     ("blockgpt.training",),
     ("blockgpt.checkpoints",),

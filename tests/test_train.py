@@ -156,7 +156,7 @@ def test_what_an_abandoned_end_logged_is_not_read_after_a_roll_back(tmp_path, tr
     first, second = json.loads((run_dir / "run.json").read_text())["launches"]
     assert first["step"] == 0 and second["step"] == 3
     assert "--max_iters=6" in first["command"] and "--max_iters=5" in second["command"]
-    assert set(first) == {"step", "started_at", "command", "git_commit", "versions", "hardware"}
+    assert set(first) == {"step", "started_at", "command", "omp_num_threads", "git_commit", "versions", "hardware"}
 
 
 def test_a_run_stops_early_without_improvement_and_continues_with_more_patience(tmp_path, train):

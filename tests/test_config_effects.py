@@ -2,11 +2,11 @@
 
 import pytest
 
+from blockgpt.config_effects import SITUATIONS, SPIKE_FREE_STEPS, Start
 from blockgpt.config_fields import example_value
 from blockgpt.training.diagnostics import LossSpikeDetector
 from blockgpt.training.optimizers import learning_rate
 from configurator import KEYS, TYPES, Config, load_config
-from key_effects import SITUATIONS, SPIKE_FREE_STEPS, Start
 from model_config import ModelConfig
 
 # Keys of a run that are never without effect; a key of the model is `ModelConfig.unused_keys`' concern.

@@ -1,14 +1,11 @@
 """Keys that are set and do nothing, or do something else than they say: the notes at the start of a run. No torch.
 
 `SITUATIONS` is the one place for keys without effect: each row has some keys, when they do nothing, and why. Every key
-is in it, or in `ALWAYS_HAS_EFFECT` of tests/test_key_effects.py, or is one of the model (`ModelConfig.unused_keys`).
+is in it, or in `ALWAYS_HAS_EFFECT` of tests/test_config_effects.py, or is one of the model (`ModelConfig.unused_keys`).
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from configurator import Config
+from typing import Any, NamedTuple
 
 SPIKE_FREE_STEPS = 100  # `LossSpikeDetector.HORIZON`; importing it imports torch
 
@@ -17,12 +14,13 @@ class Start(NamedTuple):
     """A process that begins to train.
 
     Attributes:
+        config: the `Config` of the run.
         device: the type of its device, such as cpu; None: not known yet.
         dtype: of the matrix products; None: not known yet.
         step: how many steps of the run are done.
     """
 
-    config: "Config"
+    config: Any
     device: str | None = None
     dtype: str | None = None
     step: int = 0
