@@ -1,4 +1,4 @@
-"""The run directory: run.json, metrics.jsonl, and the lines on the console.
+"""The run directory: run.json, metrics.jsonl. What the console shows of a run: blockgpt/progress.py.
 
 run.json says what the run is and how it ended; it is replaced as a whole. metrics.jsonl gets one JSON object a line,
 flushed at once, so that a run killed at any moment leaves a readable log. A resumed run appends a `resume` record with
@@ -13,7 +13,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -30,10 +29,10 @@ from blockgpt.accounting.meter import StepMeter
 from blockgpt.checkpoints.manager import Progress, Resumption
 from blockgpt.checkpoints.resume import run_exists
 from blockgpt.checkpoints.saver import versions
-from blockgpt.console import echo, human_bytes, human_time, in_columns, is_terminal, percentages
 from blockgpt.errors import UserError
 from blockgpt.experiments.records import BrokenLogError, first_launch, read_log
 from blockgpt.files import FolderLock, exists, is_dir, list_dir, unreadable, write_json
+from blockgpt.progress import RunConsole, print_header
 from blockgpt.training import parallel
 from blockgpt.training.faults import StepStatus
 from blockgpt.training.launch import Runtime
@@ -46,7 +45,6 @@ SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parent
 MAX_RANKS_LISTED = 64  # with more processes, the log summarises their values
 RESTART_SECONDS = 30.0  # that torchrun's restart waits for the lock of a process that is being killed
-STRAGGLER_RATIO = 1.05  # × the median step time: a rank that the console names
 LOCK_SECONDS = 5.0
 RUN_KEYS = ("resume", "resume_force", "eval_only")  # how a run was started, not what it is
 
@@ -165,12 +163,11 @@ class RunLog:
         """
         self.dir, self.config, self.quiet = Path(run_dir), config, quiet
         self.header, self.record = header, dict[str, Any]()
-        self.live, self.line_open = is_terminal(), False
+        self.console = RunConsole(config.max_iters, quiet)
         self.results: dict[str, Any] = {}
         self.speeds: dict[str, list[float | None]] = {"tokens_per_sec": [], "mfu": [], "step_time": []}
         self.tracker: WandbTracker | None = None
         self.final_status: dict[str, Any] = {"status": "finished", "status_reason": None}
-        self.first_step: tuple[int, float] | None = None
         self.lock = threading.Lock()  # held while run.json is written
 
     def open(self, resumption: Resumption | None = None, progress: Progress | None = None) -> str:
@@ -262,8 +259,7 @@ class RunLog:
         else:
             self._end({"status": "interrupted" if issubclass(exc_type, KeyboardInterrupt) else "failed",
                        "status_reason": " ".join(f"{exc_type.__name__}: {error}".split())[:500]})
-        if self.line_open:
-            echo("")
+        self.console.close()
         self._update_record()
         with contextlib.suppress(OSError):  # a full disk may have ended the run
             self.metrics.close()
@@ -276,7 +272,11 @@ class RunLog:
         """Print what is trained, where a resumed run continues (after `step` steps), and what has changed."""
         if self.quiet:
             return
-        print_header(self.header, self.config, model, self.dir)
+        classes = {axis: option.class_name for axis, option in model.infer_config().options().items()
+                   if option.label or self.header["model"][axis] != "none"}
+        print_header(self.header, classes, len(self.config.phases()), str(self.dir))
+        for name, reason in self.config.keys_without_effect().items():
+            self.info(f"note: {self.config.explicit[name]}: {name} has no effect here: {reason}")
         weights = self.header.get("initial_weights")
         if weights and (resumption is None or resumption.path is None):
             self.info(f"weights of {weights['path']}, step {weights['step']}, sha256 {weights['sha256'][:12]}")
@@ -351,9 +351,7 @@ class RunLog:
                          "tokens_per_source": consumed, "wall_time": round(time.time() - self.started, 3)}
         if values.get("communication"):
             self.results["communication"] = values["communication"]
-        if self.first_step is None:
-            self.first_step = (step, time.time())
-        self._show(values)
+        self.console.step(values)
 
     def evaluation(self, step: int, tokens: int, metrics: dict[str, float], best: dict[str, Any] | None) -> None:
         """The validation metrics after `step` optimizer steps, and the {"step", metrics} of the best so far.
@@ -406,45 +404,11 @@ class RunLog:
 
     def info(self, text: str) -> None:
         """A line that stays on the console."""
-        if not self.quiet:
-            self._clear_line()
-            echo(text)
+        self.console.info(text)
 
     def warning(self, text: str) -> None:
         """A line on stderr."""
-        if not self.quiet:
-            self._clear_line()
-            echo(f"warning: {text}", sys.stderr)
-
-    def _clear_line(self) -> None:
-        if self.line_open:
-            echo("\r\x1b[K", end="")
-            self.line_open = False
-
-    def _show(self, v: dict[str, Any]) -> None:
-        assert self.first_step is not None
-        first, since = self.first_step
-        done = v["step"] - first
-        left = (time.time() - since) / done * (self.config.max_iters - v["step"]) if done else None
-        mfu = (f"MFU {v['mfu']:.1%}   " if v["mfu"] is not None else "") + f"{v['tflops']:.3g} TFLOP/s"
-        if communication := v.get("communication"):
-            mfu += f"   communication {communication['share']:.1%}, {communication['exposed']:.1%} exposed"
-        if "ranks" in v:
-            times = v["ranks"]["step_time"]
-            slowest, median = ((times["max"], times["median"]) if isinstance(times, dict)
-                               else (max(times), statistics.median_low(times)))
-            if slowest > STRAGGLER_RATIO * median:
-                mfu += f"   rank {v['slowest_rank']} takes {slowest / median:.2f} × as long"
-        line = (f"step {v['step']:>6}/{self.config.max_iters}   loss {v['loss']:.4f}   "
-                f"{v['tokens_per_sec']:>9,.0f} tok/s   {mfu}   left {human_time(left):<7}   "
-                f"{v['step_time'] * 1e3:.1f} ms   lr {v['lr']:.2e}   |g| {v['grad_norm']:.2f}   "
-                f"{human_bytes(v['memory']['allocated'])}"
-                + "".join(f"   {name} {value:.4f}" for name, value in v.get("metrics", {}).items()))
-        if self.live:  # rewritten in place, which a line that wraps cannot be
-            echo("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1], end="")
-            self.line_open = True
-        else:
-            echo(line)
+        self.console.warning(text)
 
     # ------------------------------------------------------------ the files
 
@@ -538,45 +502,3 @@ def finite(value: Any) -> Any:
 
 def utc_now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def print_header(header: dict[str, Any], config: Config, model: GPT, run_dir: Path) -> None:
-    """What will be trained, on what, at which cost: everything a reader needs before the first step."""
-    inferred = model.infer_config()
-    options, flops = inferred.options(), header["flops_per_token"]
-    forward = sum(flops["forward"].values())
-    count, hardware, data = header["parameters"], header["hardware"], header["data"]
-    peak = hardware["peak_flops"]
-    run_tokens = data["tokens_per_step"] * config.max_iters
-    rows = [("architecture", inferred.arch_name())]
-    rows += [(f"  {axis}", f"{getattr(inferred, axis)} ({o.class_name})") for axis, o in options.items()
-             if o.label or getattr(inferred, axis) != "none"]
-    kernels = " · ".join(f"{name}: {kernel}" for name, kernel in header["attention_kernels"].items())
-    how = ", chosen by auto" if config.model.attention_backend == "auto" else ""
-    how += f"; torch's kernel here: {kernels}" if kernels else ""
-    rows = [(name, text + how if name == "  attention_backend" else text) for name, text in rows]
-    rows += [
-        ("  sizes", f"d_ff {inferred.d_ff} · head_dim {inferred.head_dim} · kv heads {inferred.n_kv_head} · "
-                    f"vocabulary {inferred.vocab_size} · block {inferred.block_size} · "
-                    f"bias {'yes' if inferred.bias else 'no'} · head {'tied' if inferred.weight_tying else 'untied'}"),
-        ("parameters", f"{count['total']:,} · trainable {count['trainable']:,} · "
-                       f"without embeddings {count['non_embedding']:,}"),
-        ("data", f"{data['dataset']}: {data['train_tokens']:,} training tokens, {data['val_tokens']:,} for validation"),
-        ("step", f"{data['tokens_per_step']:,} tokens in {data['sequences_per_step']} sequences; the run sees "
-                 f"{run_tokens:,} tokens, {run_tokens / data['train_tokens']:.2g} epochs"),
-        *((f"  {name}", f"{s['share']:.4g} of the tokens" + (" at the end" if len(config.phases()) > 1 else "")
-           + f": {s['planned_tokens']:,} of {s['train_tokens']:,}, {s['planned_epochs']:.2g} epochs")
-          for name, s in data["sources"].items() if len(data["sources"]) > 1),
-        ("device", f"{hardware['world_size']} × {hardware['name']} ({hardware['device']}), {hardware['dtype']}"
-                   f"{', tf32' if hardware['tf32'] else ''}{', compiled' if hardware['compile'] else ''}"),
-        ("FLOPs per token", f"forward {forward / 1e6:,.2f}M: {percentages(flops['forward'], 'M', 1e6, 2)}"),
-        ("", f"training {flops['train'] / 1e6:,.2f}M (PaLM convention, used for MFU), "
-             f"{flops['train_causal'] / 1e6:,.2f}M (causal)"),
-        ("MFU divides by", f"{peak / 1e12:,.4g} TFLOP/s ({hardware['peak_source']})" if peak
-                           else f"nothing: {hardware['peak_source']}; no MFU"),
-        ("run", str(run_dir)),
-    ]
-    for name, text in rows:
-        echo(in_columns(f"{name:<22} ", text))
-    for name, reason in config.keys_without_effect().items():
-        echo(f"note: {config.explicit[name]}: {name} has no effect here: {reason}")

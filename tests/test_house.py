@@ -16,7 +16,7 @@ Import = tuple[str, int, bool]  # module, line, whether it runs when the file is
 
 # From the lowest to the highest. A module imports from its own layer and lower ones only.
 LAYERS = (
-    ("blockgpt.errors", "blockgpt.files", "blockgpt.console", "blockgpt.config_fields"),
+    ("blockgpt.errors", "blockgpt.files", "blockgpt.console", "blockgpt.progress", "blockgpt.config_fields"),
     ("blockgpt.data", "blockgpt.kernels"),
     ("blockgpt.training",),
     ("blockgpt.checkpoints",),
