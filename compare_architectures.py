@@ -19,8 +19,13 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
+
+# isort: split
 from blockgpt.checkpoints.resume import FORMER_INIT_FROM
 from blockgpt.console import ArgumentParser, align_columns, check_ranges
 from blockgpt.errors import UserError, exit_on_user_error
@@ -178,7 +183,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may not have the characters of a run's name
     with exit_on_user_error():
         main()

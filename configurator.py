@@ -5,6 +5,7 @@ A resumed run starts from its recorded keys instead of the defaults. Every mista
 was set, the key, what is wrong and how to fix it. To add a key, add one line to `Config`.
 """
 
+import argparse
 import dataclasses
 import functools
 import os
@@ -516,12 +517,24 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]
 @functools.cache
 def key_parser() -> KeyParser:
     """The parser of the command line."""
-    return KeyParser(
+    parser = KeyParser(
         KEYS, TYPES, {**LAPTOP_SIZE, "vocab_size": None},
         prog="python train.py", usage="%(prog)s [config/*.py ...] [--key=value ...]",
         description="Later files override earlier ones, and flags override files; an explicit key overrides the "
                     "preset. A boolean needs no value: --compile. Keys that default to None are derived, as their line "
-                    "says.")
+                    "says. --list_presets prints the presets.")
+    parser.add_argument("--list_presets", action=ListPresets, nargs=0, default=argparse.SUPPRESS,
+                        help=argparse.SUPPRESS)
+    return parser
+
+
+class ListPresets(argparse.Action):
+    """`--list_presets` prints the presets and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        model_config.list_presets()
+        parser.exit()
 
 
 def help_text() -> str:

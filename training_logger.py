@@ -154,16 +154,15 @@ class RunLog:
         dir: the run directory. Not the requested one if a run that started in the same second has taken that name.
     """
 
-    def __init__(self, run_dir: Path, header: dict[str, Any], config: Config, quiet: bool = False) -> None:
+    def __init__(self, run_dir: Path, header: dict[str, Any], config: Config, console: RunConsole) -> None:
         """Write nothing yet.
 
         Args:
             header: see `run_header`.
-            quiet: never write anything, as on ranks other than zero.
+            console: of the run; where it is quiet, as on ranks other than zero, this log writes nothing.
         """
-        self.dir, self.config, self.quiet = Path(run_dir), config, quiet
+        self.dir, self.config, self.console, self.quiet = Path(run_dir), config, console, console.quiet
         self.header, self.record = header, dict[str, Any]()
-        self.console = RunConsole(config.max_iters, quiet)
         self.results: dict[str, Any] = {}
         self.speeds: dict[str, list[float | None]] = {"tokens_per_sec": [], "mfu": [], "step_time": []}
         self.tracker: WandbTracker | None = None
@@ -274,7 +273,7 @@ class RunLog:
             return
         classes = {axis: option.class_name for axis, option in model.infer_config().options().items()
                    if option.label or self.header["model"][axis] != "none"}
-        print_header(self.header, classes, len(self.config.phases()), str(self.dir))
+        print_header(self.console, self.header, classes, len(self.config.phases()), str(self.dir))
         for name, reason in self.config.keys_without_effect().items():
             self.info(f"note: {self.config.explicit[name]}: {name} has no effect here: {reason}")
         weights = self.header.get("initial_weights")

@@ -1,82 +1,207 @@
-"""What people see of a run on the console: the header, the line of each logged step, other lines, the end.
+"""What people see of a run on the console: the header, the progress, lines that stay, the end.
 
-On a terminal the line of a step is rewritten in place; elsewhere every line stays. This module gets plain values.
+On a terminal one line is rewritten in place: what the run does (WORDS), a bar, and the values of the newest logged
+step. A line stays for every HISTORY-th of the run and at every evaluation. Elsewhere every logged step is a line. This
+module gets plain values. A new value is a `Field` of `step_fields`.
 """
 
-import shutil
 import statistics
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TextIO
 
-from blockgpt.console import echo, human_bytes, human_time, in_columns, is_terminal, percentages
+from blockgpt.console import (
+    can_rewrite,
+    clear_line,
+    echo,
+    give_up,
+    human_bytes,
+    human_time,
+    in_columns,
+    paint,
+    percentages,
+    rewrite_line,
+    terminal_width,
+)
 
 STRAGGLER_RATIO = 1.05  # × the median step time: a rank that the console names
+DRAW_SECONDS = 0.1  # between two drawings of the line that is rewritten
+HISTORY = 20  # a line stays on a terminal for every 20th of the run
+MIN_BAR, MAX_BAR = 10, 40  # characters
+WORDS = {"start": "starting", "data": "loading data", "build": "building", "restore": "restoring", "wrap": "preparing",
+         "step": "training", "evaluation": "evaluating", "save": "saving", "verify": "verifying",
+         "export": "exporting"}  # of the phases of `Watchdog.enter_phase` and `Runtime.activity`; others have none
+COMPILING = "compiling"  # the first step and evaluation of a model that is compiled
+
+
+class Field(NamedTuple):
+    """A value on a line. In a line that is too narrow, the fields of the highest rank are left out, as a whole."""
+
+    text: str
+    rank: int
+
+
+def fit_fields(fields: Sequence[Field], width: int, separator: str) -> list[Field]:
+    """Those of the fields that fit into a line, in their order: the lowest ranks, and of equal ranks the first."""
+    chosen: set[int] = set()
+    length = -len(separator)
+    for index in sorted(range(len(fields)), key=lambda i: fields[i].rank):
+        length += len(separator) + len(fields[index].text)
+        if length > width:
+            break
+        chosen.add(index)
+    return [field for index, field in enumerate(fields) if index in chosen]
+
+
+def step_fields(v: Mapping[str, Any], max_iters: int, left: float | None) -> list[Field]:
+    """The fields of a logged step.
+
+    Args:
+        v: its record in metrics.jsonl.
+        left: seconds that the run will take from here on; None is unknown.
+    """
+    fields = [Field(f"step {v['step']:>6}/{max_iters}", 0), Field(f"loss {v['loss']:.4f}", 1),
+              Field(f"{v['tokens_per_sec']:>9,.0f} tok/s", 3)]
+    if v["mfu"] is not None:
+        fields.append(Field(f"MFU {v['mfu']:.1%}", 4))
+    fields.append(Field(f"{v['tflops']:.3g} TFLOP/s", 9))
+    if communication := v.get("communication"):
+        fields.append(Field(f"communication {communication['share']:.1%}, {communication['exposed']:.1%} exposed", 11))
+    if "ranks" in v:
+        times = v["ranks"]["step_time"]
+        slowest, median = ((times["max"], times["median"]) if isinstance(times, dict)
+                           else (max(times), statistics.median_low(times)))
+        if slowest > STRAGGLER_RATIO * median:
+            fields.append(Field(f"rank {v['slowest_rank']} takes {slowest / median:.2f} × as long", 10))
+    fields += [Field(f"left {human_time(left):<7}", 2), Field(f"{v['step_time'] * 1e3:.1f} ms", 5),
+               Field(f"lr {v['lr']:.2e}", 7), Field(f"|g| {v['grad_norm']:.2f}", 6),
+               Field(human_bytes(v["memory"]["allocated"]), 8)]
+    return fields + [Field(f"{name} {value:.4f}", 12) for name, value in v.get("metrics", {}).items()]
 
 
 class RunConsole:
     """The console of one run; a quiet one, as on ranks other than zero, prints nothing."""
 
-    def __init__(self, max_iters: int, quiet: bool = False) -> None:
-        self.max_iters, self.quiet = max_iters, quiet
-        self.live, self.line_open = is_terminal(), False
+    def __init__(self, max_iters: int, quiet: bool = False, compiled: bool = False) -> None:
+        self.max_iters, self.quiet, self.compiled = max_iters, quiet, compiled
+        self.live = can_rewrite() and not quiet
+        self.word = ""
+        self.entered: set[str] = set()  # phases
+        self.done: int | None = None  # steps; None before the first one begins
         self.first_step: tuple[int, float] | None = None
+        self.newest: Mapping[str, Any] | None = None  # the record of the newest logged step
+        self.history_step = 0  # of the newest step whose line stays
+        self.drawn = 0.0
+
+    # ------------------------------------------------------------ lines that stay
 
     def info(self, text: str) -> None:
-        """A line that stays on the console."""
+        """A line that stays."""
         if not self.quiet:
-            self._clear_line()
-            echo(text)
+            self._print(text)
 
     def warning(self, text: str) -> None:
         """A line on stderr."""
         if not self.quiet:
-            self._clear_line()
-            echo(f"warning: {text}", sys.stderr)
-
-    def close(self) -> None:
-        """End the line that is rewritten in place; it stays."""
-        if self.line_open:
-            echo("")
-            self.line_open = False
-
-    def _clear_line(self) -> None:
-        if self.line_open:
-            echo("\r\x1b[K", end="")
-            self.line_open = False
+            self._print(paint("warning:", "yellow", sys.stderr) + f" {text}", sys.stderr)
 
     def step(self, v: Mapping[str, Any]) -> None:
         """A logged step: the values of its record in metrics.jsonl."""
         if self.quiet:
             return
+        self.newest, self.done = v, v["step"]
         if self.first_step is None:
             self.first_step = (v["step"], time.time())
-        first, since = self.first_step
-        done = v["step"] - first
-        left = (time.time() - since) / done * (self.max_iters - v["step"]) if done else None
-        mfu = (f"MFU {v['mfu']:.1%}   " if v["mfu"] is not None else "") + f"{v['tflops']:.3g} TFLOP/s"
-        if communication := v.get("communication"):
-            mfu += f"   communication {communication['share']:.1%}, {communication['exposed']:.1%} exposed"
-        if "ranks" in v:
-            times = v["ranks"]["step_time"]
-            slowest, median = ((times["max"], times["median"]) if isinstance(times, dict)
-                               else (max(times), statistics.median_low(times)))
-            if slowest > STRAGGLER_RATIO * median:
-                mfu += f"   rank {v['slowest_rank']} takes {slowest / median:.2f} × as long"
-        line = (f"step {v['step']:>6}/{self.max_iters}   loss {v['loss']:.4f}   "
-                f"{v['tokens_per_sec']:>9,.0f} tok/s   {mfu}   left {human_time(left):<7}   "
-                f"{v['step_time'] * 1e3:.1f} ms   lr {v['lr']:.2e}   |g| {v['grad_norm']:.2f}   "
-                f"{human_bytes(v['memory']['allocated'])}"
-                + "".join(f"   {name} {value:.4f}" for name, value in v.get("metrics", {}).items()))
-        if self.live:  # rewritten in place, which a line that wraps cannot be
-            echo("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1], end="")
-            self.line_open = True
-        else:
-            echo(line)
+        if not self.live:
+            self._print("   ".join(field.text for field in step_fields(v, self.max_iters, self.seconds_left())))
+        elif v["step"] * HISTORY // self.max_iters > self.history_step * HISTORY // self.max_iters:
+            self.keep_step()
+        self.refresh()
+
+    def keep_step(self) -> None:
+        """Let the line of the newest logged step stay on the terminal, once."""
+        if self.live and self.newest and self.newest["step"] > self.history_step:
+            self.history_step = self.newest["step"]
+            fields = step_fields(self.newest, self.max_iters, self.seconds_left())
+            self._print("   ".join(field.text for field in fit_fields(fields, terminal_width() - 1, "   ")))
+
+    def close(self) -> None:
+        """Remove the line that is rewritten; the newest logged step stays."""
+        self.keep_step()
+        self.live = False
+        clear_line()
+
+    @staticmethod
+    def _print(text: str, stream: TextIO | None = None) -> None:
+        """`echo`; when nobody reads the pipe any more, the run goes on without output."""
+        try:
+            echo(text, stream)
+        except BrokenPipeError as error:
+            give_up(stream or sys.stdout, error)
+
+    # ------------------------------------------------------------ the line that is rewritten
+
+    def enter_phase(self, phase: str, step: int | None = None) -> None:
+        """What the run does from now on is a phase of WORDS; `step` is the one that begins, counted from 1."""
+        if not self.live:
+            return
+        word = COMPILING if self.compiled and phase in ("step", "evaluation") and phase not in self.entered \
+            else WORDS.get(phase, "")
+        new = phase not in self.entered
+        self.entered.add(phase)
+        if step is not None:
+            self.done = step - 1
+        if word == self.word:
+            return self.refresh()
+        self.word = word
+        if word != WORDS["step"] or new:  # it may take long, without another call: show it at once
+            self.drawn = 0.0
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Rewrite the line, unless it was a moment ago."""
+        if self.live and time.monotonic() - self.drawn >= DRAW_SECONDS:
+            self.drawn = time.monotonic()
+            rewrite_line(self.line(terminal_width() - 1))
+
+    def seconds_left(self) -> float | None:
+        """The seconds until max_iters, from those that the steps of this process took; None is unknown."""
+        if self.first_step is None or self.done is None or self.done <= self.first_step[0]:
+            return None
+        steps, seconds = self.done - self.first_step[0], time.time() - self.first_step[1]
+        return seconds / steps * (self.max_iters - self.done)
+
+    def line(self, width: int) -> str:
+        """The line that is rewritten, of at most `width` characters."""
+        training = self.word == WORDS["step"]
+        if self.done is None:
+            return f"{self.word} …"[:max(width, 0)]
+        fields = [Field(f"{self.word:<{MIN_BAR}}", 4 if training else 0), Field("━" * MIN_BAR, 5),
+                  Field(f"{self.done / self.max_iters:>4.0%}", 0), Field(f"{self.done}/{self.max_iters}", 3),
+                  Field(f"left {human_time(self.seconds_left())}", 1)]
+        if self.newest:
+            v = self.newest
+            fields += [Field(f"loss {v['loss']:.4f}", 2), Field(f"{v['tokens_per_sec']:,.0f} tok/s", 6)]
+            known = {"MFU": 7, "ms": 8, "|g|": 9, "lr": 10}
+            for field in step_fields(v, self.max_iters, None):
+                label = next((label for label in known if label in field.text.split()), None)
+                if label:
+                    fields.append(Field(field.text, known[label]))
+        chosen = fit_fields(fields, width, "  ")
+        free = width - sum(len(field.text) for field in chosen) - 2 * (len(chosen) - 1)
+        return "  ".join(self.bar(min(MAX_BAR, MIN_BAR + max(free, 0))) if field is fields[1]
+                         else paint(field.text, "yellow") if field is fields[0] and not training
+                         else field.text for field in chosen)
+
+    def bar(self, length: int) -> str:
+        """A bar of `length` characters."""
+        done = length * min(self.done or 0, self.max_iters) // self.max_iters
+        return paint("━" * done, "green") + paint("─" * (length - done), "dim")
 
 
-def print_header(header: Mapping[str, Any], classes: Mapping[str, str], phases: int, run_dir: str) -> None:
+def print_header(console: RunConsole, header: Mapping[str, Any], classes: Mapping[str, str], phases: int,
+                 run_dir: str) -> None:
     """What will be trained, on what, at which cost: everything a reader needs before the first step.
 
     Args:
@@ -117,4 +242,4 @@ def print_header(header: Mapping[str, Any], classes: Mapping[str, str], phases: 
         ("run", run_dir),
     ]
     for name, text in rows:
-        echo(in_columns(f"{name:<22} ", text))
+        console.info(in_columns(f"{name:<22} ", text))
