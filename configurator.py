@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import model_config
 from blockgpt.checkpoints.resume import (
     FORMER_INIT_FROM,
+    FORMER_VALUES,
     check_resumable,
     initial_architecture,
     recorded_config,
@@ -37,6 +38,7 @@ from blockgpt.config_fields import (
     with_location,
 )
 from blockgpt.errors import ConfigError, UserError, did_you_mean, short_repr
+from blockgpt.training.tracker import check_installed, tracker_names
 from model_config import LazyModule, ModelConfig
 
 if TYPE_CHECKING:
@@ -188,8 +190,9 @@ class Config:
                               "the run directory", group="logging", example="10:13")
     memory_snapshot: bool = key(False, "record CUDA's allocator and write memory_snapshot.pickle at the end or when "
                                 "out of memory, for pytorch.org/memory_viz", group="logging")
-    wandb_log: bool = key(False, "send the log to Weights & Biases too", group="logging")
-    wandb_project: str = key("blockgpt", "project on Weights & Biases", group="logging", example="mine")
+    tracker: str = key("none", "send the log to wandb, tensorboard or trackio too; several: wandb,tensorboard",
+                       group="logging", example="tensorboard")
+    tracker_project: str = key("blockgpt", "project of the run in wandb and trackio", group="logging", example="mine")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -209,6 +212,7 @@ class Config:
         check_folder_name("run_name", self.run_name or "x")
         self.check_sources()
         self.profiled_steps()
+        tracker_names(self.tracker)
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
             raise ConfigError("device", f"{short_repr(self.device)} is unknown (one of auto, cpu, cuda, cuda:1, mps)")
         if self.mfu_peak not in ("dense", "sparse") and (isinstance(self.mfu_peak, str) or self.mfu_peak <= 0):
@@ -349,8 +353,8 @@ class Config:
             unused["keep_best"] = "checkpoint_interval saves after every evaluation"
         if self.resume == "never":
             unused["resume_force"] = "nothing is resumed"
-        if not self.wandb_log:
-            unused["wandb_project"] = "wandb_log is off"
+        if not {"wandb", "trackio"} & set(tracker_names(self.tracker)):
+            unused["tracker_project"] = f"tracker is {self.tracker}"
         if self.lr_schedule == "constant":
             unused |= dict.fromkeys(("min_lr", "lr_decay_iters"), "lr_schedule is constant")
         if (self.warmup_iters or 0) >= self.max_iters:
@@ -394,7 +398,8 @@ def key_fields() -> dict[str, Field]:
 KEYS = key_fields()
 TYPES = key_types(ModelConfig) | key_types(Config)
 # Keys of earlier versions: {old name: new name}. Recorded runs that have them are read as they are.
-RENAMED_KEYS = {"fsdp_replicas": "dp_replicate", "keep_checkpoints": "keep_last", "peer_timeout": "rank_timeout"}
+RENAMED_KEYS = {"fsdp_replicas": "dp_replicate", "keep_checkpoints": "keep_last", "peer_timeout": "rank_timeout",
+                "wandb_log": "tracker", "wandb_project": "tracker_project"}
 
 
 def world_size() -> int:
@@ -445,6 +450,8 @@ def load_config(argv: Sequence[str], restarted: str | None = None) -> Config:
         config = make_config({**recorded, **inherited, **given}, explicit)
     except ConfigError as error:
         raise with_location(error, explicit, default_location) from None
+    with located(explicit.get("tracker", default_location)):
+        check_installed(tracker_names(config.tracker) if not config.dry_run else [])
     forced = check_resumable(config, given, recorded, KEYS)
     now = config.flat()
     changed = {k: [recorded[k], now[k]] for k in now if k in recorded and recorded[k] != now[k]}
@@ -473,6 +480,8 @@ def unknown_key(location: str, name: str) -> UserError:
     is_flag = location == f"--{name}"
     if name in RENAMED_KEYS:
         message = f"was renamed to {'--' * is_flag}{RENAMED_KEYS[name]}"
+        if values := FORMER_VALUES.get(name):
+            message = f"was replaced by {'--' * is_flag}{RENAMED_KEYS[name]}={values[True]}"
     else:
         message = f"no such key{did_you_mean(name, KEYS)}"
         message += "" if is_flag else f", or _{name} for a variable of your own"

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Text from a trained model: `python sample.py --run=runs/NAME --prompt="def main("`."""
 
 import argparse

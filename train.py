@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Train one model: `python train.py [config/*.py ...] [--key=value ...]`; `--help` lists every key.
 
 Several processes: `torchrun --standalone --nproc_per_node=8 train.py ...` (DDP; --use_zero1, --use_fsdp,

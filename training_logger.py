@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -29,15 +30,16 @@ from blockgpt.accounting.meter import StepMeter
 from blockgpt.checkpoints.manager import Progress, Resumption
 from blockgpt.checkpoints.resume import run_exists
 from blockgpt.checkpoints.saver import versions
+from blockgpt.console import python_command
 from blockgpt.errors import UserError
 from blockgpt.experiments.records import BrokenLogError, first_launch, read_log
 from blockgpt.files import FolderLock, exists, is_dir, list_dir, unreadable, write_json
-from blockgpt.progress import RunConsole, print_header
+from blockgpt.progress import RunConsole, print_end, print_header
 from blockgpt.training import parallel
 from blockgpt.training.faults import StepStatus
 from blockgpt.training.launch import Runtime
 from blockgpt.training.objectives import Objective
-from blockgpt.training.tracker import WandbTracker
+from blockgpt.training.tracker import TRACKERS, Tracker, tracker_names
 from configurator import Config
 from model_builder import GPT
 
@@ -165,7 +167,7 @@ class RunLog:
         self.header, self.record = header, dict[str, Any]()
         self.results: dict[str, Any] = {}
         self.speeds: dict[str, list[float | None]] = {"tokens_per_sec": [], "mfu": [], "step_time": []}
-        self.tracker: WandbTracker | None = None
+        self.trackers: list[Tracker] = []
         self.final_status: dict[str, Any] = {"status": "finished", "status_reason": None}
         self.lock = threading.Lock()  # held while run.json is written
 
@@ -198,12 +200,12 @@ class RunLog:
             raise UserError(f"{self.dir}: cannot be resumed: {error} (--resume=never and another --run_name)") from None
         except OSError as error:
             raise UserError(f"{self.dir}: cannot be written: {error.strerror} (--out_dir=…)") from None
-        if self.config.wandb_log:
+        if names := tracker_names(self.config.tracker):
             self.record.setdefault("wandb_id", uuid.uuid4().hex[:8])  # not chosen by wandb, which could block
             self._update_record()
-            self.tracker = WandbTracker(self.config, self.dir, finite(self.record), self.warning)
-            if resumption and not self.config.eval_only:
-                self.tracker.log("resume", self.record["resumes"][-1])
+            self.trackers = [TRACKERS[name](self.config, self.dir, finite(self.record), self.warning) for name in names]
+            for tracker in self.trackers if resumption and not self.config.eval_only else ():
+                tracker.log("resume", self.record["resumes"][-1])
         return str(self.dir)
 
     def _create_directory(self) -> None:
@@ -262,8 +264,8 @@ class RunLog:
         self._update_record()
         with contextlib.suppress(OSError):  # a full disk may have ended the run
             self.metrics.close()
-        if self.tracker:
-            self.tracker.finish(finite(self.record))
+        for tracker in self.trackers:
+            tracker.finish(finite(self.record))
 
     # ------------------------------------------------------------ how it begins and ends
 
@@ -294,15 +296,38 @@ class RunLog:
             return
         self.final_status["status_reason"] = stopped_early and f"stopped early: {stopped_early}"
         self._end(self.final_status)
+        self.console.close()
         self.info(f"stopped early: {stopped_early}" if stopped_early else f"done: {self.dir}")
+        more = f"--patience={2 * self.config.patience}" if stopped_early else f"--max_iters={2 * self.config.max_iters}"
+        commands = [self._command("compare_architectures.py", *self._out_dir()), self._resume_command(more)]
+        if self.header.get("model", {}).get("causal", True):
+            commands.insert(1, self._command("sample.py", f"--run={self.dir}"))
+        metric = self.header.get("criterion", {}).get("metric", "val_loss")
+        print_end(self.console, self.results, metric, time.time() - self.started, commands)
 
     def interrupted(self, reason: str, step: int) -> None:
         """Record that `reason`, such as a signal, stopped the run after `step` steps, with its state saved."""
         if self.quiet:
             return
         self.record |= {"status": "interrupted", "status_reason": f"{reason} at step {step}"}
-        self.info(f"interrupted by {reason} at step {step}, saved (to continue: --resume=must "
-                  f"--run_name={self.dir.name})")
+        self.console.close()
+        self.info(f"interrupted by {reason} at step {step}, saved; to continue:\n"
+                  f"  {shlex.join(self._resume_command())}")
+
+    def _command(self, script: str, *arguments: str) -> list[str]:
+        """The words of a command of the project, as it can be typed in this folder."""
+        return [python_command(), os.path.join(os.path.dirname(sys.argv[0]), script), *arguments]
+
+    def _resume_command(self, *arguments: str) -> list[str]:
+        """The words of the command that continues the run, as it was started."""
+        words = self._command("train.py", "--resume=must", f"--run_name={self.dir.name}", *self._out_dir(), *arguments)
+        size = self.header["hardware"]["world_size"]
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        nodes = ["--standalone"] if local_size == size else [f"--nnodes={size // local_size}"]
+        return words if size == 1 else ["torchrun", *nodes, f"--nproc_per_node={local_size}", *words[1:]]
+
+    def _out_dir(self) -> list[str]:
+        return [] if self.config.out_dir == "runs" else [f"--out_dir={self.config.out_dir}"]
 
     def ended(self, status: str, reason: str) -> None:
         """Record how the process ends, from any thread, just before it does. A status that is final stays."""
@@ -419,8 +444,8 @@ class RunLog:
         except OSError as error:
             self.warning(f"metrics.jsonl: {error.strerror}: the {record_type} line of step {values['step']} may be "
                          "lost")
-        if self.tracker:
-            self.tracker.log(record_type, finite(values))
+        for tracker in self.trackers:
+            tracker.log(record_type, finite(values))
 
     def _end_incomplete_line(self) -> None:
         """End an incomplete line that a killed run may have left, so that the next record is not appended to it."""

@@ -147,6 +147,10 @@ class KeyParser(ArgumentParser):
 
     def parse_flags(self, argv: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
         """argv -> ({key: [the text of each of its flags]}, [every other word])."""
+        if "_ARGCOMPLETE" in os.environ:
+            if not os.environ.get("COMP_LINE", "").split(" ")[-1].startswith("-"):
+                self.add_argument("files", nargs="*", help=argparse.SUPPRESS)  # what is no flag may be a file
+            self.complete()
         flags, others = self.parse_known_args(self.join_values(argv))
         return vars(flags), others
 

@@ -22,13 +22,21 @@ class ArgumentParser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse; a flag with one value that is given twice is a `UserError`: the first would be lost silently."""
-        if "_ARGCOMPLETE" in os.environ:  # the shell asks for the completions of a word
+    def complete(self) -> None:
+        """Where a shell asks for the completions of a word, answer with argcomplete and exit."""
+        if "_ARGCOMPLETE" in os.environ:
             with contextlib.suppress(ImportError):
                 import argcomplete
 
-                argcomplete.autocomplete(self, default_completer=argcomplete.FilesCompleter())
+                argcomplete.autocomplete(self, always_complete_options="long", print_suppressed=True)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, and the completions of a shell."""
+        self.complete()
+        return super().parse_args(args, namespace)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; a flag with one value that is given twice is a `UserError`: the first would be lost silently."""
         args = list(sys.argv[1:] if args is None else args)
         given = [arg.partition("=")[0] for arg in args[:args.index("--") if "--" in args else None]]
         for action in self._actions:
@@ -99,7 +107,8 @@ class LiveLine:
 
 def rewrite_line(text: str) -> None:
     """Print a line in place of the last one that was printed so. It must fit into the terminal."""
-    echo("\r\x1b[K" * LiveLine.open + text, end="")
+    prefix, LiveLine.open = "\r\x1b[K" * LiveLine.open, False
+    echo(prefix + text, end="")
     LiveLine.open = True
 
 
@@ -146,6 +155,15 @@ def in_columns(name: str, text: str) -> str:
         return name + text
     width = max(20, shutil.get_terminal_size().columns - 1 - len(name))
     return name + ("\n" + " " * len(name)).join(textwrap.wrap(text, width) or [""])
+
+
+def python_command() -> str:
+    """What a user types for the Python that runs this: `python`, or its path where that is another one."""
+    found = shutil.which("python")
+    if found and os.path.abspath(found) == sys.executable:
+        return "python"
+    here = os.path.relpath(sys.executable)
+    return sys.executable if here.startswith("..") else here
 
 
 def align_columns(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:

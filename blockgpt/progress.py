@@ -5,6 +5,7 @@ step. A line stays for every HISTORY-th of the run and at every evaluation. Else
 module gets plain values. A new value is a `Field` of `step_fields`.
 """
 
+import shlex
 import statistics
 import sys
 import time
@@ -124,7 +125,8 @@ class RunConsole:
         if self.live and self.newest and self.newest["step"] > self.history_step:
             self.history_step = self.newest["step"]
             fields = step_fields(self.newest, self.max_iters, self.seconds_left())
-            self._print("   ".join(field.text for field in fit_fields(fields, terminal_width() - 1, "   ")))
+            line = "   ".join(field.text for field in fit_fields(fields, terminal_width() - 1, "   "))
+            self._print(line.rstrip())
 
     def close(self) -> None:
         """Remove the line that is rewritten; the newest logged step stays."""
@@ -178,7 +180,7 @@ class RunConsole:
         if self.done is None:
             return f"{self.word} …"[:max(width, 0)]
         fields = [Field(f"{self.word:<{MIN_BAR}}", 4 if training else 0), Field("━" * MIN_BAR, 5),
-                  Field(f"{self.done / self.max_iters:>4.0%}", 0), Field(f"{self.done}/{self.max_iters}", 3),
+                  Field(f"{100 * self.done // self.max_iters:>3}%", 0), Field(f"{self.done}/{self.max_iters}", 3),
                   Field(f"left {human_time(self.seconds_left())}", 1)]
         if self.newest:
             v = self.newest
@@ -198,6 +200,29 @@ class RunConsole:
         """A bar of `length` characters."""
         done = length * min(self.done or 0, self.max_iters) // self.max_iters
         return paint("━" * done, "green") + paint("─" * (length - done), "dim")
+
+
+def print_end(console: RunConsole, results: Mapping[str, Any], metric: str, seconds: float,
+              commands: Sequence[Sequence[str]]) -> None:
+    """How a run has ended and what can be done next.
+
+    Args:
+        results: of run.json.
+        metric: of the criterion.
+        seconds: that the run took, over all its launches.
+        commands: to paste, as words.
+    """
+    best, last = results.get(f"best_{metric}"), results.get(metric)
+    if best is not None:
+        console.info(paint(f"best {metric} {best:.4f}", "bold") + f" at step {results['best_step']}"
+                     + (f", at the end {last:.4f}" if last is not None and last != best else ""))
+    if results.get("tokens"):
+        speed = results.get("tokens_per_sec")
+        console.info(f"{results['step']:,} steps, {results['tokens']:,} tokens in {human_time(seconds)}"
+                     + (f", {speed:,.0f} tokens/s" if speed else ""))
+    console.info("next:")
+    for words in commands:
+        console.info(paint(f"  {shlex.join(words)}", "cyan"))
 
 
 def print_header(console: RunConsole, header: Mapping[str, Any], classes: Mapping[str, str], phases: int,

@@ -249,7 +249,7 @@ def test_no_renamed_key_is_a_key_and_every_new_name_is():
 
 @pytest.mark.parametrize("argv, noted", [
     (["--rope_theta=500"], "rope_theta"), (["--arch_preset=llama", "--rope_theta=500"], ""),
-    (["--wandb_project=x"], "wandb_project"), (["--wandb_project=x", "--wandb_log"], ""),
+    (["--tracker_project=x"], "tracker_project"), (["--tracker_project=x", "--tracker=wandb"], ""),
     (["--lr_schedule=constant", "--min_lr=0", "--lr_decay_iters=9"], "min_lr lr_decay_iters"), (["--min_lr=0"], ""),
     (["--warmup_iters=9", "--max_iters=9", "--lr_schedule=constant"], "lr_schedule"),
     (["--eval_only", "--learning_rate=1", "--dropout=0.1", "--log_interval=9"], "learning_rate dropout log_interval"),

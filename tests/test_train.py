@@ -90,9 +90,10 @@ def test_the_run_directory_records_what_was_built_and_how_it_went(tmp_path, trai
 
 
 def test_keys_without_effect_are_reported(train):
-    done = train("idle", "--max_iters=1", "--rope_theta=5", "--wandb_project=x", "--lr_schedule=constant", "--min_lr=0")
+    done = train("idle", "--max_iters=1", "--rope_theta=5", "--tracker_project=x", "--lr_schedule=constant",
+                 "--min_lr=0")
     notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
-    assert [n.split()[2] for n in notes] == ["rope_theta", "wandb_project", "min_lr"]
+    assert [n.split()[2] for n in notes] == ["rope_theta", "tracker_project", "min_lr"]
 
 
 def test_eval_only_trains_nothing(tmp_path, train):

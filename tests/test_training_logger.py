@@ -63,7 +63,7 @@ def plain(tmp_path_factory, data_dir):
 
 def configuration(tmp_path, run_name=None, **keys):
     return SimpleNamespace(**{"run_name": run_name, "out_dir": str(tmp_path), "resume": "never", "resuming": False,
-                              "max_iters": 10, "eval_only": False, "wandb_log": False, "wandb_project": "p",
+                              "max_iters": 10, "patience": 3, "eval_only": False, "tracker": "none",
                               "model": SimpleNamespace(arch_preset="gpt2"), **keys})
 
 
@@ -351,13 +351,14 @@ def test_on_a_terminal_lines_fit_and_steps_are_rewritten_in_place(tmp_path, data
     assert re.findall(r"\x1b\[(?!K|[0-9]+m)", output) == []
     output = re.sub("\x1b\\[[0-9]+m", "", output)  # without its colours
     printed = [text for line in output.split("\n") for text in line.split("\r\x1b[K")]
-    assert max(map(len, printed)) < 72
+    assert max(len(text) for text in printed if ".py " not in text) < 72  # a command to paste is not wrapped
     words = re.findall(r"^(loading|building|training|evaluating|saving|verifying)", "\n".join(printed), re.MULTILINE)
     assert list(dict.fromkeys(words)) == ["loading", "building", "training", "evaluating", "saving", "verifying"]
     ends = [line.split("\r\x1b[K")[-1] for line in output.split("\n")]  # what a line held when the next one began
     steps = [text for text in ends if text.startswith("step") and "loss " in text and "val_loss" not in text]
     assert [int(re.search(r"(\d+)/6", text)[1]) for text in steps] == [1, 2, 3, 4, 5, 6]  # each a twentieth of the run
-    assert not set(words) & {end.partition(" ")[0] for end in ends} and len([e for e in ends if "val_loss" in e]) == 2
+    assert not set(words) & {end.partition(" ")[0] for end in ends}
+    assert len([end for end in ends if "   val_loss" in end]) == 2
     assert "done: runs/run" in ends
 
 

@@ -37,8 +37,8 @@ NOT_COMPARED = {  # {key: why it cannot matter}
     "gradient_log_interval": "only logs",
     "profile": "only logs; profiled steps are not timed",
     "memory_snapshot": "only logs",
-    "wandb_log": "only logs",
-    "wandb_project": "only logs",
+    "tracker": "only logs",
+    "tracker_project": "only logs",
 }
 ROUNDING = "the same computation, its sums in another order"
 REPEATS_MAY_DIFFER = {  # {what is shown where runs differ in it: why such runs are still repeats}
