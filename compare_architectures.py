@@ -17,6 +17,7 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ from model_config import ModelConfig
 WIDTH = terminal_width()  # of the terminal table
 # The columns that a narrow terminal has no space for, in the order in which they are left out.
 LEAST_WORTH = ("step_ms", "peak_memory", "mfu", "tokens_per_sec", "val_bpb", "parameters", "tokens")
-HOW_TO_START = "train one: python train.py config/arch_llama.py config/size_demo.py"
+HOW_TO_START = ["python", "train.py", "config/arch_llama.py", "config/size_demo.py"]
 MODEL_KEYS = frozenset(f.name for f in dataclasses.fields(ModelConfig))
 
 
@@ -170,7 +171,8 @@ def select_runs(patterns: list[str], out_dir: str) -> list[str]:
         found += [run for path in matches for run in run_directories(path)]
     if not found:
         problem = "no runs in" if is_dir(out_dir) else "no such directory:"
-        raise UserError(f"{problem} {out_dir} ({HOW_TO_START})")
+        command = HOW_TO_START if out_dir == "runs" else [*HOW_TO_START, f"--out_dir={out_dir}"]
+        raise UserError(f"{problem} {out_dir} (train one: {shlex.join(command)})")
     return list({os.path.realpath(path): path for path in found}.values())
 
 

@@ -257,7 +257,8 @@ def print_header(console: RunConsole, header: Mapping[str, Any], classes: Mappin
         *((f"  {name}", f"{s['share']:.4g} of the tokens" + (" at the end" if phases > 1 else "")
            + f": {s['planned_tokens']:,} of {s['train_tokens']:,}, {s['planned_epochs']:.2g} epochs")
           for name, s in data["sources"].items() if len(data["sources"]) > 1),
-        ("device", f"{hardware['world_size']} × {hardware['name']} ({hardware['device']}), {hardware['dtype']}"
+        ("device", f"{hardware['world_size']} × {hardware['name']} ({hardware['device']}), "
+                   f"{hardware['threads']} CPU thread{'s' * (hardware['threads'] > 1)}, {hardware['dtype']}"
                    f"{', tf32' if hardware['tf32'] else ''}{', compiled' if hardware['compile'] else ''}"),
         ("FLOPs per token", f"forward {forward / 1e6:,.2f}M: {percentages(flops['forward'], 'M', 1e6, 2)}"),
         ("", f"training {flops['train'] / 1e6:,.2f}M (PaLM convention, used for MFU), "

@@ -281,6 +281,7 @@ def check_installed(names: Iterable[str]) -> None:
 
 # The names that dashboards of other projects have: {record type: ((key, its name), …)}; others are <record type>/<key>.
 USUAL_NAMES = {"step": {"loss": "train/loss", "lr": "train/lr", "grad_norm": "train/grad_norm", "metrics": "train",
+                        "skipped": "train/skipped_steps",
                         "tokens_per_sec": "perf/tokens_per_sec", "mfu": "perf/mfu", "tflops": "perf/tflops",
                         "step_time": "perf/step_time", "memory": "memory", "tokens_per_source": "data",
                         "communication": "perf/communication", "ranks": "perf/ranks",
