@@ -25,10 +25,13 @@ lint: .venv/dev.stamp
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
+# Half an environment would fail for ever: a Python that is too old makes none, and what fails half-way is removed.
 .venv/bin/python:
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) blockgpt/startup.py
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/run.stamp: requirements.txt | .venv/bin/python
+	@$(BIN)/python blockgpt/startup.py || { echo "error: .venv is of that Python (make clean, then again)" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 

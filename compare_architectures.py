@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Which architecture is better? Reads run logs (run.json, metrics.jsonl) and prints an ablation table.
 
     python compare_architectures.py                             every run in runs/
@@ -24,10 +25,15 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from blockgpt.checkpoints.resume import FORMER_INIT_FROM
-from blockgpt.console import ArgumentParser, align_columns, check_ranges
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
+
+# isort: split
+from blockgpt.checkpoints.resume import FORMER_INIT_FROM, FORMER_VALUES
+from blockgpt.console import ArgumentParser, align_columns, check_ranges, terminal_width
 from blockgpt.errors import UserError, exit_on_user_error
 from blockgpt.experiments.arms import arms_without_baseline, study_of_runs
 from blockgpt.experiments.comparison import Comparison, compare, shorten_middle
@@ -46,7 +52,9 @@ from blockgpt.files import exists, is_dir, list_dir, matching
 from configurator import KEYS, RENAMED_KEYS
 from model_config import ModelConfig
 
-WIDTH = 120  # of the terminal table
+WIDTH = terminal_width()  # of the terminal table
+# The columns that a narrow terminal has no space for, in the order in which they are left out.
+LEAST_WORTH = ("step_ms", "peak_memory", "mfu", "tokens_per_sec", "val_bpb", "parameters", "tokens")
 HOW_TO_START = ["python", "train.py", "config/arch_llama.py", "config/size_demo.py"]
 MODEL_KEYS = frozenset(f.name for f in dataclasses.fields(ModelConfig))
 
@@ -61,7 +69,8 @@ def upgrade_config(config: dict[str, Any], model: dict[str, Any]) -> tuple[dict[
 
     A key is added with the default that gives what earlier versions did, so that a run that lacks it had the default.
     """
-    config = {RENAMED_KEYS.get(key, key): value for key, value in config.items()}
+    config = {RENAMED_KEYS.get(key, key): FORMER_VALUES.get(key, {}).get(value, value) if isinstance(value, bool)
+              else value for key, value in config.items()}
     if config.get("init_from") in FORMER_INIT_FROM:
         config["init_from"] = None
     config = {name: f.default for name, f in KEYS.items() if name not in MODEL_KEYS} | config
@@ -85,8 +94,14 @@ def wrap_text(text: str, indent: str = "") -> list[str]:
 def as_table(comparison: Comparison) -> str:
     """For the terminal: per run a line of numbers, and below it the architecture and the reason for its status."""
     brief = [run | {"status": run["status"].split(":")[0]} for run in comparison["runs"]]
-    cells = [column_cells(brief, c) for c in columns(comparison["criterion"]) if c.key != "architecture"]
-    used = sum(2 + max(map(len, column)) for column in cells if column[0] != "run")
+    table = {c.key: column_cells(brief, c) for c in columns(comparison["criterion"]) if c.key != "architecture"}
+    final = f"final_{comparison['criterion'].metric}"
+    for key in (*LEAST_WORTH, final):
+        used = sum(2 + max(map(len, column)) for column in table.values() if column[0] != "run")
+        if used + 12 <= WIDTH:
+            break
+        table.pop(key, None)
+    cells = list(table.values())
     cells[1] = [shorten_middle(name, max(12, WIDTH - used)) for name in cells[1]]
     left = [i for i, column in enumerate(cells) if column[0] in ("run", "status")]
     header, *rows = align_columns(list(zip(*cells, strict=True)), left)
@@ -107,7 +122,7 @@ def difference_lines(differences: dict[str, dict[str, Any]]) -> list[str]:
     tables: list[list[list[str]]] = []
     for name in next(iter(differences.values()), {}):
         values = [shorten_middle(printable(row[name]), 24) for row in differences.values()]
-        column = [shorten_middle(name, max(20, *map(len, values))), *values]
+        column = [shorten_middle(name, max(20, WIDTH // 6, *map(len, values))), *values]
         if not tables or sum(2 + max(map(len, c)) for c in [*tables[-1], column]) > WIDTH + 2:
             tables.append([["differs in", *differences]])
         tables[-1].append(column)
@@ -255,7 +270,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may not have the characters of a run's name
     with exit_on_user_error():
         main()

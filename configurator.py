@@ -5,6 +5,7 @@ A resumed run starts from its recorded keys instead of the defaults. Every mista
 was set, the key, what is wrong and how to fix it. To add a key, add one line to `Config`.
 """
 
+import argparse
 import dataclasses
 import functools
 import os
@@ -19,6 +20,7 @@ import model_config
 from blockgpt import config_effects
 from blockgpt.checkpoints.resume import (
     FORMER_INIT_FROM,
+    FORMER_VALUES,
     check_resumable,
     initial_architecture,
     recorded_config,
@@ -41,6 +43,7 @@ from blockgpt.config_fields import (
     with_location,
 )
 from blockgpt.errors import ConfigError, UserError, nearest, short_repr
+from blockgpt.training.tracker import check_installed, tracker_names
 from model_config import LazyModule, ModelConfig
 
 if TYPE_CHECKING:
@@ -193,8 +196,9 @@ class Config:
                               "the run directory", group="logging", example="10:13")
     memory_snapshot: bool = key(False, "record CUDA's allocator and write memory_snapshot.pickle at the end or when "
                                 "out of memory, for pytorch.org/memory_viz", group="logging")
-    wandb_log: bool = key(False, "send the log to Weights & Biases too", group="logging")
-    wandb_project: str = key("blockgpt", "project on Weights & Biases", group="logging", example="mine")
+    tracker: str = key("none", "send the log to wandb, tensorboard or trackio too; several: wandb,tensorboard",
+                       group="logging", example="tensorboard")
+    tracker_project: str = key("blockgpt", "project of the run in wandb and trackio", group="logging", example="mine")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -214,6 +218,7 @@ class Config:
         check_folder_name("run_name", self.run_name or "x")
         self.check_sources()
         self.profiled_steps()
+        tracker_names(self.tracker)
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
             raise ConfigError("device", f"{short_repr(self.device)} is unknown (one of auto, cpu, cuda, cuda:1, mps)")
         if self.mfu_peak not in ("dense", "sparse") and (isinstance(self.mfu_peak, str) or self.mfu_peak <= 0):
@@ -389,7 +394,8 @@ def key_fields() -> dict[str, Field]:
 KEYS = key_fields()
 TYPES = key_types(ModelConfig) | key_types(Config)
 # Keys of earlier versions: {old name: new name}. Recorded runs that have them are read as they are.
-RENAMED_KEYS = {"fsdp_replicas": "dp_replicate", "keep_checkpoints": "keep_last", "peer_timeout": "rank_timeout"}
+RENAMED_KEYS = {"fsdp_replicas": "dp_replicate", "keep_checkpoints": "keep_last", "peer_timeout": "rank_timeout",
+                "wandb_log": "tracker", "wandb_project": "tracker_project"}
 
 
 def world_size() -> int:
@@ -440,6 +446,8 @@ def load_config(argv: Sequence[str], restarted: str | None = None) -> Config:
         config = make_config({**recorded, **inherited, **given}, explicit, remarks)
     except ConfigError as error:
         raise with_location(error, explicit, default_location) from None
+    with located(explicit.get("tracker", default_location)):
+        check_installed(tracker_names(config.tracker) if not config.dry_run else [])
     forced = check_resumable(config, given, recorded, KEYS)
     now = config.flat()
     changed = {k: [recorded[k], now[k]] for k in now if k in recorded and recorded[k] != now[k]}
@@ -480,7 +488,9 @@ def unknown_key(location: str, name: str, text: str | None = None) -> UserError:
     """
     is_flag = location == f"--{name}"
     plain = name.replace("-", "_").lower()
-    if plain in RENAMED_KEYS:
+    if plain in FORMER_VALUES:
+        message = f"was replaced by {'--' * is_flag}{RENAMED_KEYS[plain]}={FORMER_VALUES[plain][True]}"
+    elif plain in RENAMED_KEYS:
         message = f"was renamed to {'--' * is_flag}{RENAMED_KEYS[plain]}"
     elif plain in NOT_KEYS:
         message = f"no such key: {NOT_KEYS[plain]}"
@@ -550,12 +560,25 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]
 @functools.cache
 def key_parser() -> KeyParser:
     """The parser of the command line."""
-    return KeyParser(
+    parser = KeyParser(
         KEYS, TYPES, {**LAPTOP_SIZE, "vocab_size": None},
         prog="python train.py", usage="%(prog)s [config/*.py ...] [--key=value ...]",
         description="Later files override earlier ones, later flags earlier ones (a note says so), and flags override "
                     "files; an explicit key overrides the preset. A boolean needs no value: --compile, --no_compile. "
-                    "Dashes may stand for underscores. Keys that default to None are derived, as their line says.")
+                    "Dashes may stand for underscores. Keys that default to None are derived, as their line says. "
+                    "--list_presets prints the presets.")
+    parser.add_argument("--list_presets", action=ListPresets, nargs=0, default=argparse.SUPPRESS,
+                        help=argparse.SUPPRESS)
+    return parser
+
+
+class ListPresets(argparse.Action):
+    """`--list_presets` prints the presets and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        model_config.list_presets()
+        parser.exit()
 
 
 def help_text() -> str:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from blockgpt.config_fields import check_fields, example_value, key, key_types
-from blockgpt.errors import ConfigError, did_you_mean, short_repr
+from blockgpt.console import terminal_width
+from blockgpt.errors import ConfigError, did_you_mean, exit_on_user_error, short_repr
 
 
 class LazyModule:
@@ -609,11 +610,14 @@ def get_preset(name: str, **overrides: typing.Any) -> ModelConfig:
 
 def list_presets() -> None:
     """Print each preset: its name, its description, its components."""
-    for name, (summary, _) in PRESETS.items():
-        c = get_preset(name)
-        o = c.options()
-        print(textwrap.fill(summary, 118, initial_indent=f"{name:12} ", subsequent_indent=" " * 13))
-        print(f"{'':12} {o['position_encoding'].label} · {o['normalization'].label} (eps {c.norm_eps:g}) · "
-              f"{o['ffn_type'].label or o['activation'].label} · {o['norm_position'].label} · "
-              f"bias {'yes' if c.bias else 'no'} · head {'tied' if c.weight_tying else 'untied'}")
-        print(f"{'':12} {c.arch_name()}\n")
+    with exit_on_user_error():  # it is a command, too: python -c "from model_config import list_presets; …"
+        for name, (summary, _) in PRESETS.items():
+            c = get_preset(name)
+            o = c.options()
+            width = terminal_width() - 1
+            print(textwrap.fill(summary, width, initial_indent=f"{name:12} ", subsequent_indent=" " * 13))
+            components = (f"{o['position_encoding'].label} · {o['normalization'].label} (eps {c.norm_eps:g}) · "
+                          f"{o['ffn_type'].label or o['activation'].label} · {o['norm_position'].label} · "
+                          f"bias {'yes' if c.bias else 'no'} · head {'tied' if c.weight_tying else 'untied'}")
+            print(textwrap.fill(components, width, initial_indent=" " * 13, subsequent_indent=" " * 13))
+            print(f"{'':12} {c.arch_name()}\n")

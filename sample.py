@@ -1,13 +1,17 @@
+# PYTHON_ARGCOMPLETE_OK
 """Text from a trained model: `python sample.py --run=runs/NAME --prompt="def main("`."""
 
 import argparse
 import hashlib
-import io
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
+
+# isort: split
 from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.errors import CheckpointError, DataError, UserError, exit_on_user_error
 from blockgpt.files import exists, is_dir
@@ -129,8 +133,6 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--prompt: {error}") from None
     if not ids:
         raise UserError("--prompt: is empty (give at least one character)")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a model may write characters that the terminal cannot encode
-        sys.stdout.reconfigure(errors="replace")
     batch_size = samples_at_once(model.config, len(ids) + args.max_new_tokens, dtype.itemsize)
     for first in range(0, args.num_samples, batch_size):
         samples = range(first, min(first + batch_size, args.num_samples))

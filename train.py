@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Train one model: `python train.py [config/*.py ...] [--key=value ...]`; `--help` lists every key.
 
 Several processes: `torchrun --standalone --nproc_per_node=8 train.py ...` (DDP; --use_zero1, --use_fsdp,
@@ -6,7 +7,12 @@ or data, 3 no usable checkpoint, 4 the final save failed, 5 not finite, 6 anothe
 """
 
 import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
+
+# isort: split
 from blockgpt.config_fields import with_location
 from blockgpt.errors import exit_on_user_error
 from configurator import load_config
@@ -16,7 +22,6 @@ if __name__ == "__main__":
         config = load_config(sys.argv[1:])  # before torch loads, so that a typo is reported at once
         import torch  # inside the block, so that Ctrl-C while torch loads is handled too
 
-from pathlib import Path
 
 import torch
 
@@ -43,6 +48,7 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
     """Train the run that `config` describes, from its beginning or from its newest checkpoint, to its end."""
     # ---------------------------------------------------------------- data, model, optimizer, checkpoint, log
     run_dir = Path(runtime.on_rank_zero(lambda: str(claim_run_directory(config, runtime))))
+    watchdog.enter_phase("data")
     objective = config.build_objective(runtime)
     config = config.for_vocabulary(objective.vocab_size)
 
@@ -63,7 +69,7 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
     wrapped = parallel.wrap(model, config, runtime)
     meter = StepMeter(model, config, runtime, objective.tokens_per_step)
     header = run_header(config, model, objective, runtime, meter, checkpoints.initial_weights)
-    watchdog.log = log = RunLog(run_dir, header, config, quiet=not runtime.is_rank_zero)
+    watchdog.log = log = RunLog(run_dir, header, config, watchdog.console)
     runtime.on_rank_zero(lambda: check_disk_space(run_dir, header["parameters"]["total"], config))
     # run_dir may have been taken by another run
     run_dir = Path(runtime.on_rank_zero(lambda: log.open(checkpoints.resumption, progress)))
@@ -76,8 +82,8 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
         log.evaluation(progress.step, progress.tokens, metrics, progress.best)
         return is_best
 
-    with (log, checkpoints.open(run_dir, log), memory_history(config, runtime, log),
-          StepProfiler(config, runtime, log) as profiler, watchdog.training()):
+    with log, checkpoints.open(run_dir, log), memory_history(config, runtime, log), \
+            StepProfiler(config, runtime, log) as profiler, watchdog.training():
         log.begin(model, checkpoints.resumption, progress.step)
         if config.eval_only:
             evaluate()

@@ -1,4 +1,4 @@
-"""The run directory: run.json, metrics.jsonl, and the lines on the console.
+"""The run directory: run.json, metrics.jsonl. What the console shows of a run: blockgpt/progress.py.
 
 run.json says what the run is and how it ended; it is replaced as a whole. metrics.jsonl gets one JSON object a line,
 flushed at once, so that a run killed at any moment leaves a readable log. A resumed run appends a `resume` record with
@@ -13,7 +13,7 @@ import json
 import math
 import os
 import platform
-import shutil
+import shlex
 import statistics
 import subprocess
 import sys
@@ -32,16 +32,17 @@ from blockgpt.accounting.meter import StepMeter
 from blockgpt.checkpoints.manager import Progress, Resumption
 from blockgpt.checkpoints.resume import run_exists
 from blockgpt.checkpoints.saver import versions
-from blockgpt.console import echo, human_bytes, human_time, in_columns, is_terminal, percentages, resume_flags
+from blockgpt.console import python_command
 from blockgpt.errors import UserError
 from blockgpt.experiments.records import BrokenLogError, first_launch, launch_environment, read_log
 from blockgpt.files import FolderLock, exists, is_dir, list_dir, unreadable, write_json
+from blockgpt.progress import RunConsole, print_end, print_header
 from blockgpt.training import parallel
 from blockgpt.training.faults import StepStatus
 from blockgpt.training.launch import Runtime
 from blockgpt.training.objectives import Objective
 from blockgpt.training.optimizers import rate_change
-from blockgpt.training.tracker import WandbTracker
+from blockgpt.training.tracker import TRACKERS, Tracker, tracker_names
 from configurator import Config
 from model_builder import GPT
 
@@ -49,7 +50,6 @@ SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parent
 MAX_RANKS_LISTED = 64  # with more processes, the log summarises their values
 RESTART_SECONDS = 30.0  # that torchrun's restart waits for the lock of a process that is being killed
-STRAGGLER_RATIO = 1.05  # × the median step time: a rank that the console names
 LOCK_SECONDS = 5.0
 RUN_KEYS = ("resume", "resume_force", "eval_only")  # how a run was started, not what it is
 
@@ -161,21 +161,19 @@ class RunLog:
         dir: the run directory. Not the requested one if a run that started in the same second has taken that name.
     """
 
-    def __init__(self, run_dir: Path, header: dict[str, Any], config: Config, quiet: bool = False) -> None:
+    def __init__(self, run_dir: Path, header: dict[str, Any], config: Config, console: RunConsole) -> None:
         """Write nothing yet.
 
         Args:
             header: see `run_header`.
-            quiet: never write anything, as on ranks other than zero.
+            console: of the run; where it is quiet, as on ranks other than zero, this log writes nothing.
         """
-        self.dir, self.config, self.quiet = Path(run_dir), config, quiet
+        self.dir, self.config, self.console, self.quiet = Path(run_dir), config, console, console.quiet
         self.header, self.record = header, dict[str, Any]()
-        self.live, self.line_open = is_terminal(), False
         self.results: dict[str, Any] = {}
         self.speeds: dict[str, list[float | None]] = {"tokens_per_sec": [], "mfu": [], "step_time": []}
-        self.tracker: WandbTracker | None = None
+        self.trackers: list[Tracker] = []
         self.final_status: dict[str, Any] = {"status": "finished", "status_reason": None}
-        self.first_step: tuple[int, float] | None = None
         self.changed_environment: list[tuple[str, Any, Any]] = []  # since the launch before: (what, before, now)
         self.warned_of_overflow = False
         self.lock = threading.Lock()  # held while run.json is written
@@ -209,12 +207,12 @@ class RunLog:
             raise UserError(f"{self.dir}: cannot be resumed: {error} (--resume=never and another --run_name)") from None
         except OSError as error:
             raise UserError(f"{self.dir}: cannot be written: {error.strerror} (--out_dir=…)") from None
-        if self.config.wandb_log:
+        if names := tracker_names(self.config.tracker):
             self.record.setdefault("wandb_id", uuid.uuid4().hex[:8])  # not chosen by wandb, which could block
             self._update_record()
-            self.tracker = WandbTracker(self.config, self.dir, finite(self.record), self.warning)
-            if resumption and not self.config.eval_only:
-                self.tracker.log("resume", self.record["resumes"][-1])
+            self.trackers = [TRACKERS[name](self.config, self.dir, finite(self.record), self.warning) for name in names]
+            for tracker in self.trackers if resumption and not self.config.eval_only else ():
+                tracker.log("resume", self.record["resumes"][-1])
         return str(self.dir)
 
     def _create_directory(self) -> None:
@@ -275,13 +273,12 @@ class RunLog:
         else:
             self._end({"status": "interrupted" if issubclass(exc_type, KeyboardInterrupt) else "failed",
                        "status_reason": " ".join(f"{exc_type.__name__}: {error}".split())[:500]})
-        if self.line_open:
-            echo("")
+        self.console.close()
         self._update_record()
         with contextlib.suppress(OSError):  # a full disk may have ended the run
             self.metrics.close()
-        if self.tracker:
-            self.tracker.finish(finite(self.record))
+        for tracker in self.trackers:
+            tracker.finish(finite(self.record))
 
     # ------------------------------------------------------------ how it begins and ends
 
@@ -289,7 +286,12 @@ class RunLog:
         """Print what is trained, where a resumed run continues (after `step` steps), and what has changed."""
         if self.quiet:
             return
-        print_header(self.header, self.config, model, self.dir, step)
+        classes = {axis: option.class_name for axis, option in model.infer_config().options().items()
+                   if option.label or self.header["model"][axis] != "none"}
+        print_header(self.console, self.header, classes, len(self.config.phases()), str(self.dir))
+        hardware = self.header["hardware"]
+        for line in self.config.notes(hardware["device"].partition(":")[0], hardware["dtype"], step):
+            self.info(f"note: {line}")
         weights = self.header.get("initial_weights")
         if weights and (resumption is None or resumption.path is None):
             self.info(f"weights of {weights['path']}, step {weights['step']}, sha256 {weights['sha256'][:12]}")
@@ -312,14 +314,38 @@ class RunLog:
             return
         self.final_status["status_reason"] = stopped_early and f"stopped early: {stopped_early}"
         self._end(self.final_status)
+        self.console.close()
         self.info(f"stopped early: {stopped_early}" if stopped_early else f"done: {self.dir}")
+        more = f"--patience={2 * self.config.patience}" if stopped_early else f"--max_iters={2 * self.config.max_iters}"
+        commands = [self._command("compare_architectures.py", *self._out_dir()), self._resume_command(more)]
+        if self.header.get("model", {}).get("causal", True):
+            commands.insert(1, self._command("sample.py", f"--run={self.dir}"))
+        metric = self.header.get("criterion", {}).get("metric", "val_loss")
+        print_end(self.console, self.results, metric, time.time() - self.started, commands)
 
     def interrupted(self, reason: str, step: int) -> None:
         """Record that `reason`, such as a signal, stopped the run after `step` steps, with its state saved."""
         if self.quiet:
             return
         self.record |= {"status": "interrupted", "status_reason": f"{reason} at step {step}"}
-        self.info(f"interrupted by {reason} at step {step}, saved (to continue: {resume_flags(self.dir)})")
+        self.console.close()
+        self.info(f"interrupted by {reason} at step {step}, saved; to continue:\n"
+                  f"  {shlex.join(self._resume_command())}")
+
+    def _command(self, script: str, *arguments: str) -> list[str]:
+        """The words of a command of the project, as it can be typed in this folder."""
+        return [python_command(), os.path.join(os.path.dirname(sys.argv[0]), script), *arguments]
+
+    def _resume_command(self, *arguments: str) -> list[str]:
+        """The words of the command that continues the run, as it was started."""
+        words = self._command("train.py", "--resume=must", f"--run_name={self.dir.name}", *self._out_dir(), *arguments)
+        size = self.header["hardware"]["world_size"]
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        nodes = ["--standalone"] if local_size == size else [f"--nnodes={size // local_size}"]
+        return words if size == 1 else ["torchrun", *nodes, f"--nproc_per_node={local_size}", *words[1:]]
+
+    def _out_dir(self) -> list[str]:
+        return [] if self.config.out_dir == "runs" else [f"--out_dir={self.config.out_dir}"]
 
     def ended(self, status: str, reason: str) -> None:
         """Record how the process ends, from any thread, just before it does. A status that is final stays."""
@@ -367,9 +393,7 @@ class RunLog:
                          "tokens_per_source": consumed, "wall_time": round(time.time() - self.started, 3)}
         if values.get("communication"):
             self.results["communication"] = values["communication"]
-        if self.first_step is None:
-            self.first_step = (step, time.time())
-        self._show(values)
+        self.console.step(values)
 
     def evaluation(self, step: int, tokens: int, metrics: dict[str, float], best: dict[str, Any] | None) -> None:
         """The validation metrics after `step` optimizer steps, and the {"step", metrics} of the best so far.
@@ -441,45 +465,11 @@ class RunLog:
 
     def info(self, text: str) -> None:
         """A line that stays on the console."""
-        if not self.quiet:
-            self._clear_line()
-            echo(text)
+        self.console.info(text)
 
     def warning(self, text: str) -> None:
         """A line on stderr."""
-        if not self.quiet:
-            self._clear_line()
-            echo(f"warning: {text}", sys.stderr)
-
-    def _clear_line(self) -> None:
-        if self.line_open:
-            echo("\r\x1b[K", end="")
-            self.line_open = False
-
-    def _show(self, v: dict[str, Any]) -> None:
-        assert self.first_step is not None
-        first, since = self.first_step
-        done = v["step"] - first
-        left = (time.time() - since) / done * (self.config.max_iters - v["step"]) if done else None
-        mfu = (f"MFU {v['mfu']:.1%}   " if v["mfu"] is not None else "") + f"{v['tflops']:.3g} TFLOP/s"
-        if communication := v.get("communication"):
-            mfu += f"   communication {communication['share']:.1%}, {communication['exposed']:.1%} exposed"
-        if "ranks" in v:
-            times = v["ranks"]["step_time"]
-            slowest, median = ((times["max"], times["median"]) if isinstance(times, dict)
-                               else (max(times), statistics.median_low(times)))
-            if slowest > STRAGGLER_RATIO * median:
-                mfu += f"   rank {v['slowest_rank']} takes {slowest / median:.2f} × as long"
-        line = (f"step {v['step']:>6}/{self.config.max_iters}   loss {v['loss']:.4f}   "
-                f"{v['tokens_per_sec']:>9,.0f} tok/s   {mfu}   left {human_time(left):<7}   "
-                f"{v['step_time'] * 1e3:.1f} ms   lr {v['lr']:.2e}   |g| {v['grad_norm']:.2f}   "
-                f"{human_bytes(v['memory']['allocated'])}"
-                + "".join(f"   {name} {value:.4f}" for name, value in v.get("metrics", {}).items()))
-        if self.live:  # rewritten in place, which a line that wraps cannot be
-            echo("\r\x1b[K" + line[:shutil.get_terminal_size().columns - 1], end="")
-            self.line_open = True
-        else:
-            echo(line)
+        self.console.warning(text)
 
     # ------------------------------------------------------------ the files
 
@@ -491,8 +481,8 @@ class RunLog:
         except OSError as error:
             self.warning(f"metrics.jsonl: {error.strerror}: the {record_type} line of step {values['step']} may be "
                          "lost")
-        if self.tracker:
-            self.tracker.log(record_type, finite(values))
+        for tracker in self.trackers:
+            tracker.log(record_type, finite(values))
 
     def _end_incomplete_line(self) -> None:
         """End an incomplete line that a killed run may have left, so that the next record is not appended to it."""
@@ -573,46 +563,3 @@ def finite(value: Any) -> Any:
 
 def utc_now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def print_header(header: dict[str, Any], config: Config, model: GPT, run_dir: Path, step: int) -> None:
-    """What will be trained, on what, at which cost: everything a reader needs before the step after `step`."""
-    inferred = model.infer_config()
-    options, flops = inferred.options(), header["flops_per_token"]
-    forward = sum(flops["forward"].values())
-    count, hardware, data = header["parameters"], header["hardware"], header["data"]
-    peak = hardware["peak_flops"]
-    run_tokens = data["tokens_per_step"] * config.max_iters
-    rows = [("architecture", inferred.arch_name())]
-    rows += [(f"  {axis}", f"{getattr(inferred, axis)} ({o.class_name})") for axis, o in options.items()
-             if o.label or getattr(inferred, axis) != "none"]
-    kernels = " · ".join(f"{name}: {kernel}" for name, kernel in header["attention_kernels"].items())
-    how = ", chosen by auto" if config.model.attention_backend == "auto" else ""
-    how += f"; torch's kernel here: {kernels}" if kernels else ""
-    rows = [(name, text + how if name == "  attention_backend" else text) for name, text in rows]
-    rows += [
-        ("  sizes", f"d_ff {inferred.d_ff} · head_dim {inferred.head_dim} · kv heads {inferred.n_kv_head} · "
-                    f"vocabulary {inferred.vocab_size} · block {inferred.block_size} · "
-                    f"bias {'yes' if inferred.bias else 'no'} · head {'tied' if inferred.weight_tying else 'untied'}"),
-        ("parameters", f"{count['total']:,} · trainable {count['trainable']:,} · "
-                       f"without embeddings {count['non_embedding']:,}"),
-        ("data", f"{data['dataset']}: {data['train_tokens']:,} training tokens, {data['val_tokens']:,} for validation"),
-        ("step", f"{data['tokens_per_step']:,} tokens in {data['sequences_per_step']} sequences; the run sees "
-                 f"{run_tokens:,} tokens, {run_tokens / data['train_tokens']:.2g} epochs"),
-        *((f"  {name}", f"{s['share']:.4g} of the tokens" + (" at the end" if len(config.phases()) > 1 else "")
-           + f": {s['planned_tokens']:,} of {s['train_tokens']:,}, {s['planned_epochs']:.2g} epochs")
-          for name, s in data["sources"].items() if len(data["sources"]) > 1),
-        ("device", f"{hardware['world_size']} × {hardware['name']} ({hardware['device']}), "
-                   f"{hardware['threads']} CPU thread{'s' * (hardware['threads'] > 1)}, {hardware['dtype']}"
-                   f"{', tf32' if hardware['tf32'] else ''}{', compiled' if hardware['compile'] else ''}"),
-        ("FLOPs per token", f"forward {forward / 1e6:,.2f}M: {percentages(flops['forward'], 'M', 1e6, 2)}"),
-        ("", f"training {flops['train'] / 1e6:,.2f}M (PaLM convention, used for MFU), "
-             f"{flops['train_causal'] / 1e6:,.2f}M (causal)"),
-        ("MFU divides by", f"{peak / 1e12:,.4g} TFLOP/s ({hardware['peak_source']})" if peak
-                           else f"nothing: {hardware['peak_source']}; no MFU"),
-        ("run", str(run_dir)),
-    ]
-    for name, text in rows:
-        echo(in_columns(f"{name:<22} ", text))
-    for line in config.notes(hardware["device"].partition(":")[0], hardware["dtype"], step):
-        echo(f"note: {line}")

@@ -60,8 +60,8 @@ NAMES_ELSEWHERE = {
     "patience": "early_stop early_stopping early_stopping_patience",
     "init_from": "pretrained from_pretrained finetune load load_from ckpt checkpoint",
     "resume=auto": "auto_resume continue",
-    "wandb_log": "wandb use_wandb",
-    "wandb_project": "project",
+    "tracker=wandb": "wandb use_wandb",
+    "tracker_project": "project",
     "profile": "profiler trace",
     "dry_run": "dryrun estimate",
 }

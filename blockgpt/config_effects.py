@@ -70,7 +70,7 @@ LOGS = "eval_interval log_interval gradient_log_interval profile memory_snapshot
 
 SITUATIONS = (  # the first row that applies gives the reason
     Situation("dry_run_gpus dry_run_gpu dry_run_mfu", lambda s: not s.config.dry_run, "dry_run is off"),
-    Situation(f"{OPTIMIZATION}{SAVES}{LOGS} eval_tokens rank_timeout join_timeout compile wandb_log wandb_project",
+    Situation(f"{OPTIMIZATION}{SAVES}{LOGS} eval_tokens rank_timeout join_timeout compile tracker tracker_project",
               lambda s: s.config.dry_run, "dry_run does not train"),
     Situation(f"{OPTIMIZATION}{SAVES}{LOGS} max_iters max_epochs packing gradient_accumulation_steps mfu_peak dropout "
               "use_zero1 activation_checkpointing", lambda s: s.config.eval_only, "eval_only does not train"),
@@ -117,7 +117,8 @@ SITUATIONS = (  # the first row that applies gives the reason
     # other keys
     Situation("init_std zero_init_residual", lambda s: s.config.init_from is not None, "init_from gives the weights"),
     Situation("resume_force", lambda s: not s.config.resuming, "nothing is resumed"),
-    Situation("wandb_project", lambda s: not s.config.wandb_log, "wandb_log is off"),
+    Situation("tracker_project", lambda s: not {"wandb", "trackio"} & set(s.config.tracker.replace(" ", "").split(",")),
+              "tracker is neither wandb nor trackio"),
 )
 
 

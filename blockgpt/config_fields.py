@@ -22,7 +22,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from blockgpt.console import ArgumentParser
+from blockgpt.console import ArgumentParser, terminal_width
 from blockgpt.errors import ConfigError, UserError, did_you_mean, short_repr
 from blockgpt.files import is_dir, is_file, list_dir
 
@@ -110,19 +110,47 @@ class KeyParser(ArgumentParser):
         """
         super().__init__(add_help=False, formatter_class=KeyHelpFormatter, **kwargs)
         self.accepted = accepted
-        self.add_argument("-h", "--help", action="help", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        self.add_argument("-h", "--help", action=HelpAction, nargs="?", default=argparse.SUPPRESS, metavar="GROUP",
+                          help=argparse.SUPPRESS)
         group = None
         for name, f in fields.items():
             if group is None or group.title != f.metadata["group"]:
                 group = self.add_argument_group(f.metadata["group"])
             choices = f" [{' | '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
             # nargs and const: some versions of argparse drop the value `--`.
-            group.add_argument(f"--{name}", action="append", nargs="?", const="--", default=argparse.SUPPRESS,
-                               metavar=str(defaults.get(name, f.default)),
-                               help=f"{f.metadata['help']}{choices}".replace("%", "%%"))
+            action = group.add_argument(f"--{name}", action="append", nargs="?", const="--", default=argparse.SUPPRESS,
+                                        metavar=str(defaults.get(name, f.default)),
+                                        help=f"{f.metadata['help']}{choices}".replace("%", "%%"))
+            values = f.metadata["choices"] or (("True", "False") if bool in accepted[name] else ())
+            action.completer = lambda values=tuple(values), **_: values  # type: ignore[attr-defined]  # argcomplete
+
+    def groups(self) -> dict[str, Any]:
+        """{name: argparse's group} of the groups of keys; a name has underscores for spaces."""
+        return {str(group.title).replace(" ", "_"): group for group in self._action_groups
+                if group.title and group._group_actions and group._group_actions[0].help != argparse.SUPPRESS}
+
+    def format_help(self) -> str:
+        """Every key by group, and how to print one group."""
+        self.epilog = f"--help GROUP prints one group: {', '.join(self.groups())}"
+        return super().format_help()
+
+    def format_group(self, name: str) -> str:
+        """The keys of one group; `UserError` if there is none of that name."""
+        group = self.groups().get(name.lower().replace(" ", "_").replace("-", "_"))
+        if group is None:
+            raise UserError(f"--help: {short_repr(name)} is no group{did_you_mean(name, self.groups())}")
+        formatter = self._get_formatter()
+        formatter.start_section(group.title)
+        formatter.add_arguments(group._group_actions)
+        formatter.end_section()
+        return formatter.format_help()
 
     def parse_flags(self, argv: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
         """argv -> ({key: [the text of each of its flags]}, [every other word])."""
+        if "_ARGCOMPLETE" in os.environ:
+            if not os.environ.get("COMP_LINE", "").split(" ")[-1].startswith("-"):
+                self.add_argument("files", nargs="*", help=argparse.SUPPRESS)  # what is no flag may be a file
+            self.complete()
         flags, others = self.parse_known_args(self.join_values(argv))
         return vars(flags), others
 
@@ -160,11 +188,23 @@ class KeyParser(ArgumentParser):
         return words
 
 
+class HelpAction(argparse.Action):
+    """`--help` prints every key, `--help GROUP` one group of them."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        assert isinstance(parser, KeyParser)
+        print(parser.format_group(values) if values and not values.endswith(".py") else parser.format_help(), end="",
+              flush=True)
+        parser.exit()
+
+
 class KeyHelpFormatter(argparse.HelpFormatter):
     """Help in the form `--key=default   what it means`."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=41, width=112)
+        width = min(terminal_width() - 1, 112)
+        super().__init__(prog, max_help_position=min(41, width * 3 // 8), width=width)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         return f"{action.option_strings[0]}={action.metavar}"

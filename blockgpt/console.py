@@ -1,6 +1,7 @@
 """The terminal: the parser of the commands, printing, columns, sizes and times as text."""
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -10,6 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn, TextIO
 
 from blockgpt.errors import UserError, did_you_mean
+from blockgpt.startup import redirect_to_devnull
+
+COLOURS = {"bold": 1, "dim": 2, "green": 32, "yellow": 33, "cyan": 36}
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -21,6 +25,19 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
+
+    def complete(self) -> None:
+        """Where a shell asks for the completions of a word, answer with argcomplete and exit."""
+        if "_ARGCOMPLETE" in os.environ:
+            with contextlib.suppress(ImportError):
+                import argcomplete
+
+                argcomplete.autocomplete(self, always_complete_options="long", print_suppressed=True)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, and the completions of a shell."""
+        self.complete()
+        return super().parse_args(args, namespace)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; a flag with one value that is given twice is a `UserError`: the first would be lost silently."""
@@ -44,7 +61,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def print_help(self, file: Any = None) -> None:
         """Print the help at once, so that `| head` ends the command quietly."""
-        echo(self.format_help(), file, end="")
+        print(self.format_help(), file=file, end="", flush=True)
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as a `UserError`, with the nearest flag for one that does not exist."""
@@ -79,15 +96,62 @@ def echo(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
         BrokenPipeError: the reader has closed the pipe, as `| head` does.
     """
     stream = stream or sys.stdout
+    clear_line()
     try:
         print(text, file=stream, end=end, flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if stream is not sys.stderr:
+        give_up(stream, error)
+
+
+def give_up(stream: TextIO, error: OSError) -> None:
+    """Redirect a stream that cannot be written to os.devnull, with a warning on stderr."""
+    redirect_to_devnull(stream.fileno())
+    if stream is not sys.stderr:
+        with contextlib.suppress(BrokenPipeError):
             echo(f"warning: the console cannot be written ({error.strerror}): the run continues without output",
                  sys.stderr)
+
+
+class LiveLine:
+    """The line of the terminal that is rewritten in place, if there is one."""
+
+    open = False
+
+
+def rewrite_line(text: str) -> None:
+    """Print a line in place of the last one that was printed so. It must fit into the terminal."""
+    prefix, LiveLine.open = "\r\x1b[K" * LiveLine.open, False
+    echo(prefix + text, end="")
+    LiveLine.open = True
+
+
+def clear_line() -> None:
+    """Remove the line of `rewrite_line`."""
+    if LiveLine.open:
+        LiveLine.open = False
+        echo("\r\x1b[K", end="")
+
+
+def can_rewrite() -> bool:
+    """Whether stdout is a terminal on which a line can be rewritten."""
+    return is_terminal() and os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str, colour: str, stream: TextIO | None = None) -> str:
+    """The text in a colour of COLOURS, where the stream (stdout by default) has colours.
+
+    That is a terminal, unless TERM is dumb. NO_COLOR, which is not empty, means no colours anywhere; else FORCE_COLOR,
+    which is not 0, means colours everywhere.
+    """
+    stream = stream or sys.stdout
+    forced = os.environ.get("FORCE_COLOR", "")
+    has_colours = (bool(forced) and forced != "0") or (forced != "0" and stream is not None and stream.isatty()
+                                                     and os.environ.get("TERM") != "dumb")
+    if os.environ.get("NO_COLOR") or not has_colours:
+        return text
+    return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m"
 
 
 def resume_flags(run_dir: str | os.PathLike[str], resume: str = "must") -> str:
@@ -102,12 +166,26 @@ def is_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
+def terminal_width() -> int:
+    """The columns of the terminal; COLUMNS where it is set, 120 where stdout is no terminal."""
+    return shutil.get_terminal_size((120, 24)).columns
+
+
 def in_columns(name: str, text: str) -> str:
     """A row of the header: a name and its text. On a terminal the text is wrapped in its column."""
     if not is_terminal():
         return name + text
     width = max(20, shutil.get_terminal_size().columns - 1 - len(name))
     return name + ("\n" + " " * len(name)).join(textwrap.wrap(text, width) or [""])
+
+
+def python_command() -> str:
+    """What a user types for the Python that runs this: `python`, or its path where that is another one."""
+    found = shutil.which("python")
+    if found and os.path.abspath(found) == sys.executable:
+        return "python"
+    here = os.path.relpath(sys.executable)
+    return sys.executable if here.startswith("..") else here
 
 
 def align_columns(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:

@@ -1,7 +1,7 @@
 """Errors of the user: one line on stderr and an exit code, never a traceback.
 
 Raise a subclass of `UserError` for what the user can fix. Use `assert` for internal invariants. A new exit code
-is a new subclass. This module imports no other module of the project, so that every module can use it.
+is a new subclass. This module imports of the project only startup.py, so that every module can use it.
 """
 
 import contextlib
@@ -16,6 +16,8 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
+
+from blockgpt.startup import give_up_broken_streams, open_streams
 
 
 class UserError(ValueError):
@@ -129,22 +131,40 @@ def error_text(error: Exception) -> str:
 
 @contextlib.contextmanager
 def exit_on_user_error(exit_process: Callable[[int], Any] = sys.exit) -> Iterator[None]:
-    """Turn a `UserError`, Ctrl-C or a closed stdout inside the block into one line at most and an exit code.
+    """Turn a `UserError`, Ctrl-C, or a stdout that is closed or full, inside the block into one line and an exit code.
+
+    The standard streams can be used inside the block, whatever they are (`open_streams`).
 
     Args:
         exit_process: called with the exit code of a `UserError`. A run of several processes needs more than sys.exit.
     """
+    open_streams()
     try:
-        yield
+        try:
+            yield
+        except SystemExit:
+            sys.stdout.flush()  # here, where an error is caught; at the interpreter's exit it would be a traceback
+            raise
+        sys.stdout.flush()
     except UserError as error:
         report_error(error)
+        give_up_broken_streams()
         exit_process(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print("interrupted", file=sys.stderr)
+        give_up_broken_streams()
         sys.exit(130)
     except BrokenPipeError:  # the reader of stdout closed the pipe, as `| head` does
-        sys.stderr.close()
+        give_up_broken_streams()
         sys.exit(141)
+    except OSError as error:
+        if give_up_broken_streams(probe=True) is None:
+            record_for_torchrun(traceback.format_exc())
+            raise
+        report_error(UserError(f"the output cannot be written: {error_text(error)}"))
+        give_up_broken_streams()
+        sys.exit(2)
     except Exception:
         record_for_torchrun(traceback.format_exc())
         raise

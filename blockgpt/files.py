@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
 
+from blockgpt.console import echo
 from blockgpt.errors import UserError, error_text
 
 CHUNK_BYTES = 1 << 20  # bytes read or written at a time
@@ -291,8 +292,8 @@ class FolderLock:
                                     "it)") from None
                 time.sleep(0.05)
             except OSError as error:
-                print(f"warning: {self.path.parent}: this file system has no locks ({error_text(error)}): nothing "
-                      "stops a second process from writing there", file=sys.stderr)
+                echo(f"warning: {self.path.parent}: this file system has no locks ({error_text(error)}): nothing "
+                     "stops a second process from writing there", sys.stderr)
                 return
         with contextlib.suppress(OSError):  # a full disk: the lock itself is held
             os.ftruncate(descriptor, 0)

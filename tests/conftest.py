@@ -9,6 +9,9 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and the tests run side by side
+os.environ["COLUMNS"] = "120"  # as without a terminal
+for name in ("NO_COLOR", "FORCE_COLOR"):
+    os.environ.pop(name, None)
 
 from forked import run_train
 

@@ -20,18 +20,40 @@ SERVER.set_forkserver_preload(["forked", "torch._dynamo", "train"])
 
 def exec_train(argv, cwd, env, output, unprivileged=False):
     """Run `python train.py *argv` in this process; its standard streams are `output`.out and `output`.err."""
+    exec_script("train.py", argv, cwd, env, output, unprivileged=unprivileged)
+
+
+def exec_script(script, argv, cwd, env, output, streams=(), encoding="utf-8", unprivileged=False):
+    """Run `python script *argv` in this process, with its standard streams as an interpreter finds them at its start.
+
+    Args:
+        output: its standard output and error are `output`.out and `output`.err.
+        streams: {descriptor: closed, full (/dev/full), or pipe (one that nobody reads)} of those that are no file.
+        encoding: of the console.
+    """
     for descriptor, path in ((0, os.devnull), (1, f"{output}.out"), (2, f"{output}.err")):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(opened, descriptor)
         os.close(opened)
+    for descriptor, state in dict(streams).items():
+        if state == "closed":
+            os.close(descriptor)
+        else:
+            reader, opened = (None, os.open("/dev/full", os.O_WRONLY)) if state == "full" else os.pipe()
+            os.dup2(opened, descriptor)
+            for unused in filter(None, (reader, opened)):
+                os.close(unused)
     if unprivileged:
         give_up_privileges()
-    # multiprocessing has replaced the first, and pytest all of them, if it is pytest's process that was forked
-    sys.stdin, sys.stdout, sys.stderr = (open(i, mode, closefd=False) for i, mode in enumerate("rww"))  # noqa: SIM115
+    sys.stdin = open(0, closefd=False) if 0 not in streams else None  # noqa: SIM115 (multiprocessing had replaced it)
+    for descriptor, name, errors in ((1, "stdout", "strict"), (2, "stderr", "backslashreplace")):
+        closed = dict(streams).get(descriptor) == "closed"
+        stream = None if closed else open(descriptor, "w", encoding=encoding, errors=errors, closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    sys.argv = [str(ROOT / "train.py"), *argv]
+    sys.argv = [str(ROOT / script), *argv]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

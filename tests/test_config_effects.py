@@ -65,7 +65,7 @@ CASES = [
     (["--checkpoint_async", "--keep_last=3", "--checkpoint_interval=0"], {}, "checkpoint_async keep_last"),
     (["--checkpoint_async", "--keep_last=3", "--checkpoint_interval=0", "--keep_best"], {}, ""),
     (["--checkpoint_async", "--keep_last=3"], {}, ""),
-    (["--resume_force", "--wandb_project=x"], {}, "resume_force wandb_project"),
+    (["--resume_force", "--tracker_project=x"], {}, "resume_force tracker_project"),
 ]
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import pytest
+from conftest import ROOT, run_python
 
 from blockgpt.config_fields import (
     KeyParser,
@@ -20,6 +21,7 @@ from blockgpt.config_fields import (
     tuples_to_lists,
 )
 from blockgpt.errors import ConfigError, UserError
+from configurator import help_text, key_parser, load_config
 
 
 @dataclass
@@ -161,6 +163,42 @@ def test_help_has_a_heading_per_group_and_the_default_of_every_key(parser):
     text = parser.format_help()
     assert text.index("model:") < text.index("--width=7 ") < text.index("run:") < text.index("--fast=False ")
     assert "step size of 100% of it" in text and "norm [layer | rms]" in text
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_help_fits_the_terminal(monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    key_parser.cache_clear()
+    lines = help_text().splitlines()
+    assert max(map(len, lines)) <= min(width, 120) and len(lines) > 100
+
+
+def test_help_of_one_group_is_its_keys_alone(capsys):
+    for name in ("dry run", "dry_run", "DRY-RUN"):
+        with pytest.raises(SystemExit) as exited:
+            load_config(["--help", name])
+        out = capsys.readouterr().out
+        assert exited.value.code == 0 and "--dry_run_gpu=" in out and "--seed" not in out and "usage" not in out
+    with pytest.raises(SystemExit):
+        load_config(["--help"])
+    whole = capsys.readouterr().out
+    assert "--seed=" in whole and "--help GROUP prints one group: architecture, size," in whole
+    with pytest.raises(UserError, match=r"^--help: 'optimisation' is no group \(did you mean optimization\?\)$"):
+        load_config(["--help", "optimisation"])
+
+
+@pytest.mark.parametrize("words, completions", [
+    ("train.py --normali", {"--normalization"}), ("train.py --list_p", {"--list_presets"}),
+    ("train.py --normalization rms", {"rmsnorm", "rmsnorm_gemma"}), ("train.py --compile T", {"True"}),
+    ("train.py --normalization=rms", {"rmsnorm", "rmsnorm_gemma"}),
+    ("train.py config/size_d", {"config/size_demo.py"}), ("sample.py --checkpoint b", {"best"})])
+def test_the_shell_completes_keys_and_values(tmp_path, words, completions):
+    pytest.importorskip("argcomplete")
+    variables = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "|", "COMP_LINE": words, "COMP_POINT": str(len(words)),
+                 "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out"), "_ARGCOMPLETE_COMP_WORDBREAKS": " =:"}
+    done = run_python(words.split()[0], cwd=ROOT, env=variables)
+    assert done.stderr == "" and done.stdout == ""
+    assert {word.strip() for word in (tmp_path / "out").read_text().split("|")} == completions
 
 
 # Files

@@ -276,7 +276,7 @@ def test_no_renamed_key_is_a_key_and_every_new_name_is():
     (["--bf16=False"], "--bf16: no such key (did you mean --dtype=…?)"),
     (["--precision=16"], "--precision: no such key (did you mean --dtype=…?)"),
     (["--name=a b"], "--name: no such key (did you mean '--run_name=a b'?)"),
-    (["--wandb"], "--wandb: no such key (did you mean --wandb_log?)"),
+    (["--wandb"], "--wandb: no such key (did you mean --tracker=wandb?)"),
     (["--n-layers=3"], "--n-layers: no such key (did you mean --n_layer=3?)"),
     (["--no-dropout"], "--no-dropout: dropout is not a boolean (--dropout=…)"),
     (["--no_compile=True"], "--no_compile: takes no value (--no_compile, or --compile=…)"),
@@ -328,7 +328,7 @@ def test_dashes_stand_for_underscores_and_no_negates_every_boolean(key):
 
 @pytest.mark.parametrize("argv, noted", [
     (["--rope_theta=500"], "rope_theta"), (["--arch_preset=llama", "--rope_theta=500"], ""),
-    (["--wandb_project=x"], "wandb_project"), (["--wandb_project=x", "--wandb_log"], ""),
+    (["--tracker_project=x"], "tracker_project"), (["--tracker_project=x", "--tracker=wandb"], ""),
     (["--lr_schedule=constant", "--min_lr=0", "--lr_decay_iters=9"], "min_lr lr_decay_iters"), (["--min_lr=0"], ""),
     (["--warmup_iters=9", "--max_iters=9", "--lr_schedule=constant"], "lr_schedule"),
     (["--eval_only", "--learning_rate=1", "--dropout=0.1", "--log_interval=9"], "learning_rate dropout log_interval"),

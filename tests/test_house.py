@@ -16,8 +16,8 @@ Import = tuple[str, int, bool]  # module, line, whether it runs when the file is
 
 # From the lowest to the highest. A module imports from its own layer and lower ones only.
 LAYERS = (
-    ("blockgpt.errors", "blockgpt.files", "blockgpt.console", "blockgpt.config_fields",
-     "blockgpt.config_aliases", "blockgpt.config_effects"),
+    ("blockgpt.startup", "blockgpt.errors", "blockgpt.files", "blockgpt.console", "blockgpt.progress",
+     "blockgpt.config_fields", "blockgpt.config_aliases", "blockgpt.config_effects"),
     ("blockgpt.data", "blockgpt.kernels"),
     ("blockgpt.training",),
     ("blockgpt.checkpoints",),
@@ -287,6 +287,7 @@ TWO_ANSWERS = {"exists", "is_dir", "is_file", "isdir", "isfile", "lexists", "glo
                "listdir", "scandir", "walk"}
 MAY_LOOK = {
     "blockgpt/files.py": "it is where the three answers are",
+    "blockgpt/startup.py": "which advice an error gives",
     "blockgpt/data/paths.py": "its own lookups are refused one by one",
     "blockgpt/data/hub.py": "files that a library has stored",
     "data/pycode/prepare.py": "os.walk, with an onerror that refuses",

@@ -109,9 +109,10 @@ def test_a_resume_says_what_raising_max_iters_does_to_the_rate_and_that_the_thre
 
 
 def test_keys_without_effect_are_reported(train):
-    done = train("idle", "--max_iters=1", "--rope_theta=5", "--wandb_project=x", "--lr_schedule=constant", "--min_lr=0")
+    done = train("idle", "--max_iters=1", "--rope_theta=5", "--tracker_project=x", "--lr_schedule=constant",
+                 "--min_lr=0")
     notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
-    assert [n.split()[1] for n in notes] == ["--rope_theta", "--min_lr", "--wandb_project"]
+    assert [n.split()[1] for n in notes] == ["--rope_theta", "--min_lr", "--tracker_project"]
 
 
 def test_eval_only_trains_nothing(tmp_path, train):

@@ -20,6 +20,7 @@ import training_logger
 from blockgpt.checkpoints.manager import Progress, Resumption
 from blockgpt.console import human_time
 from blockgpt.errors import NonFiniteError, UserError
+from blockgpt.progress import RunConsole
 from blockgpt.training.faults import StepStatus
 from model_builder import build_model
 from model_config import ModelConfig
@@ -44,7 +45,7 @@ def log_step(log, step=1, loss=2.0, grad_norm=1.0, step_times=(0.1,), peaks=(2,)
 
 def opened(run_dir, header, config, resumption=None, progress=None):
     """A `RunLog` that has its directory; that of a resumed run continues at step 0."""
-    log = RunLog(run_dir, header, config)
+    log = RunLog(run_dir, header, config, RunConsole(config.max_iters))
     if config.resuming:
         resumption, progress = resumption or Resumption(None), progress or Progress()
     assert log.open(resumption, progress) == str(log.dir)
@@ -62,7 +63,7 @@ def plain(tmp_path_factory, data_dir):
 
 def configuration(tmp_path, run_name=None, **keys):
     return SimpleNamespace(**{"run_name": run_name, "out_dir": str(tmp_path), "resume": "never", "resuming": False,
-                              "max_iters": 10, "eval_only": False, "wandb_log": False, "wandb_project": "p",
+                              "max_iters": 10, "patience": 3, "eval_only": False, "tracker": "none",
                               "model": SimpleNamespace(arch_preset="gpt2"), **keys})
 
 
@@ -121,7 +122,7 @@ def test_a_directory_that_cannot_be_created_is_an_error_in_one_line(tmp_path):
 
 
 def test_other_processes_write_nothing(tmp_path, capsys):
-    log = RunLog(tmp_path / "run", HEADER, configuration(tmp_path, "run"), quiet=True)
+    log = RunLog(tmp_path / "run", HEADER, configuration(tmp_path, "run"), RunConsole(10, quiet=True))
     with log:
         log.begin(None, None, 0)
         log_step(log)
@@ -156,7 +157,7 @@ def test_an_evaluation_that_leaves_does_not_change_how_its_run_ended(new_log):
 
 
 def test_a_process_can_leave_before_its_log_is_open(tmp_path):
-    RunLog(tmp_path / "run", HEADER, configuration(tmp_path, "run")).ended("interrupted", "SIGINT")
+    RunLog(tmp_path / "run", HEADER, configuration(tmp_path, "run"), RunConsole(10)).ended("interrupted", "SIGINT")
     assert not list(tmp_path.iterdir())
 
 
@@ -347,13 +348,18 @@ def test_on_a_terminal_lines_fit_and_steps_are_rewritten_in_place(tmp_path, data
     code, output = on_a_terminal([ROOT / "train.py", *TINY, f"--data_dir={data_dir}", "--run_name=run", "--max_iters=6",
                                   "--eval_interval=4"], 72, tmp_path, environment())
     assert code == 0
+    assert re.findall(r"\x1b\[(?!K|[0-9]+m)", output) == []
+    output = re.sub("\x1b\\[[0-9]+m", "", output)  # without its colours
     printed = [text for line in output.split("\n") for text in line.split("\r\x1b[K")]
-    assert max(map(len, printed)) < 72
-    steps = [text for text in printed if text.startswith("step") and "loss " in text and "val_loss" not in text]
-    assert [int(re.search(r"(\d+)/6", text)[1]) for text in steps] == [1, 2, 3, 4, 5, 6]
+    assert max(len(text) for text in printed if ".py " not in text) < 72  # a command to paste is not wrapped
+    words = re.findall(r"^(loading|building|training|evaluating|saving|verifying)", "\n".join(printed), re.MULTILINE)
+    assert list(dict.fromkeys(words)) == ["loading", "building", "training", "evaluating", "saving", "verifying"]
     ends = [line.split("\r\x1b[K")[-1] for line in output.split("\n")]  # what a line held when the next one began
-    assert not set(steps) & set(ends) and len([e for e in ends if "val_loss" in e]) == 2
-    assert output.count("\x1b") == output.count("\r\x1b[K") and "done: runs/run" in ends
+    steps = [text for text in ends if text.startswith("step") and "loss " in text and "val_loss" not in text]
+    assert [int(re.search(r"(\d+)/6", text)[1]) for text in steps] == [1, 2, 3, 4, 5, 6]  # each a twentieth of the run
+    assert not set(words) & {end.partition(" ")[0] for end in ends}
+    assert len([end for end in ends if "   val_loss" in end]) == 2
+    assert "done: runs/run" in ends
 
 
 @pytest.mark.slow

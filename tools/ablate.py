@@ -18,6 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
+
+# isort: split
 from blockgpt.console import ArgumentParser, check_ranges, echo
 from blockgpt.data.dataset import ensure_prepared, open_dataset
 from blockgpt.errors import UserError, error_text, exit_on_user_error

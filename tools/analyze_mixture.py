@@ -6,8 +6,13 @@ Takes the config files and flags of train.py and opens the datasets, but trains 
 """
 
 import sys
+from pathlib import Path
 from typing import TypedDict
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
+
+# isort: split
 import numpy as np
 
 from blockgpt.console import ArgumentParser

@@ -8,8 +8,13 @@ It accepts every key of train.py. The bytes are computed by the memory account, 
 import argparse
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
+
+# isort: split
 import torch
 
 from blockgpt.accounting.memory import MemoryAccount

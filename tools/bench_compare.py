@@ -20,6 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
+
+# isort: split
 from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.errors import exit_on_user_error
 from blockgpt.files import exists

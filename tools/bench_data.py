@@ -19,6 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
+
+# isort: split
 from blockgpt.console import ArgumentParser
 from blockgpt.data.dataset import Dataset, open_dataset
 from blockgpt.data.loader import GlobalBatches, Prefetch, TrainBatches

@@ -9,7 +9,12 @@ import argparse
 import statistics
 import sys
 import time
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
+
+# isort: split
 import torch
 
 from blockgpt.console import ArgumentParser

@@ -8,7 +8,12 @@ Reads up to --tokens of each split. In a printed sequence, | separates tokens an
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
+
+# isort: split
 import numpy as np
 
 from blockgpt.console import ArgumentParser, check_ranges
@@ -107,7 +112,6 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     minimums = {"sequences": 0, "block_size": 1, "tokens": 1, "top": 0}
     check_ranges(args, {name: (getattr(args, name) >= n, f"at least {n}") for name, n in minimums.items()})
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIOWrapper; text may not be encodable
     dataset = open_dataset(args.dataset, args.data_dir, args.tokenizer)
     meta = dataset.meta
     tokenizer = from_meta(meta["tokenizer"])

@@ -13,8 +13,13 @@ import functools
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
+
+# isort: split
 import torch
 
 from blockgpt.accounting.flops import flops_per_token

@@ -31,6 +31,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
+
+# isort: split
 from blockgpt.console import ArgumentParser
 from blockgpt.errors import DataError, UserError, did_you_mean, exit_on_user_error
 

@@ -11,6 +11,10 @@ import math
 import random
 from collections.abc import Sequence
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
+
+# isort: split
 from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.errors import exit_on_user_error
 from blockgpt.experiments.study import Study, StudyTrial

@@ -17,6 +17,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
+
+# isort: split
 from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.data.commands import add_input, add_max_loss, input_partitions
 from blockgpt.data.losses import MAX_LOSS, Skipped, user_path

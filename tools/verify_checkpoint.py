@@ -8,9 +8,12 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from io import TextIOWrapper
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
+
+# isort: split
 from blockgpt.checkpoints.resume import last_recorded_save
 from blockgpt.console import ArgumentParser
 from blockgpt.errors import CheckpointError, UserError, exit_on_user_error
@@ -46,8 +49,6 @@ def main(argv: list[str]) -> None:
     path = parser.parse_args(argv).path
     from blockgpt.checkpoints import checkpoint
 
-    if isinstance(sys.stdout, TextIOWrapper):  # the messages quote damaged files, which not every terminal can print
-        sys.stdout.reconfigure(errors="replace")
     checks: list[tuple[Path, Callable[[], object]]]
     if checkpoint.STEP_DIR.fullmatch(path.name) or exists(path / "manifest.json"):
         checks = [(path, partial(checkpoint.verify, path))]

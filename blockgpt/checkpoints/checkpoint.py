@@ -41,6 +41,7 @@ from blockgpt.checkpoints.files import (
     reshard_parameters,
     safetensors_errors,
 )
+from blockgpt.console import echo
 from blockgpt.errors import CheckpointError, UserError, short_repr
 from blockgpt.files import find, fsync_path, is_dir, list_dir, sha256_of, unreadable, write_json
 from blockgpt.training.launch import Runtime, run_on_all_ranks
@@ -99,7 +100,7 @@ def is_valid(path: Path, runtime: Runtime = SINGLE_PROCESS) -> bool:
         return True
     except CheckpointError as error:
         if runtime.rank == 0:
-            print(f"warning: skipped: {error}", file=sys.stderr)
+            echo(f"warning: skipped: {error}", sys.stderr)
         return False
 
 

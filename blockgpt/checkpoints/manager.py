@@ -208,6 +208,7 @@ class CheckpointManager:
                 self._saved(step, None, time.perf_counter() - started)
             if final and self.finished:
                 assert path is not None  # a save that is waited for returns its directory
+                self.runtime.activity("export")
                 checkpoint.export(self.run_dir, path, {**self.description, "step": step}, self.runtime)
         except OSError as error:
             if final:

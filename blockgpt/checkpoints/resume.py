@@ -18,6 +18,7 @@ NOT_INHERITED = ("run_name", "out_dir", "resume", "resume_force", "eval_only", "
 EXPERIMENT_GROUPS = ("architecture", "size")  # except attention_backend, which is the same function
 EXPERIMENT_KEYS = ("objective", "init_from", "seed", "dataset", "dataset_schedule", "packing", "tokenizer")
 
+FORMER_VALUES = {"wandb_log": {True: "wandb", False: "none"}}  # of renamed keys: {old name: {old value: new value}}
 FORMER_INIT_FROM = ("scratch", "resume")  # values of init_from when it was the key that is now `resume`
 
 
@@ -94,7 +95,8 @@ def coerced(recorded: Iterable[tuple[str, Any]], names: set[str], keys: Mapping[
             accepted: Mapping[str, Types], renamed: Mapping[str, str]) -> dict[str, Any]:
     """{key: value} of the recorded keys in `names`; the other arguments are those of `recorded_config`."""
     return {name: coerce(keys[name], accepted[name], value)
-            for name, value in ((renamed.get(k, k), v) for k, v in recorded)
+            for name, value in ((renamed.get(k, k), FORMER_VALUES[k][v] if k in FORMER_VALUES else v)
+                                for k, v in recorded)
             if name in names and not (name == "init_from" and value in FORMER_INIT_FROM)}
 
 

@@ -32,7 +32,7 @@ from blockgpt.checkpoints.checkpoint import (
     verify,
 )
 from blockgpt.checkpoints.files import Index, LocalChunk, own_chunks, write_chunks
-from blockgpt.console import human_bytes
+from blockgpt.console import echo, human_bytes
 from blockgpt.errors import CheckpointError, UserError
 from blockgpt.files import drop_page_cache, exists, fsync_path, is_dir, list_dir, sha256_of, write_json
 from blockgpt.training.background import BackgroundThread
@@ -147,6 +147,7 @@ class CheckpointSaver:
                 json_files = self._on_rank_zero(lambda: commit_checkpoint(temporary, final, rank_files, state))
                 if self.runtime.is_rank_zero:
                     own_files |= json_files
+                self.runtime.activity("verify")
                 self._on_all_ranks(lambda: verify_written(final, own_files))
             except OSError:
                 if self.runtime.is_rank_zero:
@@ -262,8 +263,8 @@ def check_disk_space(run_dir: str | Path, parameters: int, config: Any) -> None:
         raise UserError(f"{disk}: the weights at the end need a file of {human_bytes(export_bytes)}, and files are "
                         f"limited to {human_bytes(largest)} (ulimit -f unlimited)")
     if free < needed:
-        print(f"warning: {disk}: checkpoints will need {human_bytes(needed)} more, {human_bytes(free)} are free "
-              "(--out_dir=…, --keep_last=…)", file=sys.stderr)
+        echo(f"warning: {disk}: checkpoints will need {human_bytes(needed)} more, {human_bytes(free)} are free "
+             "(--out_dir=…, --keep_last=…)", sys.stderr)
 
 
 def check_writable(run_dir: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from blockgpt.console import echo
 from blockgpt.data.losses import user_path
 from blockgpt.data.token_files import (
     check_bare_file,
@@ -140,7 +141,7 @@ def ensure_prepared(dataset: str, data_dir: str | Path | None = None) -> None:
         if is_bare(directory):
             return  # `open_dataset` checks that the tokenizer or the vocabulary size is given
         raise not_prepared(dataset, data_dir)
-    print(f"preparing {dataset} in {directory}: once, a few seconds", flush=True)
+    echo(f"preparing {dataset} in {directory}: once, a few seconds")
     command = [sys.executable, str(ROOT / "data" / dataset / "prepare.py"), "--out_dir", str(directory)]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from blockgpt.console import echo
 from blockgpt.data.formats import SUFFIXES, file_type_error
 from blockgpt.errors import DataError, error_text
 from blockgpt.files import exists
@@ -61,7 +62,7 @@ def matching_files(patterns: Iterable[str]) -> list[InputFile]:
             raise no_such_file(pattern)
     folders = [folder for folder, has in outputs.items() if has]
     for folder in folders:
-        print(f"warning: {folder}: contains a prepared dataset, whose files are left out", file=sys.stderr)
+        echo(f"warning: {folder}: contains a prepared dataset, whose files are left out", sys.stderr)
     if not found:
         raise DataError(f"{folders[0]}: has only the files of a dataset, not its text (name the text)")
     return sorted(found.values())

@@ -26,6 +26,7 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]  # it has no type hints
 
+from blockgpt.console import echo
 from blockgpt.data.dataset import DTYPES, SCHEMA_VERSION, SPLITS, dtype_for
 from blockgpt.data.filters import source_digests
 from blockgpt.data.losses import MAX_LOSS, Skipped
@@ -116,7 +117,7 @@ def prepare(out_dir: str | Path, tokenizer: Tokenizer, partitions: Sequence[Part
         todo = {path: partition for path, partition in zip(paths, partitions, strict=True) if not is_done(path)}
         done = sum(map(is_done, paths))
         if done:
-            print(f"continuing: {done} of {len(paths)} partitions are finished", flush=True)
+            echo(f"continuing: {done} of {len(paths)} partitions are finished")
         progress = ProgressDisplay(len(paths), done)
         try:
             encode_partitions(todo, tokenizer, recipe, max_loss, min(workers or n_cores(), len(todo)), progress)
@@ -319,8 +320,8 @@ class ProgressDisplay:
             self.bar.update(partitions)
         elif time.perf_counter() - self.logged >= LOG_SECONDS:
             self.logged = time.perf_counter()
-            print(tqdm.format_meter(self.done, self.total, self.logged - self.started, initial=self.initial,
-                                    unit="partition", postfix=self.speed(), ncols=0), flush=True)
+            echo(tqdm.format_meter(self.done, self.total, self.logged - self.started, initial=self.initial,
+                                   unit="partition", postfix=self.speed(), ncols=0))
 
     def speed(self) -> str:
         tokens, size = self.counters[0], self.counters[1]
@@ -338,6 +339,6 @@ def print_summary(meta: Mapping[str, Any], skipped: Skipped, seconds: float, out
     counts = ", ".join(f"{count} {reason}" for reason, count in meta["skipped"].items() if count)
     tokens, size = (sum(s[k] for s in meta["splits"].values()) for k in ("tokens", "bytes"))
     speed = f"{tokens / seconds:,.0f} tokens/s, {size / seconds / 1e6:.1f} MB/s"
-    print("\n".join([*lines, f"skipped: {counts or 'nothing'}", f"{seconds:.1f} s, {speed} -> {out_dir}"]), flush=True)
+    echo("\n".join([*lines, f"skipped: {counts or 'nothing'}", f"{seconds:.1f} s, {speed} -> {out_dir}"]))
     for line in skipped.warnings():
-        print(f"warning: {line}", file=sys.stderr)
+        echo(f"warning: {line}", sys.stderr)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from blockgpt.console import echo
 from blockgpt.data.formats import UnknownFormat, recognize
 from blockgpt.data.losses import Skipped, library_errors, user_path
 from blockgpt.data.paths import InputFile, matching_files
@@ -111,7 +112,7 @@ def all_spans(files: Iterable[InputFile], format: str | None) -> Iterator[FileSp
             left_out.setdefault(error.what, []).append(file.path)
     for what, paths in left_out.items():
         others = f" and {len(paths) - 1:,} more files" if len(paths) > 1 else ""
-        print(f"warning: left out: {paths[0]}{others}: {what}", file=sys.stderr)
+        echo(f"warning: left out: {paths[0]}{others}: {what}", sys.stderr)
     if not n_read:
         raise DataError(f"{next(iter(left_out.values()))[0]}: there is no text among the files")
 

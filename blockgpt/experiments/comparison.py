@@ -39,8 +39,8 @@ NOT_COMPARED = {  # {key: why it cannot matter}
     "gradient_log_interval": "only logs",
     "profile": "only logs; profiled steps are not timed",
     "memory_snapshot": "only logs",
-    "wandb_log": "only logs",
-    "wandb_project": "only logs",
+    "tracker": "only logs",
+    "tracker_project": "only logs",
 }
 DIGEST = re.compile("^([0-9a-f]{12})[0-9a-f]{28,}")
 ROUNDING = "the same computation, its sums in another order"

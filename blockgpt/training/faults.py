@@ -21,9 +21,10 @@ import torch.distributed as dist
 
 from blockgpt.console import echo, resume_flags
 from blockgpt.errors import DataError, PeerLostError, first_line, report_error
+from blockgpt.progress import RunConsole
 from blockgpt.training.background import BackgroundThread
 from blockgpt.training.heartbeats import HEARTBEAT_SECONDS, Heartbeats, Peer
-from blockgpt.training.launch import FIRST_CALL_TIMEOUT, Runtime, exit_process, no_heartbeat
+from blockgpt.training.launch import FIRST_CALL_TIMEOUT, Runtime, exit_process, no_activity, no_heartbeat
 from blockgpt.training.signals import REPEATED_BY_ITSELF, SignalPipe, signal_name
 
 SIGNAL_GRACE_SECONDS = 10 * HEARTBEAT_SECONDS  # without progress after a signal, before the others' heartbeats are read
@@ -73,11 +74,13 @@ class Watchdog:
 
     Attributes:
         log: the run's log, which learns how the process ends; None before it is open.
+        console: what people see of the run; it learns of every phase.
     """
 
     def __init__(self, runtime: Runtime, config: Any) -> None:
         self.runtime, self.config = runtime, config
         self.log: WatchedLog | None = None
+        self.console = RunConsole(config.max_iters, quiet=not runtime.is_rank_zero, compiled=runtime.compile)
         self.step, self.phase = 0, "start"
         self.finished_phases: set[str] = set()
         self.clock = runtime.clock
@@ -102,11 +105,18 @@ class Watchdog:
         self.phase = phase
         if step is not None:
             self.step = step
-        self.heartbeat()
+        self.console.enter_phase(phase, step)
+        self.last_progress = self.clock.time()
 
     def heartbeat(self) -> None:
         """Record that the phase makes progress."""
         self.last_progress = self.clock.time()
+        self.console.refresh()
+
+    def activity(self, word: str) -> None:
+        """Show what the phase does from now on; a background thread, such as one that saves, is not shown."""
+        if threading.current_thread() is threading.main_thread():
+            self.console.enter_phase(word)
 
     def gather_status(self, micro_losses: Sequence[float] = (), step_time: float = 0.0, memory_peak: float = 0.0,
                       save_finished: bool = False, grad_norm: float = 0.0) -> StepStatus:
@@ -129,7 +139,7 @@ class Watchdog:
     # ------------------------------------------------------------ the run and its steps
 
     def __enter__(self) -> "Watchdog":
-        self.runtime.heartbeat = self.heartbeat
+        self.runtime.heartbeat, self.runtime.activity = self.heartbeat, self.activity
         self.signals = SignalPipe().__enter__()
         self.launcher_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         if self.heartbeats is not None:
@@ -144,7 +154,8 @@ class Watchdog:
         finally:
             self.exiting.set()
             self.signals.wake()
-            self.runtime.heartbeat = no_heartbeat
+            self.runtime.heartbeat, self.runtime.activity = no_heartbeat, no_activity
+            self.console.close()
             assert self.thread is not None
             self.thread.join()
             if self.heartbeats is not None:
@@ -254,6 +265,7 @@ class Watchdog:
     def _exit_peer_lost(self, lost: list[Peer] | None, reason: str) -> None:
         """End the process: print the error and all stacks, notify the log."""
         error = PeerLostError(self._lost_message(lost, reason))
+        self.console.close()
         report_error(error)
         with contextlib.suppress(Exception):  # stderr may not be a file
             faulthandler.dump_traceback(all_threads=True)

@@ -31,6 +31,10 @@ def no_heartbeat() -> None:
     """`Runtime.heartbeat` while no watchdog runs."""
 
 
+def no_activity(word: str) -> None:
+    """`Runtime.activity` while no watchdog runs."""
+
+
 @dataclass
 class Runtime:
     """What this process runs on: its rank, device and precision, and the collectives of the run.
@@ -41,6 +45,7 @@ class Runtime:
         launch_id: of several processes, and under torchrun; a restart has another. See `agree_on_launch_id`.
         first_launch_id: the id of the launch that torchrun's restarts replace.
         heartbeat: called wherever a phase makes progress; set by `Watchdog`.
+        activity: called with a word of what a phase does from now on, for the console; set by `Watchdog`.
         clock: seconds, not counting those that this process was stopped.
     """
 
@@ -55,6 +60,7 @@ class Runtime:
     launch_id: str | None = None
     first_launch_id: str | None = None
     heartbeat: Callable[[], None] = no_heartbeat
+    activity: Callable[[str], None] = no_activity
     clock: RunningClock = field(default_factory=RunningClock)
 
     @property

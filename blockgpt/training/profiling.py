@@ -162,7 +162,7 @@ class StepProfiler:
             write_trace(trace, path)
             if self.runtime.is_rank_zero:
                 table = operator_table(trace.key_averages(), self.runtime.device.type == "cuda")
-                (folder / "table.txt").write_text(table + "\n")
+                (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
                 self.log.info(f"{table}\ntrace: {path} (chrome://tracing or ui.perfetto.dev)")
 
     @contextlib.contextmanager

@@ -13,8 +13,10 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder: blockgpt is imported from there
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
 
+# isort: split
 from blockgpt.data.commands import add_input, command_parser, input_partitions, parse_and_check, prepare_with
 from blockgpt.data.dataset import ROOT
 from blockgpt.errors import UserError, exit_on_user_error

@@ -6,8 +6,10 @@ python data/openwebmath/prepare.py [--tokenizer gpt2] [--workers N] [--out_dir D
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder: blockgpt is imported from there
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
 
+# isort: split
 from blockgpt.data.commands import prepare_from_hub
 from blockgpt.errors import exit_on_user_error
 

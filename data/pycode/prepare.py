@@ -14,8 +14,10 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder: blockgpt is imported from there
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
 
+# isort: split
 from blockgpt.console import ArgumentParser
 from blockgpt.data.commands import add_out_dir, add_separator
 from blockgpt.data.losses import Skipped

@@ -8,8 +8,10 @@ Downloads the text unless --source names a local copy (any UTF-8 text is accepte
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder: blockgpt is imported from there
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
 
+# isort: split
 from blockgpt.data.commands import prepare_shakespeare
 from blockgpt.errors import exit_on_user_error
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import ROOT, config_error
 
+from blockgpt.checkpoints.resume import FORMER_VALUES
 from configurator import RENAMED_KEYS, load_config
 from model_config import ModelConfig
 
@@ -65,8 +66,8 @@ def test_a_refused_change_can_be_forced_and_is_listed(recorded, flag):
 
 
 def test_an_allowed_change_is_listed_and_not_forced(recorded):
-    recorded("--learning_rate=1", "--wandb_log")
-    config = load_config([*RESUME, "--learning_rate=2", "--wandb_log", "--max_iters=2000", "--keep_last=3"])
+    recorded("--learning_rate=1", "--tracker=wandb")
+    config = load_config([*RESUME, "--learning_rate=2", "--tracker=wandb", "--max_iters=2000", "--keep_last=3"])
     assert config.changed == {"learning_rate": [1.0, 2.0], "keep_last": [2, 3]} and config.forced == ()
     assert load_config(["--learning_rate=3"]).changed == {}
 
@@ -112,6 +113,7 @@ def test_a_recorded_run_with_keys_of_an_earlier_version_is_read_as_it_is(monkeyp
     config = load_config(["--resume=must", f"--run_name={run_dir.name}", f"--out_dir={run_dir.parent}"])
     assert config.resuming and config.changed == {} and set(RENAMED_KEYS) <= set(old)
     for name, new_name in RENAMED_KEYS.items():
-        assert new_name == "resume" or config.flat()[new_name] == old[name]
+        value = FORMER_VALUES[name][old[name]] if name in FORMER_VALUES else old[name]
+        assert new_name == "resume" or config.flat()[new_name] == value
     model, default = config.model.flat(), ModelConfig().flat()
     assert model == {**default, **{name: value for name, value in old.items() if name in model}}

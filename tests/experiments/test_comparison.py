@@ -125,13 +125,14 @@ def test_the_spread_over_the_seeds_of_one_architecture_is_printed(tmp_path):
         "(n=3: gpt2-1, gpt2-0, gpt2-2)"]
 
 
-RENAMED = {"fsdp_replicas": "dp_replicate", "keep_checkpoints": "keep_last", "peer_timeout": "rank_timeout"}
+RENAMED = {"fsdp_replicas": "dp_replicate", "keep_checkpoints": "keep_last", "peer_timeout": "rank_timeout",
+           "wandb_log": "tracker", "wandb_project": "tracker_project"}
 
 
 def test_runs_before_and_after_keys_were_renamed_are_repeats(tmp_path):
     old = json.loads((FIXTURES / "llama-fsdp" / "run.json").read_text())
     config = {RENAMED.get(key, key): value for key, value in old["config"].items() if key != "init_from"}
-    new = {**old, "config": {**config, "seed": 7, "resume": "never"}}
+    new = {**old, "config": {**config, "seed": 7, "resume": "never", "tracker": "none"}}
     assert old["config"].keys() - new["config"].keys() == {*RENAMED, "init_from"}
     runs = [make_run(tmp_path / name, run=json.dumps(run)) for name, run in (("old", old), ("new", new))]
     first, second = map(tool.load_run, runs)

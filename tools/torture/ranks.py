@@ -26,6 +26,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's folder, however this is started
+import blockgpt.startup  # noqa: F401
+
+# isort: split
 if TYPE_CHECKING:  # the server loads torch after its first lines; a rank under torchrun runs this file as a script
     import torch
 
