@@ -38,6 +38,7 @@ from blockgpt.errors import UserError, exit_on_user_error
 from blockgpt.experiments.arms import arms_without_baseline, study_of_runs
 from blockgpt.experiments.comparison import Comparison, compare, shorten_middle
 from blockgpt.experiments.records import COLUMNS, Column, Run, columns, printable, read_run
+from blockgpt.experiments.report.plots import check_plot, save_plot
 from blockgpt.experiments.study import Reading, parse_at
 from blockgpt.experiments.verdict_text import (
     SCHEMA_VERSION,
@@ -241,6 +242,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "between evaluations")
     parser.add_argument("--last", type=int, default=0, metavar="K", help="judge the mean of the last K evaluations "
                         "(0: the best one)")
+    parser.add_argument("--plot", metavar="FILE", help="draw the learning curves, the mean over seeds and their range, "
+                        "to this .png, .svg or .pdf")
     args = parser.parse_args(argv)
     check_ranges(args, {"latest": (args.latest is None or args.latest >= 1, "at least 1"),
                         "margin": (args.margin is None or 0 < args.margin < math.inf, "positive"),
@@ -250,19 +253,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("margin", "test"):
         if getattr(args, name) != parser.get_default(name) and args.baseline is None:
             raise UserError(f"--{name}: has no effect without --baseline")
+    if args.plot is not None:
+        check_plot(args.plot)
     reading = Reading(parse_at(args.at) if args.at else None, args.last)
     runs = sorted(map(load_run, select_runs(args.runs, args.out_dir)), key=lambda run: run["created_at"], reverse=True)
     comparison = compare(runs[:args.latest], args.sort)
     comparable = [run for run in comparison["runs"] if run["criterion"] == comparison["criterion"]]
     warnings = list(comparison["warnings"])
     if args.baseline is None:
-        arms = arms_of(arms_without_baseline(comparable, reading), args.level)
+        study, baseline = arms_without_baseline(comparable, reading), None
+        arms = arms_of(study, args.level)
         text = render_with_arms(comparison, arms, args.format)
     else:
         study, baseline = study_of_runs(comparable, args.baseline, reading)
         judgement = judge(study, baseline, args.margin, args.level, test=args.test)
         text = render_with_judgement(comparison, judgement, args.format)
         warnings += judgement.warnings
+    if args.plot is not None:
+        save_plot(args.plot, study, baseline)
     print(text, flush=True)  # flushed here, so that a closed pipe is handled below
     if args.format in ("csv", "json"):  # stdout is read by a program, stderr by people
         for warning in warnings:

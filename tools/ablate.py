@@ -43,6 +43,7 @@ from blockgpt.experiments.plan import (
     write_plan,
 )
 from blockgpt.experiments.progress import RunTable, label
+from blockgpt.experiments.report.plots import check_plot, save_plot
 from blockgpt.experiments.results import control_lines, detectable_text, pair_differences, study_of_plan
 from blockgpt.experiments.runner import (
     RunOutcome,
@@ -106,6 +107,8 @@ def build_parser() -> ArgumentParser:
     run.add_argument("--threads", type=int, help="of a run on a CPU (default: OMP_NUM_THREADS, else 1)")
     run.add_argument("--retry_failed", action="store_true", help="try runs again that have failed, diverged or been "
                      "refused")
+    run.add_argument("--plot", metavar="FILE", help="when all runs have ended, draw the learning curves to this .png, "
+                     ".svg or .pdf")
     run.add_argument("--out_dir", default="ablations", metavar="DIR", help="folder of the studies (default: ablations)")
     return parser
 
@@ -260,6 +263,8 @@ def own_and_rest(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     args, words = build_parser().parse_known_args(list(argv))
     check_ranges(args, {name: (getattr(args, name) is None or 1 <= getattr(args, name) <= 10_000, "from 1 to 10000")
                         for name in ("workers", "threads", "judge")})
+    if args.plot is not None:
+        check_plot(args.plot)
     if args.judge and not args.halving:
         raise UserError("--judge: needs --halving")
     if args.halving and not (args.judge or args.budget):
@@ -326,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
              "finished, what ran has saved; the same command continues")
         return 128 + signum
     write_plan(folder, plan, [*sweep.stages, *runs])
-    return print_results(sweep, runs, outcomes)
+    return print_results(sweep, runs, outcomes, args.plot)
 
 
 @contextlib.contextmanager
@@ -353,8 +358,9 @@ def stop_on_signals(runners: Sequence[SweepRunner]) -> Iterator[list[int]]:
             signal.signal(s, handler)
 
 
-def print_results(sweep: Sweep, runs: Sequence[PlannedRun], outcomes: Mapping[str, RunOutcome]) -> int:
-    """Print what has failed, and the verdicts; returns the exit code."""
+def print_results(sweep: Sweep, runs: Sequence[PlannedRun], outcomes: Mapping[str, RunOutcome],
+                  plot: str | None = None) -> int:
+    """Print what has failed, and the verdicts, and draw the curves to `plot`; returns the exit code."""
     states = [outcome.state for outcome in outcomes.values()]
     for run in runs:
         outcome = outcomes[run.id]
@@ -368,13 +374,15 @@ def print_results(sweep: Sweep, runs: Sequence[PlannedRun], outcomes: Mapping[st
     plan, passed = sweep.plan, True
     if "finished" in states:
         look = record_look(sweep.folder, runs, outcomes)
-        judgement = judge(study_of_plan(plan, runs, outcomes, sweep.folder, load_run), plan.baseline, plan.margin,
-                          plan.level, look)
+        study = study_of_plan(plan, runs, outcomes, sweep.folder, load_run)
+        judgement = judge(study, plan.baseline, plan.margin, plan.level, look)
         echo("\n" + render_judgement(judgement))
         if plan.control:
             lines, passed = control_lines(judgement)
             for line in lines:
                 echo(line)
+        if plot is not None:
+            save_plot(plot, study, plan.baseline)
     return 0 if passed and all(state == "finished" for state in states) else 1
 
 
