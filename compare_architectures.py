@@ -20,6 +20,7 @@ import io
 import json
 import math
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ from configurator import KEYS, RENAMED_KEYS
 from model_config import ModelConfig
 
 WIDTH = 120  # of the terminal table
-HOW_TO_START = "train one: python train.py config/arch_llama.py config/size_demo.py"
+HOW_TO_START = ["python", "train.py", "config/arch_llama.py", "config/size_demo.py"]
 MODEL_KEYS = frozenset(f.name for f in dataclasses.fields(ModelConfig))
 
 
@@ -203,7 +204,8 @@ def select_runs(patterns: list[str], out_dir: str) -> list[str]:
         found += [run for path in matches for run in run_directories(path)]
     if not found:
         problem = "no runs in" if is_dir(out_dir) else "no such directory:"
-        raise UserError(f"{problem} {out_dir} ({HOW_TO_START})")
+        command = HOW_TO_START if out_dir == "runs" else [*HOW_TO_START, f"--out_dir={out_dir}"]
+        raise UserError(f"{problem} {out_dir} (train one: {shlex.join(command)})")
     return list({os.path.realpath(path): path for path in found}.values())
 
 

@@ -9,11 +9,13 @@ import dataclasses
 import functools
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import key_effects
 import model_config
 from blockgpt.checkpoints.resume import (
     FORMER_INIT_FROM,
@@ -23,6 +25,7 @@ from blockgpt.checkpoints.resume import (
     run_exists,
 )
 from blockgpt.config_fields import (
+    BOOLEANS,
     Field,
     KeyParser,
     check_fields,
@@ -35,7 +38,9 @@ from blockgpt.config_fields import (
     read_config_file,
     with_location,
 )
-from blockgpt.errors import ConfigError, UserError, did_you_mean, short_repr
+from blockgpt.errors import ConfigError, UserError, nearest, short_repr
+from key_aliases import ALIASES, NOT_KEYS
+from key_effects import Start
 from model_config import LazyModule, ModelConfig
 
 if TYPE_CHECKING:
@@ -75,6 +80,7 @@ class Config:
     changed: dict[str, list[Any]] = field(default_factory=dict)  # key -> [value of the resumed run, value now]
     resuming: bool = False  # whether this process continues an existing run
     forced: tuple[str, ...] = ()  # those of `changed` that only resume_force allows
+    remarks: tuple[str, ...] = ()  # what was decided because of the command line and the processes, one line each
 
     run_name: str | None = key(None, "name of the run directory, <out_dir>/<run_name>; None: date, time and preset",
                                group="run", example="mine")
@@ -107,8 +113,8 @@ class Config:
     data_dir: str | None = key(None, "folder of the datasets; None: data/ next to train.py", group="data",
                                example="datasets")
     batch_size: int = key(16, "sequences per micro-batch on each process", group="data", minimum=1, example=8)
-    gradient_accumulation_steps: int = key(1, "micro-batches per step, over all processes", group="data", minimum=1,
-                                           example=4)
+    gradient_accumulation_steps: int = key(1, "micro-batches per step, over all processes; if not set, one for each "
+                                           "process", group="data", minimum=1, example=4)
 
     max_iters: int = key(2000, "optimizer steps of the whole run", group="optimization", minimum=1, example=500)
     learning_rate: float = key(1e-3, "peak, after the warm-up", group="optimization", above=0.0, example=3e-4)
@@ -236,7 +242,8 @@ class Config:
         dp_size = self.data_processes
         if self.gradient_accumulation_steps % dp_size:
             raise ConfigError("gradient_accumulation_steps", f"{self.gradient_accumulation_steps} cannot be divided "
-                              f"over {dp_size} processes (a multiple of {dp_size}: it counts over all of them)")
+                              f"over {dp_size} processes: it counts over all of them "
+                              f"({divisible_steps(self.batch_size, self.gradient_accumulation_steps, dp_size)})")
         if dp_size % self.dp_replicate:
             raise ConfigError("dp_replicate", f"{self.dp_replicate} does not divide the {dp_size} data-parallel "
                                               "processes (--dp_replicate=1 does)")
@@ -327,47 +334,36 @@ class Config:
         keys = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata}
         return {**keys, **self.model.flat()}
 
-    def keys_without_effect(self) -> dict[str, str]:
-        """{key: reason} of the explicit keys that change nothing in this combination."""
-        unused = dict(self.model.unused_keys())
-        if not self.dry_run:
-            unused |= dict.fromkeys(("dry_run_gpus", "dry_run_gpu", "dry_run_mfu"), "dry_run is off")
-        elif self.dry_run_gpu is not None:
-            unused["device"] = "dry_run_gpu names the device"
-        if not self.use_fsdp:
-            fsdp = ("fsdp_reshard_after_forward", "fsdp_cpu_offload", "dp_replicate")
-            unused |= dict.fromkeys(fsdp, "use_fsdp is off")
-        elif self.device in ("cpu", "mps") and "device" not in unused:
-            unused["fsdp_cpu_offload"] = f"device is {self.device}"
-        if self.processes == 1:
-            unused |= dict.fromkeys(("rank_timeout", "save_timeout", "join_timeout"), "a single process has no peers")
-        if self.init_from is not None:
-            unused |= dict.fromkeys(("init_std", "zero_init_residual"), "init_from gives the weights")
-        if self.checkpoint_interval is None or (self.checkpoint_interval
-                                                and self.eval_interval % self.checkpoint_interval == 0):
-            unused["keep_best"] = "checkpoint_interval saves after every evaluation"
-        if self.resume == "never":
-            unused["resume_force"] = "nothing is resumed"
-        if not self.wandb_log:
-            unused["wandb_project"] = "wandb_log is off"
-        if self.lr_schedule == "constant":
-            unused |= dict.fromkeys(("min_lr", "lr_decay_iters"), "lr_schedule is constant")
-        if (self.warmup_iters or 0) >= self.max_iters:
-            unused |= dict.fromkeys(("lr_schedule", "min_lr", "lr_decay_iters"), "the run ends during the warm-up")
-        if self.eval_only:
-            training = [f.name for f in dataclasses.fields(self) if f.metadata.get("group") == "optimization"]
-            training += ["max_epochs", "packing", "gradient_accumulation_steps", "eval_interval", "patience",
-                         "checkpoint_interval", "keep_last", "keep_best", "checkpoint_async", "log_interval",
-                         "gradient_log_interval", "mfu_peak", "profile", "memory_snapshot", "dropout"]
-            unused |= dict.fromkeys(training, "eval_only does not train")
-        if self.dtype in ("bfloat16", "float16"):
-            unused["tf32"] = f"dtype is {self.dtype}"
-        if self.device in ("cpu", "mps") and "device" not in unused:
-            unused["tf32"] = f"device is {self.device}"
-            unused["memory_snapshot"] = f"device is {self.device}, and only CUDA's allocator has a history"
-            if isinstance(self.mfu_peak, str):
-                unused["mfu_peak"] = f"device is {self.device}, whose peak is neither dense nor sparse"
-        return {k: reason for k, reason in unused.items() if k in self.explicit}
+    def start(self, device: str | None = None, dtype: str | None = None, step: int = 0) -> Start:
+        """The start of a process of this run, for `notes` and `keys_without_effect` of key_effects.py.
+
+        Args:
+            device: the type of the device that it uses; None: that which the keys name, if they do.
+            dtype: of its matrix products; the same.
+            step: how many steps are done.
+        """
+        if device is None:
+            device = ("cuda" if self.dry_run and self.dry_run_gpu else None if self.device == "auto"
+                      else self.device.partition(":")[0])
+        return Start(self, device, dtype or (None if self.dtype == "auto" else self.dtype), step)
+
+    def keys_without_effect(self, device: str | None = None, dtype: str | None = None, step: int = 0) -> dict[str, str]:
+        """{key: reason} of the explicit keys that change nothing; the arguments are those of `start`."""
+        return key_effects.keys_without_effect(self.start(device, dtype, step))
+
+    def notes(self, device: str | None = None, dtype: str | None = None, step: int = 0) -> list[str]:
+        """What a user may not expect of the keys that are set, one line each; the arguments are those of `start`."""
+        return key_effects.notes(self.start(device, dtype, step))
+
+
+def divisible_steps(batch_size: int, steps: int, processes: int) -> str:
+    """The flags that divide a step over the processes, in place of gradient_accumulation_steps=steps."""
+    sequences, above = batch_size * steps, -(-steps // processes) * processes
+    same = next((n for n in range(above, sequences + 1, processes) if sequences % n == 0), None)
+    below = f"{above - processes} or " if above > processes else ""
+    flags = f"--gradient_accumulation_steps={below}{above}"
+    return flags if same is None else (f"{flags}; with the same sequences per step: --batch_size={sequences // same} "
+                                       f"--gradient_accumulation_steps={same}")
 
 
 def check_mixture(key: str, weights: Mapping[Any, Any]) -> None:
@@ -419,7 +415,7 @@ def load_config(argv: Sequence[str], restarted: str | None = None) -> Config:
     Raises:
         UserError: any mistake on the command line, in a config file, or in the record of the run to resume.
     """
-    given, explicit = read_arguments(argv)
+    given, explicit, remarks = read_arguments(argv)
     if restarted:
         given["run_name"], given["resume"] = restarted, "auto"
         explicit.setdefault("run_name", "torchrun")
@@ -441,7 +437,7 @@ def load_config(argv: Sequence[str], restarted: str | None = None) -> Config:
         explicit.setdefault("vocab_size", location)
         default_location = location
     try:
-        config = make_config({**recorded, **inherited, **given}, explicit)
+        config = make_config({**recorded, **inherited, **given}, explicit, remarks)
     except ConfigError as error:
         raise with_location(error, explicit, default_location) from None
     forced = check_resumable(config, given, recorded, KEYS)
@@ -450,14 +446,21 @@ def load_config(argv: Sequence[str], restarted: str | None = None) -> Config:
     return dataclasses.replace(config, changed=changed, forced=forced, resuming=resuming)
 
 
-def make_config(given: Mapping[str, Any], explicit: dict[str, str]) -> Config:
+def make_config(given: Mapping[str, Any], explicit: dict[str, str], remarks: tuple[str, ...] = ()) -> Config:
     """The Config of `given` {key: value} over its preset and the defaults; `explicit` {key: location} of those set."""
     architecture = {f.name for f in dataclasses.fields(ModelConfig)}
     values = {**LAPTOP_SIZE, **given}
     model = model_config.apply_preset({k: v for k, v in values.items() if k in architecture})
     if "activation" in explicit and model.activation and len(model.implied().get("activation", "ab")) == 1:
         raise model.incompatible_key("activation")  # even if the value is the same: the user expects an effect
-    return Config(model=model, explicit=explicit, **{k: v for k, v in values.items() if k not in architecture})
+    settings = {k: v for k, v in values.items() if k not in architecture}
+    if "gradient_accumulation_steps" not in settings:
+        processes = (settings.get("dry_run") and settings.get("dry_run_gpus")) or world_size()
+        settings["gradient_accumulation_steps"] = steps = max(1, processes // settings.get("tensor_parallel", 1))
+        if steps > 1:
+            remarks = (*remarks, f"gradient_accumulation_steps is {steps}, one micro-batch for each data-parallel "
+                                 "process")
+    return Config(model=model, explicit=explicit, remarks=remarks, **settings)
 
 
 def source_model_config(init_from: str) -> ModelConfig:
@@ -467,22 +470,48 @@ def source_model_config(init_from: str) -> ModelConfig:
         return ModelConfig(**values)
 
 
-def unknown_key(location: str, name: str) -> UserError:
-    """The `UserError` for a key that does not exist, or no longer under this name."""
+def unknown_key(location: str, name: str, text: str | None = None) -> UserError:
+    """The `UserError` for a key that does not exist, or no longer under this name.
+
+    Args:
+        location: where it was set.
+        name: the key.
+        text: its value, if it is a flag that has one.
+    """
     is_flag = location == f"--{name}"
-    if name in RENAMED_KEYS:
-        message = f"was renamed to {'--' * is_flag}{RENAMED_KEYS[name]}"
+    plain = name.replace("-", "_").lower()
+    if plain in RENAMED_KEYS:
+        message = f"was renamed to {'--' * is_flag}{RENAMED_KEYS[plain]}"
+    elif plain in NOT_KEYS:
+        message = f"no such key: {NOT_KEYS[plain]}"
     else:
-        message = f"no such key{did_you_mean(name, KEYS)}"
+        target, _, setting = ALIASES.get(plain, nearest(plain, KEYS) or "").partition("=")
+        if setting and BOOLEANS.get((text or "").lower()) is False:  # not what the alias stands for
+            text = setting = ""
+        hint = flag_text(target, setting or text) if is_flag else f"{target} = {setting!r}" if setting else target
+        message = f"no such key (did you mean {hint}?)"
         message += "" if is_flag else f", or _{name} for a variable of your own"
     return ConfigError(name, message).at(location)
+
+
+def flag_text(name: str, text: str | None) -> str:
+    """The flag that sets a key to what `text` says, with … for a value that it does not take."""
+    try:
+        coerce(KEYS[name], TYPES[name], parse_value(KEYS[name], TYPES[name], text or ""))
+        return shlex.quote(f"--{name}={text}")
+    except ConfigError:
+        return f"--{name}" if bool in TYPES[name] and not text else f"--{name}=…"
 
 
 # Flags and files
 
 
-def read_arguments(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """argv -> ({key: value}, {key: the file or flag that set it}); flags override files wherever they appear."""
+def read_arguments(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, str], tuple[str, ...]]:
+    """The command line, with flags over files wherever they appear, and later ones over earlier ones.
+
+    Returns:
+        {key: value}, {key: the file or flag that set it}, and a line for each flag that a later one replaces.
+    """
     files, flags = split_arguments(argv)
     given: dict[str, Any] = {}
     explicit: dict[str, str] = {}
@@ -492,24 +521,29 @@ def read_arguments(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]
                 raise unknown_key(path, name)
             with located(path):
                 given[name], explicit[name] = coerce(KEYS[name], TYPES[name], value), path
+    replaced = []
     for name, texts in flags.items():
-        for text in texts:  # a wrong value is refused even if a later one overrides it
-            with located(f"--{name}"):
-                value = parse_value(KEYS[name], TYPES[name], text)
-                given[name], explicit[name] = coerce(KEYS[name], TYPES[name], value), f"--{name}"
-    return given, explicit
+        with located(f"--{name}"):  # a wrong value is refused even if a later one overrides it
+            values = [coerce(KEYS[name], TYPES[name], parse_value(KEYS[name], TYPES[name], text)) for text in texts]
+        given[name], explicit[name] = values[-1], f"--{name}"
+        replaced += [f"--{name} is given more than once: {short_repr(values[-1])} counts, not {short_repr(value)}"
+                     for value in values[:-1] if value != values[-1]]
+    return given, explicit, tuple(replaced)
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     """argv -> ([config files], {key: [the text of each of its flags]})."""
-    flags, files = key_parser().parse_flags(argv)
-    for word in files:
+    flags, words = key_parser().parse_flags(argv)
+    files = []
+    for i, word in enumerate(words):
         if word.startswith("-") or not word.endswith(".py"):
-            name = word.lstrip("-–—").partition("=")[0]  # also – and —, which editors write for --
+            name, equals, text = word.lstrip("-–—").partition("=")  # also – and —, which editors write for --
+            following = next((w for w in words[i + 1:i + 2] if not w.startswith("-")), None)
             if word.startswith("--") and name:
-                raise unknown_key(f"--{name}", name)
-            hint = f" (did you mean --{name}=…?)" if name in KEYS else ""
+                raise unknown_key(f"--{name}", name, text if equals else following)
+            hint = f" (did you mean {flag_text(known, text)}?)" if (known := name.replace("-", "_")) in KEYS else ""
             raise UserError(f"{short_repr(word)}: neither a config file (*.py) nor --key=value{hint}")
+        files.append(word)
     return files, flags
 
 
@@ -519,9 +553,9 @@ def key_parser() -> KeyParser:
     return KeyParser(
         KEYS, TYPES, {**LAPTOP_SIZE, "vocab_size": None},
         prog="python train.py", usage="%(prog)s [config/*.py ...] [--key=value ...]",
-        description="Later files override earlier ones, and flags override files; an explicit key overrides the "
-                    "preset. A boolean needs no value: --compile. Keys that default to None are derived, as their line "
-                    "says.")
+        description="Later files override earlier ones, later flags earlier ones (a note says so), and flags override "
+                    "files; an explicit key overrides the preset. A boolean needs no value: --compile, --no_compile. "
+                    "Dashes may stand for underscores. Keys that default to None are derived, as their line says.")
 
 
 def help_text() -> str:

@@ -370,7 +370,8 @@ class StandardAttention(PlacesWeights, Attention):
         return self.o_proj(self.gate(y.transpose(1, 2), x).flatten(2))  # (B, T, H, D) -> (B, T, C)
 
     def place_weights(self, device: torch.device) -> None:
-        place_adjacent(self.q_proj, self.k_proj, self.v_proj)
+        if device.type == "cuda":  # one product is 2 % slower than three on a CPU
+            place_adjacent(self.q_proj, self.k_proj, self.v_proj)
 
     def flops(self, seq_len: int) -> dict[str, float]:
         projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)

@@ -60,28 +60,18 @@ class ResidualProjection(nn.Linear):
 # ---------------------------------------------------------------- linear layers that read the same input
 
 
-class JointLinear(torch.autograd.Function):
-    """x W^T + b for several linear layers that read the same x, as one product without a copy of their weights."""
+class JoinWeights(torch.autograd.Function):
+    """The weights of several linear layers, adjacent in memory, as one matrix, without a copy."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, *weights: torch.Tensor) -> torch.Tensor:
-        """x (…, C), bias (sum of F) and each weight (F, C), adjacent in memory -> (…, sum of F)."""
-        rows, columns = sum(len(weight) for weight in weights), weights[0].shape[1]
-        joint = weights[0].as_strided((rows, columns), (columns, 1))
-        ctx.sizes, ctx.bias_dtype = [len(weight) for weight in weights], None if bias is None else bias.dtype
-        ctx.weight_dtype, joint = joint.dtype, joint.to(x.dtype)  # the backward pass runs without autocast
-        ctx.save_for_backward(x, joint)
-        return nn.functional.linear(x, joint, None if bias is None else bias.to(x.dtype))
+    def forward(ctx: Any, *weights: torch.Tensor) -> torch.Tensor:
+        """Each (F, C) -> (sum of F, C)."""
+        ctx.sizes, columns = [len(weight) for weight in weights], weights[0].shape[1]
+        return weights[0].detach().as_strided((sum(ctx.sizes), columns), (columns, 1))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, joint = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        grad_x = grad @ joint if ctx.needs_input_grad[0] else None
-        grad_bias = rows.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
-        needed = ctx.needs_input_grad[2:]
-        grad_weights = (rows.t() @ x.flatten(0, -2)).to(ctx.weight_dtype).split(ctx.sizes) if any(needed) else needed
-        return grad_x, grad_bias, *(g if n else None for g, n in zip(grad_weights, needed, strict=True))
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return grad.split(ctx.sizes)
 
 
 class PlacesWeights(nn.Module):
@@ -121,9 +111,8 @@ def joint_linear(x: torch.Tensor, *layers: nn.Linear) -> Sequence[torch.Tensor]:
         compiled = torch.compiler.is_compiling()
         if (x.is_cuda and not any(isinstance(w, DTensor) for w in weights)) if compiled else are_adjacent(weights):
             bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-            joint = (nn.functional.linear(x, torch.cat(weights), bias) if compiled else
-                     JointLinear.apply(x, bias, *weights))
-            return joint.split([len(weight) for weight in weights], -1)
+            joint = torch.cat(weights) if compiled else JoinWeights.apply(*weights)
+            return nn.functional.linear(x, joint, bias).split([len(weight) for weight in weights], -1)
     return [layer(x) for layer in layers]
 
 

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import io
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,7 +69,9 @@ def load_model(run_dir: Path, which: str, device: "torch.device") -> "tuple[GPT,
     from model_config import ModelConfig
 
     if not is_dir(run_dir):
-        raise UserError(f"--run: {run_dir} is not a run directory (python compare_architectures.py lists them)")
+        is_default = run_dir.parent == Path("runs") or not is_dir(run_dir.parent)
+        words = ["python", "compare_architectures.py", *([] if is_default else [f"--out_dir={run_dir.parent}"])]
+        raise UserError(f"--run: {run_dir} is not a run directory ({shlex.join(words)} lists them)")
     try:
         source = checkpoint.find_best(run_dir) if which == "best" else checkpoint.find_newest(run_dir)
         tensors = checkpoint.read_weights(source)

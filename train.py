@@ -109,6 +109,8 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
                 micro_losses.append(micro_loss.detach())  # terms of the step's loss, which add up to it
                 metrics.add(micro_metrics, model.metrics())
             scaler.unscale_(optimizer)
+            if config.gradient_log_interval and done % config.gradient_log_interval == 0:
+                log.gradients(done, gradient_statistics(model))
             grad_norm = clip_gradients(model, config.grad_clip)
 
             # All ranks get the same status. Later decisions depend on it alone, so they are the same on all ranks.
@@ -118,11 +120,11 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
             if not is_usable(status, scaler):
                 checkpoints.wait()  # a background save that is under way is still good
                 raise non_finite_error(status, done, lr, objective, runtime, checkpoints.last_saved)
-            if config.gradient_log_interval and done % config.gradient_log_interval == 0:
-                log.gradients(done, gradient_statistics(model))
             z_score = checkpoints.spikes.z_score(status.loss)
-            skip = z_score is not None and config.skip_spikes
-            if z_score is not None:
+            skip = not status.is_finite or (z_score is not None and config.skip_spikes)
+            if not status.is_finite:  # float16: scaler.update lowers the loss scale
+                log.overflow(done, scaler.get_scale())
+            elif z_score is not None:
                 log.spike(done, status.loss, z_score, skip)
             if not skip:
                 scaler.step(optimizer)

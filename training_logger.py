@@ -25,19 +25,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from blockgpt.accounting.hardware import dtype_name
 from blockgpt.accounting.meter import StepMeter
 from blockgpt.checkpoints.manager import Progress, Resumption
 from blockgpt.checkpoints.resume import run_exists
 from blockgpt.checkpoints.saver import versions
-from blockgpt.console import echo, human_bytes, human_time, in_columns, is_terminal, percentages
+from blockgpt.console import echo, human_bytes, human_time, in_columns, is_terminal, percentages, resume_flags
 from blockgpt.errors import UserError
-from blockgpt.experiments.records import BrokenLogError, first_launch, read_log
+from blockgpt.experiments.records import BrokenLogError, first_launch, launch_environment, read_log
 from blockgpt.files import FolderLock, exists, is_dir, list_dir, unreadable, write_json
 from blockgpt.training import parallel
 from blockgpt.training.faults import StepStatus
 from blockgpt.training.launch import Runtime
 from blockgpt.training.objectives import Objective
+from blockgpt.training.optimizers import rate_change
 from blockgpt.training.tracker import WandbTracker
 from configurator import Config
 from model_builder import GPT
@@ -121,7 +124,8 @@ def run_header(config: Config, model: GPT, objective: Objective, runtime: Runtim
     """The content of run.json without status and results; initial_weights: see `CheckpointManager`."""
     inferred = model.infer_config()
     hardware = {"device": str(runtime.device), "name": runtime.name(), "world_size": runtime.world_size,
-                "mode": parallel.parallel_mode(config, runtime), "dtype": dtype_name(runtime.dtype),
+                "threads": torch.get_num_threads(), "mode": parallel.parallel_mode(config, runtime),
+                "dtype": dtype_name(runtime.dtype),
                 "tf32": runtime.tf32, "compile": runtime.compile, "peak_flops": meter.peak,
                 "peak_source": meter.peak_source}
     return {
@@ -135,7 +139,7 @@ def run_header(config: Config, model: GPT, objective: Objective, runtime: Runtim
 
 
 def environment() -> dict[str, Any]:
-    """{versions, git_commit, command}: what is needed to run this again."""
+    """{versions, omp_num_threads, git_commit, command}: what is needed to run this again."""
     try:
         git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
                              capture_output=True, text=True, timeout=10)
@@ -143,7 +147,8 @@ def environment() -> dict[str, Any]:
     except (OSError, subprocess.TimeoutExpired):
         commit = None
     return {"versions": {**versions(), "platform": platform.platform()},
-            "git_commit": commit, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+            "omp_num_threads": os.environ.get("OMP_NUM_THREADS"), "git_commit": commit,
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
 
 
 # ---------------------------------------------------------------- the log
@@ -171,6 +176,8 @@ class RunLog:
         self.tracker: WandbTracker | None = None
         self.final_status: dict[str, Any] = {"status": "finished", "status_reason": None}
         self.first_step: tuple[int, float] | None = None
+        self.changed_environment: list[tuple[str, Any, Any]] = []  # since the launch before: (what, before, now)
+        self.warned_of_overflow = False
         self.lock = threading.Lock()  # held while run.json is written
 
     def open(self, resumption: Resumption | None = None, progress: Progress | None = None) -> str:
@@ -232,9 +239,15 @@ class RunLog:
         self._append("resume", resume)
         if self.results.get("step", 0) > progress.step:
             self.results = self._results_at(progress)
+        if progress.skipped:
+            self.results["skipped_steps"] = progress.skipped
         origin = {k: before[k] for k in ("created_at", "wandb_id") if k in before}
         start_keys = {k: v for k, v in before["config"].items() if k in RUN_KEYS}
         launches = before.get("launches") or [first_launch(before)]
+        then, now = launch_environment(launches[-1]), launch_environment(header["launches"][-1])
+        self.changed_environment = [(name, then[name], now[name]) for name in now
+                                    if name in then and then[name] != now[name]
+                                    and name not in resumption.changed]
         return {**header, **origin, "config": {**header["config"], **start_keys},
                 "resumes": [*before.get("resumes", []), resume],
                 "launches": [*launches, {**header["launches"][-1], "step": progress.step}]}
@@ -245,7 +258,7 @@ class RunLog:
         evals, spikes = ([r for r in records if r.get("kind") == record_type] for record_type in ("eval", "spike"))
         measured = {k: v for k, v in self.results.items() if k in (*self.speeds, "peak_memory", "wall_time")}
         final = {k: v for k, v in (evals[-1] if evals else {}).items() if k not in ("kind", "val_data")}
-        counts = {"spikes": len(spikes), "skipped_steps": sum(r["skipped"] for r in spikes)} if spikes else {}
+        counts = {"spikes": len(spikes)} if spikes else {}
         best = {f"best_{name}": value for name, value in (progress.best or {}).items()}
         saved = {"saved_step": progress.step} if progress.step else {}  # where it goes back to
         return {**measured, **final, **best, **counts, **saved, "step": progress.step, "tokens": progress.tokens}
@@ -276,7 +289,7 @@ class RunLog:
         """Print what is trained, where a resumed run continues (after `step` steps), and what has changed."""
         if self.quiet:
             return
-        print_header(self.header, self.config, model, self.dir)
+        print_header(self.header, self.config, model, self.dir, step)
         weights = self.header.get("initial_weights")
         if weights and (resumption is None or resumption.path is None):
             self.info(f"weights of {weights['path']}, step {weights['step']}, sha256 {weights['sha256'][:12]}")
@@ -288,6 +301,10 @@ class RunLog:
             return
         for name, (before, now) in resumption.changed.items():
             self.info(f"  {name}: {before} -> {now}{' (forced)' if name in resumption.forced else ''}")
+        for name, before, now in self.changed_environment:
+            self.info(f"  {name}: {before} -> {now}" + (" (sums in another order)" if name == "threads" else ""))
+        if step < self.config.max_iters and (change := rate_change(step, self.config, resumption.changed)):
+            self.info(f"note: {change}")
 
     def finished(self, stopped_early: str | None) -> None:
         """Record that no step is left, and why if the run has stopped before max_iters."""
@@ -302,8 +319,7 @@ class RunLog:
         if self.quiet:
             return
         self.record |= {"status": "interrupted", "status_reason": f"{reason} at step {step}"}
-        self.info(f"interrupted by {reason} at step {step}, saved (to continue: --resume=must "
-                  f"--run_name={self.dir.name})")
+        self.info(f"interrupted by {reason} at step {step}, saved (to continue: {resume_flags(self.dir)})")
 
     def ended(self, status: str, reason: str) -> None:
         """Record how the process ends, from any thread, just before it does. A status that is final stays."""
@@ -338,7 +354,7 @@ class RunLog:
             return
         values: dict[str, Any] = {"step": step, "tokens": tokens, "loss": status.loss, "lr": lr,
                                   "grad_norm": status.grad_norms[0], **speed, "memory": memory,
-                                  "tokens_per_source": consumed}
+                                  "tokens_per_source": consumed, "skipped": self.results.get("skipped_steps", 0)}
         if metrics:
             values["metrics"] = metrics
         if len(status.step_times) > 1:
@@ -384,8 +400,20 @@ class RunLog:
         self.warning(f"step {step}: the loss of {loss:.4f} is a spike, {z_score:.1f} standard deviations above its "
                      f"mean{'; its update is skipped' if skipped else ''}")
 
+    def overflow(self, step: int, loss_scale: float) -> None:
+        """A step whose gradients overflowed float16, so that its update is skipped and the loss scale lowered."""
+        if self.quiet:
+            return
+        self._append("overflow", {"step": step, "loss_scale": loss_scale})
+        self.results["skipped_steps"] = self.results.get("skipped_steps", 0) + 1
+        if not self.warned_of_overflow:
+            self.warned_of_overflow = True
+            self.warning(f"step {step}: a gradient overflows float16 at the loss scale {loss_scale:g}: the update is "
+                         "skipped and the scale lowered. Such steps count as steps, and as skipped in the log; this is "
+                         "said once")
+
     def gradients(self, step: int, layers: dict[str, dict[str, float]]) -> None:
-        """Statistics per layer: {layer: {grad_norm, grad_max, weight_norm}}."""
+        """Statistics per layer, of the gradients before clipping: {layer: {grad_norm, grad_max, weight_norm}}."""
         if not self.quiet:
             self._append("gradients", {"step": step, "layers": layers})
 
@@ -540,8 +568,8 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def print_header(header: dict[str, Any], config: Config, model: GPT, run_dir: Path) -> None:
-    """What will be trained, on what, at which cost: everything a reader needs before the first step."""
+def print_header(header: dict[str, Any], config: Config, model: GPT, run_dir: Path, step: int) -> None:
+    """What will be trained, on what, at which cost: everything a reader needs before the step after `step`."""
     inferred = model.infer_config()
     options, flops = inferred.options(), header["flops_per_token"]
     forward = sum(flops["forward"].values())
@@ -567,7 +595,8 @@ def print_header(header: dict[str, Any], config: Config, model: GPT, run_dir: Pa
         *((f"  {name}", f"{s['share']:.4g} of the tokens" + (" at the end" if len(config.phases()) > 1 else "")
            + f": {s['planned_tokens']:,} of {s['train_tokens']:,}, {s['planned_epochs']:.2g} epochs")
           for name, s in data["sources"].items() if len(data["sources"]) > 1),
-        ("device", f"{hardware['world_size']} × {hardware['name']} ({hardware['device']}), {hardware['dtype']}"
+        ("device", f"{hardware['world_size']} × {hardware['name']} ({hardware['device']}), "
+                   f"{hardware['threads']} CPU thread{'s' * (hardware['threads'] > 1)}, {hardware['dtype']}"
                    f"{', tf32' if hardware['tf32'] else ''}{', compiled' if hardware['compile'] else ''}"),
         ("FLOPs per token", f"forward {forward / 1e6:,.2f}M: {percentages(flops['forward'], 'M', 1e6, 2)}"),
         ("", f"training {flops['train'] / 1e6:,.2f}M (PaLM convention, used for MFU), "
@@ -578,5 +607,5 @@ def print_header(header: dict[str, Any], config: Config, model: GPT, run_dir: Pa
     ]
     for name, text in rows:
         echo(in_columns(f"{name:<22} ", text))
-    for name, reason in config.keys_without_effect().items():
-        echo(f"note: {config.explicit[name]}: {name} has no effect here: {reason}")
+    for line in config.notes(hardware["device"].partition(":")[0], hardware["dtype"], step):
+        echo(f"note: {line}")

@@ -127,21 +127,34 @@ class KeyParser(ArgumentParser):
         return vars(flags), others
 
     def join_values(self, argv: Iterable[str]) -> list[str]:
-        """argv with every `--key value` as --key=value, and every bare boolean as --key=True.
+        """argv with every `--key value` as --key=value, every bare boolean as --key=True and --no_key as --key=False.
 
         argparse would take the config file behind a bare boolean for its value, and refuse a value with a leading dash.
+        Names may have dashes in place of underscores.
 
         Raises:
-            UserError: a key that is no boolean has no value.
+            UserError: a key that is no boolean has no value, or is negated.
         """
         words, rest = [], list(argv)
         while rest:
             word = rest.pop(0)
-            accepted = self.accepted.get(word[2:]) if word.startswith("--") else None
+            flag, equals, _ = word.partition("=")
+            name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
+            negated = name[3:] if name.startswith("no_") and name not in self.accepted else ""
+            if negated in self.accepted:
+                if bool not in self.accepted[negated]:
+                    raise ConfigError(flag[2:], f"{negated} is not a boolean (--{negated}=…)").at(flag)
+                if equals:
+                    raise ConfigError(flag[2:], f"takes no value ({flag}, or --{negated}=…)").at(flag)
+                words.append(f"--{negated}=False")
+                continue
+            if name in self.accepted:
+                word = f"--{name}{word[len(flag):]}"
+            accepted = self.accepted.get(name) if not equals else None
             if accepted:
                 is_value = rest and not rest[0].startswith("--") and (str in accepted or not rest[0].endswith(".py"))
                 if not is_value and bool not in accepted:
-                    raise ConfigError(word[2:], f"needs a value ({word}=…)").at(word)
+                    raise ConfigError(name, f"needs a value (--{name}=…)").at(f"--{name}")
                 word = f"{word}={rest.pop(0) if is_value else True}"
             words.append(word)
         return words

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -12,7 +13,10 @@ from blockgpt.errors import UserError, did_you_mean
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """The argparse parser of every command: no abbreviated flags, and a mistake is a `UserError` with a hint."""
+    """The argparse parser of every command: no abbreviated flags, and a mistake is a `UserError` with a hint.
+
+    Flags may be typed with dashes in place of their underscores.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
@@ -20,12 +24,23 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; a flag with one value that is given twice is a `UserError`: the first would be lost silently."""
-        args = list(sys.argv[1:] if args is None else args)
+        args = self._with_underscores(list(sys.argv[1:] if args is None else args))
         given = [arg.partition("=")[0] for arg in args[:args.index("--") if "--" in args else None]]
         for action in self._actions:
             if type(action) is argparse._StoreAction and sum(given.count(name) for name in action.option_strings) > 1:
                 raise UserError(f"{action.option_strings[-1]}: is given twice (give it once)")
         return super().parse_known_args(args, namespace)
+
+    def _with_underscores(self, args: list[str]) -> list[str]:
+        """args with the names of known flags as they were declared."""
+        names = {name.replace("_", "-"): name for action in self._actions for name in action.option_strings}
+        end = args.index("--") if "--" in args else len(args)
+
+        def declared(arg: str) -> str:
+            name, equals, value = arg.partition("=")
+            return names.get(name.replace("_", "-"), name) + equals + value if arg.startswith("--") else arg
+
+        return [*map(declared, args[:end]), *args[end:]]
 
     def print_help(self, file: Any = None) -> None:
         """Print the help at once, so that `| head` ends the command quietly."""
@@ -73,6 +88,13 @@ def echo(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
         if stream is not sys.stderr:
             echo(f"warning: the console cannot be written ({error.strerror}): the run continues without output",
                  sys.stderr)
+
+
+def resume_flags(run_dir: str | os.PathLike[str], resume: str = "must") -> str:
+    """The flags that continue a run, to paste behind `python train.py` or torchrun's train.py."""
+    folder, name = os.path.split(os.fspath(run_dir))
+    out_dir = [] if folder == "runs" else [f"--out_dir={folder or '.'}"]
+    return shlex.join([f"--resume={resume}", f"--run_name={name}", *out_dir])
 
 
 def is_terminal() -> bool:

@@ -88,17 +88,23 @@ class OutOfMemoryError(UserError):
     on_all_ranks = False
 
 
+def nearest(word: object, names: Iterable[object]) -> str | None:
+    """The name that is most like a word; None if there are fewer than 20 and none is near."""
+    by_lowercase = {str(name).lower(): str(name) for name in names}
+    cutoff = 0.6 if len(by_lowercase) < 20 else 0.0
+    near = difflib.get_close_matches(str(word).lower()[:100], by_lowercase, n=1, cutoff=cutoff)
+    return by_lowercase[near[0]] if near else None
+
+
 def did_you_mean(word: object, names: Iterable[object]) -> str:
     """The hint after an unknown word: ' (did you mean X?)' for a near miss, else ' (one of …)'.
 
     Of 20 names or more it is always the nearest one. Without names it is empty.
     """
-    by_lowercase = {str(name).lower(): str(name) for name in names}
-    cutoff = 0.6 if len(by_lowercase) < 20 else 0.0
-    near = difflib.get_close_matches(str(word).lower()[:100], by_lowercase, n=1, cutoff=cutoff)
-    if near:
-        return f" (did you mean {by_lowercase[near[0]]}?)"
-    return f" (one of {', '.join(by_lowercase.values())})" if by_lowercase else ""
+    words = list(map(str, names))
+    if near := nearest(word, words):
+        return f" (did you mean {near}?)"
+    return f" (one of {', '.join(words)})" if words else ""
 
 
 def short_repr(value: object) -> str:

@@ -26,7 +26,8 @@ def exec_train(argv, cwd, env, output, unprivileged=False):
         os.close(opened)
     if unprivileged:
         give_up_privileges()
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115 (multiprocessing had replaced it)
+    # multiprocessing has replaced the first, and pytest all of them, if it is pytest's process that was forked
+    sys.stdin, sys.stdout, sys.stderr = (open(i, mode, closefd=False) for i, mode in enumerate("rww"))  # noqa: SIM115
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

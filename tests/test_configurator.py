@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 import string
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from blockgpt.config_fields import example_value
 from blockgpt.errors import UserError, exit_on_user_error
 from configurator import KEYS, RENAMED_KEYS, TYPES, load_config
+from key_aliases import ALIASES, NOT_KEYS
 from model_config import ModelConfig
 
 
@@ -59,7 +61,9 @@ def test_an_explicit_component_overrides_the_preset_in_any_order(config_file, or
 
 
 def test_the_last_of_a_key_counts(config_file):
-    assert value("n_layer", "--n_layer=2", "--n_layer", "3") == 3
+    config = load_config(["--n_layer=2", "--n-layer", "3"])
+    assert config.model.n_layer == 3 and config.notes() == ["--n_layer is given more than once: 3 counts, not 2"]
+    assert load_config(["--n_layer=3", "--n_layer=3"]).notes() == []
     assert value("arch_preset", config_file("twice.py", "arch_preset = 'gpt2'\narch_preset = 'team'")) == "team"
 
 
@@ -201,7 +205,24 @@ def test_a_wrong_value_is_refused_even_if_another_overrides_it(config_file):
 def test_the_processes_divide_the_micro_batches(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert value("gradient_accumulation_steps", "--gradient_accumulation_steps=8") == 8
-    assert "a multiple of 4" in config_error("--gradient_accumulation_steps=6")
+    message = config_error("--gradient_accumulation_steps=6", "--batch_size=4")
+    assert "(--gradient_accumulation_steps=4 or 8; with the same sequences per step: " in message
+    again = load_config(message.partition("per step: ")[2].rstrip(")").split())
+    assert again.batch_size * again.gradient_accumulation_steps == 24
+    assert config_error("--gradient_accumulation_steps=3", "--batch_size=1").endswith("steps=4)")
+
+
+@pytest.mark.parametrize("flags, steps", [
+    ([], 4), (["--tensor_parallel=2", "--use_fsdp"], 2), (["--dry_run", "--dry_run_gpus=6"], 6), (["--dry_run"], 4),
+    (["--dry_run_gpus=6"], 4),
+])
+def test_accumulation_that_is_not_set_is_a_micro_batch_for_each_data_parallel_process(monkeypatch, flags, steps):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    config = load_config(flags)
+    assert config.gradient_accumulation_steps == steps == config.data_processes
+    assert any(f"gradient_accumulation_steps is {steps}" in line for line in config.notes())
+    assert not [line for line in load_config([*flags, f"--gradient_accumulation_steps={steps}"]).notes()
+                if "gradient_accumulation_steps" in line]
 
 
 def test_an_explicit_vocabulary_must_hold_the_data():
@@ -242,6 +263,64 @@ def test_a_renamed_key_is_answered_with_its_new_name(config_file, name, flag_mes
 
 def test_no_renamed_key_is_a_key_and_every_new_name_is():
     assert not set(RENAMED_KEYS) & set(KEYS) and set(RENAMED_KEYS.values()) <= set(KEYS)
+
+
+# Other programs' names, dashes, negations
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--lr=3e-4"], "--lr: no such key (did you mean --learning_rate=3e-4?)"),
+    (["--lr", "3e-4"], "--lr: no such key (did you mean --learning_rate=3e-4?)"),
+    (["--LR"], "--LR: no such key (did you mean --learning_rate=…?)"),
+    (["--bf16"], "--bf16: no such key (did you mean --dtype=bfloat16?)"),
+    (["--bf16=False"], "--bf16: no such key (did you mean --dtype=…?)"),
+    (["--precision=16"], "--precision: no such key (did you mean --dtype=…?)"),
+    (["--name=a b"], "--name: no such key (did you mean '--run_name=a b'?)"),
+    (["--wandb"], "--wandb: no such key (did you mean --wandb_log?)"),
+    (["--n-layers=3"], "--n-layers: no such key (did you mean --n_layer=3?)"),
+    (["--no-dropout"], "--no-dropout: dropout is not a boolean (--dropout=…)"),
+    (["--no_compile=True"], "--no_compile: takes no value (--no_compile, or --compile=…)"),
+    (["--no-compiler"], "--no-compiler: no such key (did you mean --compile?)"),
+    (["--n-layer"], "--n_layer: needs a value (--n_layer=…)"),
+])
+def test_a_name_that_is_no_key_is_answered_with_the_flag_to_type(argv, message):
+    assert config_error(*argv) == message
+
+
+def test_epochs_are_answered_with_what_there_is():
+    assert "--max_iters=N sets" in config_error("--epochs=3") and "--max_epochs=N" in config_error("--num-epochs", "3")
+
+
+def test_an_alias_in_a_file_is_answered_without_dashes(config_file):
+    path = config_file("mine.py", "lr = 1e-3")
+    assert config_error(path).startswith("mine.py: lr: no such key (did you mean learning_rate?)")
+    assert "(did you mean dtype = 'bfloat16'?)" in config_error(config_file("mine.py", "bf16 = True"))
+
+
+@pytest.mark.parametrize("name", [*ALIASES, *NOT_KEYS])
+def test_every_flag_that_an_answer_names_can_be_typed(name):
+    assert name not in KEYS and name == name.lower().replace("-", "_") and name not in RENAMED_KEYS
+    message = config_error(f"--{name}")
+    assert message.startswith(f"--{name}: no such key")
+    flags = re.findall(r"--(\w+)", message.partition("no such key")[2])
+    assert set(flags) <= {*KEYS, "standalone", "nproc_per_node"}
+    if name in ALIASES:
+        key, _, text = ALIASES[name].partition("=")
+        assert flags == [key]
+        if text:
+            assert f"--{key}={text}" in message and load_config([f"--{key}={text}", "--run_name=x"]).flat()[key] == text
+
+
+@pytest.mark.parametrize("key", list(KEYS))
+def test_dashes_stand_for_underscores_and_no_negates_every_boolean(key):
+    dashed = key.replace("_", "-")
+    assert not key.startswith("no_")
+    assert outcome([f"--{dashed}=x"], f"--{key}", key) == outcome([f"--{key}=x"], f"--{key}", key)
+    if bool in TYPES[key]:
+        assert value(key, f"--no-{dashed}") is False and value(key, f"--no_{key}", "config/arch_llama.py") is False
+        assert len(load_config([f"--{key}", f"--no-{dashed}"]).remarks) == 1
+    else:
+        assert "is not a boolean" in config_error(f"--no-{dashed}")
 
 
 # Notes

@@ -63,7 +63,7 @@ def test_gradient_accumulation_is_the_larger_batch(tmp_path, train):
 
 def test_the_run_directory_records_what_was_built_and_how_it_went(tmp_path, train):
     done = train("full", "--max_iters=20", "--eval_interval=10", "--gradient_log_interval=5", "--arch_preset=llama",
-                 "--rope_theta=500", "--min_lr=0")
+                 "--rope_theta=500", "--min_lr=0", "--grad_clip=0.1")
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "runs/full/run.json").read_text())
     assert run["status"] == "finished" and run["schema_version"] == 1
@@ -82,17 +82,36 @@ def test_the_run_directory_records_what_was_built_and_how_it_went(tmp_path, trai
     assert sorted(gradients) == [5, 10, 15, 20]
     assert set(gradients[5]["layers"]) == {"token_embedding", "blocks.0", "blocks.1", "final_norm", "lm_head"}
     norms = [layer["grad_norm"] for layer in gradients[20]["layers"].values()]
-    assert sum(n**2 for n in norms) ** 0.5 == pytest.approx(min(step["grad_norm"], 1.0), rel=1e-4)
+    assert sum(n**2 for n in norms) ** 0.5 == pytest.approx(step["grad_norm"], rel=1e-4)  # before clipping
+    assert step["grad_norm"] > 2 * run["config"]["grad_clip"]
     for text in ("RoPE-RMS-SwiGLU-PreNorm", "swiglu (SwiGLU)", "parameters", "FLOPs per token", "MFU divides by",
                  "1 TFLOP/s", "training tokens", "tok/s", "left"):
         assert text in done.stdout
     assert (tmp_path / "runs/full/config.json").exists()
 
 
+def test_a_resume_says_what_raising_max_iters_does_to_the_rate_and_that_the_threads_are_others(tmp_path, train):
+    train("longer", "--max_iters=10", "--learning_rate=1e-3")
+    keep = train("longer", "--resume=must", "--max_iters=11", "--lr_decay_iters=10",
+                 env={"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"})  # in a process of its own
+    raised = train("longer", "--resume=must", "--max_iters=20", "--lr_decay_iters=None")
+    assert "the learning rate of step" not in keep.stdout
+    assert "  threads: 1 -> 2 (sums in another order)\n" in keep.stdout
+    steps = records(tmp_path / "runs/longer")
+    assert steps[11]["lr"] == pytest.approx(1e-4)
+    (line,) = [line for line in raised.stdout.splitlines() if "the learning rate of step 12 is" in line]
+    now, before = re.search(r"is ([0-9.e-]+), it was to be ([0-9.e-]+)", line).groups()
+    assert float(now) == pytest.approx(steps[12]["lr"], rel=1e-2) and float(before) == 1e-4
+    assert "  threads: 2 -> 1" in raised.stdout
+    launches = json.loads((tmp_path / "runs/longer/run.json").read_text())["launches"]
+    assert [launch["hardware"]["threads"] for launch in launches] == [1, 2, 1]
+    assert [launch["omp_num_threads"] for launch in launches] == ["1", "2", "1"]
+
+
 def test_keys_without_effect_are_reported(train):
     done = train("idle", "--max_iters=1", "--rope_theta=5", "--wandb_project=x", "--lr_schedule=constant", "--min_lr=0")
     notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
-    assert [n.split()[2] for n in notes] == ["rope_theta", "wandb_project", "min_lr"]
+    assert [n.split()[1] for n in notes] == ["--rope_theta", "--min_lr", "--wandb_project"]
 
 
 def test_eval_only_trains_nothing(tmp_path, train):

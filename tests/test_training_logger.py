@@ -409,7 +409,7 @@ def test_one_process_logs_no_ranks(new_log):
     with new_log() as log:
         log_step(log)
     assert lines(log) == [{"kind": "step", "step": 1, "tokens": 8, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, **SPEED,
-                           "memory": MEMORY, "tokens_per_source": {"text": 8}}]
+                           "memory": MEMORY, "tokens_per_source": {"text": 8}, "skipped": 0}]
 
 
 def test_the_metrics_of_a_step_are_logged_and_printed(new_log, capsys):
@@ -437,6 +437,18 @@ def test_beyond_64_ranks_the_log_summarises_them():
 
 
 # ---- spikes, saves, the best
+
+def test_float16_overflows_are_counted_and_said_once(new_log, capsys):
+    with new_log() as log:
+        log.overflow(1, 65536.0)
+        log.overflow(2, 32768.0)
+        log_step(log, 2)
+    assert [(r["kind"], r.get("loss_scale")) for r in lines(log)[:2]] == [("overflow", 65536), ("overflow", 32768)]
+    assert lines(log)[2]["skipped"] == run_json(log)["results"]["skipped_steps"] == 2
+    assert capsys.readouterr().err.count("overflows float16") == 1
+    again = new_log(resumed=True, progress=Progress(step=1, skipped=1))
+    assert run_json(again)["results"]["skipped_steps"] == 1
+
 
 def test_spikes_saves_and_the_best_are_records_and_results(new_log, capsys):
     with new_log() as log:

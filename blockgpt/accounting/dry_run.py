@@ -82,8 +82,8 @@ def dry_run(config: Any, build_model: Callable[[Any], nn.Module]) -> int:
     row = next(row for row in rows if (row.mode, row.checkpointing) == chosen_mode(config))
     for line in verdict_lines(per_process, config, target, rows, row):
         echo(line)
-    for name, reason in config.keys_without_effect().items():
-        echo(f"note: {config.explicit[name]}: {name} has no effect here: {reason}")
+    for line in config.notes("cuda" if target.gpu else choose_device(config.device, 0).type, dtype_name(target.dtype)):
+        echo(f"note: {line}")
     return 0 if row.fits else 1
 
 

@@ -26,6 +26,7 @@ from blockgpt.errors import CheckpointError, UserError, first_line, short_repr
 from blockgpt.files import PreallocatedFile
 from blockgpt.training.launch import Runtime
 
+MAX_OPEN_FILES = 64  # of a checkpoint at once
 SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -287,6 +288,8 @@ class Index:
 
     def open_file(self, name: str) -> Any:
         if name not in self.open_files:
+            if len(self.open_files) == MAX_OPEN_FILES:  # of a run of many processes; each takes a file descriptor
+                del self.open_files[next(iter(self.open_files))]
             self.open_files[name] = safe_open(self.directory / name, "pt")
         return self.open_files[name]
 

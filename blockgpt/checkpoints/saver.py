@@ -6,9 +6,11 @@ all. A new file per checkpoint is written and entered into the manifest in `comm
 """
 
 import copy
+import errno
 import json
 import os
 import platform
+import resource
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -32,7 +34,7 @@ from blockgpt.checkpoints.checkpoint import (
 from blockgpt.checkpoints.files import Index, LocalChunk, own_chunks, write_chunks
 from blockgpt.console import human_bytes
 from blockgpt.errors import CheckpointError, UserError
-from blockgpt.files import drop_page_cache, exists, fsync_path, list_dir, sha256_of, write_json
+from blockgpt.files import drop_page_cache, exists, fsync_path, is_dir, list_dir, sha256_of, write_json
 from blockgpt.training.background import BackgroundThread
 from blockgpt.training.launch import Runtime, run_on_all_ranks
 
@@ -245,6 +247,7 @@ def check_disk_space(run_dir: str | Path, parameters: int, config: Any) -> None:
     """
     if config.eval_only:
         return
+    check_writable(Path(run_dir))
     checkpoint_bytes, export_bytes = 12 * parameters, 4 * parameters
     # The newest `keep_last`, the best, and the next one before pruning.
     missing = config.keep_last + 2 - len(list_checkpoints(run_dir))
@@ -254,6 +257,27 @@ def check_disk_space(run_dir: str | Path, parameters: int, config: Any) -> None:
     if free < checkpoint_bytes + export_bytes:
         raise UserError(f"{disk}: a checkpoint needs {human_bytes(checkpoint_bytes)} and the weights at the end "
                         f"{human_bytes(export_bytes)}, {human_bytes(free)} are free (--out_dir=…)")
+    largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if 0 <= largest < export_bytes:  # RLIM_INFINITY is -1
+        raise UserError(f"{disk}: the weights at the end need a file of {human_bytes(export_bytes)}, and files are "
+                        f"limited to {human_bytes(largest)} (ulimit -f unlimited)")
     if free < needed:
         print(f"warning: {disk}: checkpoints will need {human_bytes(needed)} more, {human_bytes(free)} are free "
               "(--out_dir=…, --keep_last=…)", file=sys.stderr)
+
+
+def check_writable(run_dir: Path) -> None:
+    """`UserError` unless checkpoints and export can be written into the directory of a resumed run, if it exists."""
+    for folder in (run_dir, run_dir / "checkpoints"):
+        if not exists(folder):
+            continue
+        try:
+            (folder / ".export.tmp").mkdir(exist_ok=True)
+            os.rmdir(folder / ".export.tmp")
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:  # what a killed export left
+                raise UserError(f"{folder}: cannot be written: {error.strerror} (make it writable, or start a new run "
+                                "with another --run_name)") from None
+    for name in ("model.safetensors", "config.json"):
+        if is_dir(run_dir / name):
+            raise UserError(f"{run_dir / name}: is a folder, where the weights at the end are written (remove it)")

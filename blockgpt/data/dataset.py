@@ -102,6 +102,13 @@ def prepare_command(dataset: str, data_dir: str | Path | None = None) -> str:
     return f"python data/{dataset}/prepare.py{out_dir}"
 
 
+def prepare_again(dataset: str, data_dir: str | Path | None = None) -> str:
+    """What to do with a damaged dataset whose meta.json does not say which command made it."""
+    if exists(ROOT / "data" / dataset / "prepare.py"):
+        return f"(run {prepare_command(dataset, data_dir)} again)"
+    return "(make it again, or copy it again from where it is whole)"
+
+
 def not_prepared(dataset: str, data_dir: str | Path | None = None) -> DataError:
     """The `DataError` for a dataset that has no meta.json."""
     if exists(ROOT / "data" / dataset / "prepare.py"):
@@ -158,7 +165,7 @@ def open_dataset(dataset: str, data_dir: str | Path | None = None, tokenizer: st
         DataError: a file is missing, has another size or digest than meta.json says, or has token ids beyond the
             vocabulary; meta.json is invalid; the tokenizer is another one.
     """
-    directory, hint = dataset_dir(dataset, data_dir), f"(run {prepare_command(dataset, data_dir)} again)"
+    directory, hint = dataset_dir(dataset, data_dir), prepare_again(dataset, data_dir)
     if is_bare(directory):
         return open_bare(dataset, directory, load_tokenizer(tokenizer) if tokenizer else None, vocab_size)
     if not exists(directory / "meta.json"):
@@ -173,10 +180,11 @@ def open_dataset(dataset: str, data_dir: str | Path | None = None, tokenizer: st
         for split, name, entry in sorted(files, key=lambda file: file[1]):
             shards[split].append(open_shard(directory / name, entry, DTYPES[meta["dtype"]], meta["vocab_size"], verify))
     except DataError as error:
-        raise DataError(f"{error} {hint}") from None
+        closed = ": cannot be read: " in str(error) and "No such file" not in str(error)  # the file may be good
+        raise DataError(str(error) if closed else f"{error} {hint}") from None
     if tokenizer and not same_tokenizer(load_tokenizer(tokenizer).to_meta(), meta["tokenizer"]):
         raise DataError(f"dataset {dataset!r} was made with the tokenizer {describe_tokenizer(meta['tokenizer'])}, "
-                        f"not with {tokenizer} (drop --tokenizer, or prepare it again)")
+                        f"not with {tokenizer} (drop --tokenizer, or choose another folder)")
     return Dataset(dataset, directory, meta, shards, hint)
 
 
@@ -199,7 +207,8 @@ def open_bare(dataset: str, directory: Path, tokenizer: Tokenizer | None = None,
         vocab_size = tokenizer.vocab_size
     elif vocab_size is None:
         raise DataError(f"{directory}: has train.bin and val.bin and no meta.json: give --tokenizer=gpt2 "
-                        "or --vocab_size=N (python -m tools.convert_nanogpt_meta writes meta.json)")
+                        "or --vocab_size=N (python -m tools.convert_nanogpt_meta "
+                        f"{shlex.quote(str(directory))} writes meta.json)")
     assert vocab_size is not None
     dtype, hint = DTYPES[dtype_for(vocab_size)], "(another --tokenizer or --vocab_size?)"
     shards, splits = {}, {}

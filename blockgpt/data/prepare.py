@@ -166,6 +166,9 @@ def writing_to(out_dir: Path, work: Path | None = None, wait: float = 1.0) -> It
             yield
     except OSError as error:
         saved = "; the finished partitions are saved: the same command continues" if work else ""
+        path = error.filename if isinstance(error.filename, str) else str(out_dir)
+        if not Path(path).absolute().is_relative_to(out_dir.absolute()):  # such as a cache, or a temporary folder
+            raise DataError(f"{path}: {error_text(error)} (free disk space, or make it accessible{saved})") from None
         raise DataError(f"{out_dir}: cannot be written: {error_text(error)} (free disk space, or choose another "
                         f"folder: --out_dir, or train.py's --data_dir{saved})") from None
 

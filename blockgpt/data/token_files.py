@@ -10,6 +10,7 @@ import hashlib
 import mmap
 import os
 import re
+import shlex
 import stat
 import weakref
 from pathlib import Path
@@ -105,7 +106,8 @@ def check_bare_file(path: Path, dtype: np.dtype) -> None:
     if exists(index):
         raise DataError(f"{path}: belongs to {index.name}, as Megatron and fairseq write it, {wanted}")
     if is_utf8_text(head):
-        raise DataError(f"{path}: is text, {wanted} (python data/files/prepare.py --name NAME --input {path})")
+        raise DataError(f"{path}: is text, {wanted} (python data/files/prepare.py --name NAME "
+                        f"--input {shlex.quote(str(path))})")
     if wide := wide_dtype(head, dtype):
         raise DataError(f"{path}: has {wide.name} ids, {wanted} "
                         f"(numpy: {ARRAY_FUNCTIONS.format(wide.str[1:], dtype.str[1:])})")

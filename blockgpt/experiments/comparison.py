@@ -60,6 +60,7 @@ REPEATS_MAY_DIFFER = {  # {what is shown where runs differ in it: why such runs 
     "mfu_peak": "decides the column MFU alone",
     "world_size": ROUNDING,
     "hardware": ROUNDING,
+    "threads": ROUNDING,
     "git_commit": "most commits do not change what a run computes",
     "python": "a version; seldom changes what a run computes",
     "numpy": "a version; seldom changes what a run computes",

@@ -255,10 +255,15 @@ def launch_environment(launch: dict[str, Any]) -> dict[str, Any]:
     """{what: value} of a launch: what a process computes with, but not where (the index of a GPU, the computer)."""
     versions, hardware = (section if isinstance(section := launch.get(key), dict) else {}
                           for key in ("versions", "hardware"))
+    name, threads = hardware.get("name"), hardware.get("threads")
+    if with_threads := re.fullmatch(r"(.*), ([0-9]{1,6}) threads", str(name)):  # of earlier versions
+        name, threads = with_threads[1], int(with_threads[2])
+    if without_index(hardware.get("device")) != "cpu":
+        threads = None  # a GPU sums in its own order
     values = {"git_commit": launch.get("git_commit"),
               **{name: version for name, version in versions.items() if name != "platform"},
               "device": without_index(hardware.get("device")),
-              "hardware": hardware.get("name"), "world_size": hardware.get("world_size"),
+              "hardware": name, "threads": threads, "world_size": hardware.get("world_size"),
               "dtype": hardware.get("dtype"), "tf32": hardware.get("tf32"), "compile": hardware.get("compile")}
     return plain_values({name: value for name, value in values.items() if value is not None})
 

@@ -18,8 +18,7 @@ def is_usable(status: StepStatus, scaler: torch.amp.GradScaler) -> bool:
 
     The scaler skips the update of such a step and lowers the scale.
     """
-    finite = math.isfinite(sum(status.grad_norms) + status.loss)
-    return finite or (scaler.is_enabled() and scaler.get_scale() > 1)
+    return status.is_finite or (scaler.is_enabled() and scaler.get_scale() > 1)
 
 
 def non_finite_error(status: StepStatus, step: int, lr: float, objective: Objective, runtime: Runtime,
@@ -66,7 +65,7 @@ class LossSpikeDetector:
 
 
 def gradient_statistics(model: Any) -> dict[str, dict[str, float]]:
-    """{layer: {grad_norm, grad_max, weight_norm}} of the current gradients.
+    """{layer: {grad_norm, grad_max, weight_norm}} of the current gradients; the loop calls it before it clips them.
 
     A layer is a block, or a module outside the blocks.
     """

@@ -13,12 +13,13 @@ import select
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 
-from blockgpt.console import echo
+from blockgpt.console import echo, resume_flags
 from blockgpt.errors import DataError, PeerLostError, first_line, report_error
 from blockgpt.training.background import BackgroundThread
 from blockgpt.training.heartbeats import HEARTBEAT_SECONDS, Heartbeats, Peer
@@ -35,6 +36,8 @@ LAUNCHER_EXIT_NAME = "the exit of torchrun"
 class WatchedLog(Protocol):
     """What a `Watchdog` needs of the run's log; called from its thread."""
 
+    @property
+    def dir(self) -> Path: ...
     def info(self, text: str) -> None: ...
     def ended(self, status: str, reason: str) -> None: ...
 
@@ -49,6 +52,11 @@ class StepStatus(NamedTuple):
     save_finished: bool  # whether an asynchronous save has ended on all ranks
     step_times: list[float]
     memory_peaks: list[float]  # bytes, where measured
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss and all gradients are."""
+        return math.isfinite(sum(self.grad_norms) + self.loss)
 
 
 class Watchdog:
@@ -240,8 +248,8 @@ class Watchdog:
                                         for peer in lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
         else:
             found = "no rank is silent or behind (check the network)"
-        return (f"rank {self.runtime.rank} at step {self.step} in phase {self.phase}: {reason}: {found} "
-                "(continue with --resume=auto)")
+        advice = "" if self.log is None else f" (to continue: {resume_flags(self.log.dir, 'auto')})"
+        return f"rank {self.runtime.rank} at step {self.step} in phase {self.phase}: {reason}: {found}{advice}"
 
     def _exit_peer_lost(self, lost: list[Peer] | None, reason: str) -> None:
         """End the process: print the error and all stacks, notify the log."""

@@ -132,7 +132,7 @@ class Runtime:
         """The name of the device."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"{cpu_name()}, {torch.get_num_threads()} threads" if self.device.type == "cpu" else "Apple GPU"
+        return cpu_name() if self.device.type == "cpu" else "Apple GPU"
 
     def memory(self) -> dict[str, int | None]:
         """{allocated, peak, reserved} in bytes: of the GPU's allocator; on a CPU, of this process."""

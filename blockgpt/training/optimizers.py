@@ -1,6 +1,8 @@
 """The optimizer, its parameter groups, gradient clipping and learning-rate schedules."""
 
 import math
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,17 +42,29 @@ def mesh_dim_names(tensor: torch.Tensor) -> tuple[str, ...]:
 def learning_rate(step: int, config: Any) -> float:
     """The lr of step `step` (from 0): linear warm-up, then cosine to min_lr at lr_decay_iters, or constant."""
     peak = config.learning_rate
-    end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    constant = config.lr_schedule == "constant"
+    end = config.max_iters if constant or config.lr_decay_iters is None else config.lr_decay_iters
     warmup = min(100, min(end, config.max_iters) // 10) if config.warmup_iters is None else config.warmup_iters
     if step < warmup:
         return peak * (step + 1) / warmup
-    if config.lr_schedule == "constant":
+    if constant:
         return peak
     floor = peak / 10 if config.min_lr is None else config.min_lr
     if step >= end:
         return floor
     progress = (step - warmup) / (end - warmup)  # 0 at the peak, 1 at the floor
     return floor + 0.5 * (1.0 + math.cos(math.pi * progress)) * (peak - floor)
+
+
+def rate_change(step: int, config: Any, changed: Mapping[str, Sequence[Any]]) -> str | None:
+    """How the keys that a resume changes, {key: [before, now]}, change the rate of step `step` (from 0); None: not."""
+    former = SimpleNamespace(**{**config.flat(), **{key: before for key, (before, _) in changed.items()}})
+    before, now = learning_rate(step, former), learning_rate(step, config)
+    if before == now:
+        return None
+    follows = "max_iters" in changed and config.lr_decay_iters is None and config.lr_schedule == "cosine"
+    keep = f" (it follows max_iters; --lr_decay_iters={former.max_iters} keeps the former decay)" if follows else ""
+    return f"the learning rate of step {step + 1} is {now:.3g}, it was to be {before:.3g}{keep}"
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

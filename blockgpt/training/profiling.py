@@ -278,14 +278,7 @@ def memory_history(config: Any, runtime: Runtime, log: ProfilerLog) -> Iterator[
     other ranks memory_snapshot-00001.pickle. It is a pickle because the viewer (pytorch.org/memory_viz) reads nothing
     else; nothing here reads it.
     """
-    if not config.memory_snapshot:
-        yield
-        return
-    if runtime.device.type != "cuda":
-        # If the config already knows, the header has this warning.
-        if runtime.is_rank_zero and "memory_snapshot" not in config.keys_without_effect():
-            log.warning(f"memory_snapshot has no effect on device {runtime.device.type}: only CUDA's allocator records "
-                        "a history")
+    if not config.memory_snapshot or runtime.device.type != "cuda":  # a note of the header says so
         yield
         return
     path = Path(log.dir) / f"memory_snapshot{'' if runtime.is_rank_zero else f'-{runtime.rank:05d}'}.pickle"

@@ -16,6 +16,7 @@ from checkpoint_ranks import learn, state
 from conftest import ROOT, TINY, environment, run_python
 
 from blockgpt.checkpoints import checkpoint
+from blockgpt.checkpoints import files as checkpoint_files
 from blockgpt.checkpoints import saver as saver_module
 from blockgpt.checkpoints.saver import CheckpointSaver, check_disk_space
 from blockgpt.errors import UserError
@@ -262,8 +263,45 @@ def test_a_disk_without_space_for_one_checkpoint_is_an_error_for_all_that_are_ke
     assert check(one + export).startswith("warning: ")
     with pytest.raises(UserError, match="--out_dir"):
         check(one + export - 1)
+    with largest_file(export - 1), pytest.raises(UserError, match=r"files are limited to .*ulimit -f"):
+        check(3 * one + export)
     config.eval_only = True
     assert check(0) == ""
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_an_export_that_cannot_be_written_is_refused_before_the_training(tmp_path, name):
+    config = SimpleNamespace(eval_only=False, keep_last=3)
+    check_disk_space(tmp_path / "new", 1000, config)
+    (tmp_path / "checkpoints").mkdir()
+    check_disk_space(tmp_path, 1000, config)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name}: is a folder"):
+        check_disk_space(tmp_path, 1000, config)
+
+
+@pytest.mark.parametrize("folder", [".", "checkpoints"])
+def test_a_folder_that_may_not_be_written_is_refused_before_the_training(tmp_path, folder, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    mkdir = Path.mkdir
+
+    def refuse(path, *args, **kwargs):
+        if path.parent == tmp_path / folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return mkdir(path, *args, **kwargs)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match=r"cannot be written: Permission denied .make it"):
+        check_disk_space(tmp_path, 1000, SimpleNamespace(eval_only=False, keep_last=3))
+
+
+def test_reading_a_checkpoint_of_many_files_holds_few_of_them_open(run, monkeypatch):
+    monkeypatch.setattr(checkpoint_files, "MAX_OPEN_FILES", 1)
+    path = checkpoint.list_checkpoints(run.dir)[0][1]
+    weights = checkpoint.read_weights(path)
+    index = checkpoint.read_index(path)
+    assert index.check({chunk.file for entry in index.entries.values() for chunk in entry.chunks}) is None
+    assert len(index.open_files) == 1 and weights
 
 
 # ---- in the background

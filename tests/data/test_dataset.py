@@ -76,7 +76,7 @@ def test_token_ids_of_a_large_dataset_are_checked_in_the_batches(tmp_path, monke
     monkeypatch.setattr(dataset_module, "VERIFY_BYTES", 20)
     batches = TrainBatches(open_dataset("x", tmp_path), 0, 39, 2)
     message = refusal(batches.micro_batch, 0)
-    assert "train: has the token id 100" in message and "prepare.py" in message
+    assert "train: has the token id 100" in message and "make it again" in message
 
 
 # Damaged datasets
@@ -156,7 +156,18 @@ def test_a_damaged_dataset_is_refused_in_one_line(tmp_path, name):
     damage(tmp_path / "x")
     message = refusal(open_dataset, "x", tmp_path)
     assert str(tmp_path / "x" / file) in message and words in message
-    assert message.endswith(f"(run python data/x/prepare.py --out_dir {tmp_path / 'x'} again)")
+    assert message.endswith("(make it again, or copy it again from where it is whole)")  # there is no data/x/prepare.py
+
+
+def test_a_damaged_dataset_of_a_script_is_prepared_again_and_a_closed_file_is_not(tmp_path):
+    write_shards(tmp_path / "a b/pycode", SHARDS)
+    (tmp_path / "a b/pycode/val.bin").unlink()
+    message = refusal(open_dataset, "pycode", tmp_path / "a b")
+    assert message.endswith(f"(run python data/pycode/prepare.py --out_dir '{tmp_path}/a b/pycode' again)")
+    (tmp_path / "a b/pycode/meta.json").unlink()
+    (tmp_path / "a b/pycode/meta.json").mkdir()  # as of mode 000: what it has is not known
+    assert "cannot be read" in refusal(open_dataset, "pycode", tmp_path / "a b")
+    assert "again" not in refusal(open_dataset, "pycode", tmp_path / "a b")
 
 
 def test_the_hint_is_the_command_that_meta_json_records(tmp_path):

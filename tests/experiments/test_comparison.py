@@ -152,7 +152,7 @@ OF_THE_EXPERIMENT = {
     "lr_schedule", "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay", "beta1", "beta2", "grad_clip",
     "patience", "eval_interval", "eval_tokens", "skip_spikes", "spike_threshold", "device", "dtype", "tf32", "compile",
 } | {name for name, f in KEYS.items() if f.metadata["group"] in ("architecture", "size")} - {"arch_preset"}
-OF_THE_ENVIRONMENT = {"world_size", "hardware", "git_commit", "python", "numpy", "torch"}  # and not of the config
+OF_THE_ENVIRONMENT = {"world_size", "hardware", "threads", "git_commit", "python", "numpy", "torch"}  # not of a config
 
 
 def test_every_key_is_compared_or_has_a_reason_not_to_be():
