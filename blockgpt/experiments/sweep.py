@@ -33,7 +33,7 @@ from blockgpt.experiments.selection import (
 PROBE_STEPS = 10
 PROBE_KEYS: dict[str, Any] = {
     "max_iters": PROBE_STEPS, "log_interval": 1, "checkpoint_interval": 0, "profile": None, "patience": 0,
-    "lr_decay_iters": None, "warmup_iters": None, "eval_interval": 1_000_000, "wandb_log": False}
+    "lr_decay_iters": None, "warmup_iters": None, "eval_interval": 1_000_000, "tracker": "none"}
 
 
 class Sweep:
