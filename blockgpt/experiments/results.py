@@ -82,7 +82,7 @@ def detectable_text(plan: Plan, differences: Sequence[Sequence[float]], look: in
     spread, source = plan.spread, "declared"
     if spread is None:
         spread, source = pooled_spread(differences), f"of the {pairs} pairs that have finished"
-    terms = (f"{POWER:.0%} power, level {plan.level:g} shared out over {family} comparison{'s' * (family > 1)}, "
+    terms = (f"{POWER:.0%} power, level {plan.level:g} divided over {family} comparison{'s' * (family > 1)}, "
              f"look {look}")
     ratio = detectable_difference(1.0, n, level, POWER) or float("inf")
     if spread is None:
