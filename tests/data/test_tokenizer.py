@@ -1,9 +1,11 @@
 """Tokenizers: decoding gives the text back, or encoding refuses it with a one-line error."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -196,6 +198,15 @@ def test_truncation_and_padding_of_a_tokenizer_json_are_off():
         switch_on()
         text = "def train(model):\n    return the loss"
         assert HFTokenizer(pack_bytes(t.to_str().encode())).encode(text) == whole
+
+
+@pytest.mark.parametrize("eos_id", [-1, 2])
+def test_a_sentencepiece_model_need_not_have_an_end_of_text_token(eos_id):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["the loss of a model"] * 9), model_writer=model,
+                                             vocab_size=24, eos_id=eos_id, minloglevel=2, hard_vocab_limit=False)
+    t = from_meta({"name": "sentencepiece", "model": pack_bytes(model.getvalue())})
+    assert t.eot == (None if eos_id < 0 else eos_id) and t.decode([-1, *t.encode("loss")]) == "loss"
 
 
 def test_the_end_of_text_token_can_be_named():
