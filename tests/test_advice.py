@@ -51,7 +51,7 @@ def unknown_flags(text, flags):
 def missing_files(text):
     """The scripts and modules of `python …` in a text that do not exist."""
     scripts = re.findall(r"python ([\w/]+\.py)", text)
-    modules = [f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m ([\w.]+)", text)]
+    modules = [f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m ([\w.]+)", text) if name != "pip"]
     return [path for path in (*scripts, *modules)
             if not (ROOT / path).is_file() and not (ROOT / path.removesuffix(".py") / "__main__.py").is_file()]
 

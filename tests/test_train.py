@@ -220,6 +220,16 @@ def test_auto_starts_then_continues_and_equals_an_uninterrupted_run(tmp_path, tr
     assert (runs / "auto/model.safetensors").read_bytes() == (runs / "whole/model.safetensors").read_bytes()
 
 
+def test_a_finished_run_that_is_resumed_exports_its_weights_again(tmp_path, train):
+    train("done", "--max_iters=2")
+    export = tmp_path / "runs/done/model.safetensors"
+    before = export.read_bytes()
+    export.unlink()
+    done = train("done", "--resume=must")
+    assert done.returncode == 0 and "no steps left (raise it to continue)" in done.stdout
+    assert export.read_bytes() == before
+
+
 def forget_saves(run_dir):
     """Turn a finished run into one that was killed before its first save."""
     shutil.rmtree(run_dir / "checkpoints")

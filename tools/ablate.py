@@ -25,10 +25,11 @@ import blockgpt.startup  # noqa: F401
 from blockgpt.console import ArgumentParser, check_ranges, echo
 from blockgpt.data.dataset import ensure_prepared, open_dataset
 from blockgpt.errors import UserError, error_text, exit_on_user_error
-from blockgpt.experiments.control import write_shuffled
-from blockgpt.experiments.identity import Program, code_version, source_stamp
-from blockgpt.experiments.launchers import LAUNCHERS, Launcher, LocalLauncher, RayLauncher, SlurmLauncher
-from blockgpt.experiments.plan import (
+from blockgpt.experiments.report.plots import check_plot, save_plot
+from blockgpt.experiments.sweeps.control import write_shuffled
+from blockgpt.experiments.sweeps.identity import Program, code_version, source_stamp
+from blockgpt.experiments.sweeps.launchers import LAUNCHERS, Launcher, LocalLauncher, RayLauncher, SlurmLauncher
+from blockgpt.experiments.sweeps.plan import (
     EQUAL,
     SHUFFLED_SUFFIX,
     Plan,
@@ -42,10 +43,9 @@ from blockgpt.experiments.plan import (
     with_control,
     write_plan,
 )
-from blockgpt.experiments.progress import RunTable, label
-from blockgpt.experiments.report.plots import check_plot, save_plot
-from blockgpt.experiments.results import control_lines, detectable_text, pair_differences, study_of_plan
-from blockgpt.experiments.runner import (
+from blockgpt.experiments.sweeps.progress import RunTable, label
+from blockgpt.experiments.sweeps.results import control_lines, detectable_text, pair_differences, study_of_plan
+from blockgpt.experiments.sweeps.runner import (
     RunOutcome,
     SweepRunner,
     allow_retries,
@@ -54,8 +54,8 @@ from blockgpt.experiments.runner import (
     read_outcome,
     record_look,
 )
-from blockgpt.experiments.selection import expense, parse_budget
-from blockgpt.experiments.sweep import Sweep, duration
+from blockgpt.experiments.sweeps.selection import expense, parse_budget
+from blockgpt.experiments.sweeps.sweep import Sweep, duration
 from blockgpt.experiments.verdict_text import render_judgement
 from blockgpt.experiments.verdicts import judge
 from compare_architectures import load_run
@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = declared_plan(args, words, program)
     folder = Path(args.out_dir, plan.name)
     config = load_config([*plan.base, *next(iter(plan.sizes.values())), *plan.overrides])
-    from blockgpt.experiments.costs import parameter_count, run_cost  # imports torch
+    from blockgpt.experiments.sweeps.costs import parameter_count, run_cost  # imports torch
     from blockgpt.training.device import choose_device
     from model_builder import build_model
 

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = Path(args.out_dir or temporary)
         write_runs(folder, args.runs, args.seeds)
         for flags in ([], ["--baseline", "00000"], ["--baseline", "00000", "--format", "json"]):
-            command = [sys.executable, ROOT / "compare_architectures.py", "--out_dir", folder, *flags]
+            command = [sys.executable, str(ROOT / "compare_architectures.py"), "--out_dir", str(folder), *flags]
             seconds = []
             for _ in range(args.repeats):
                 started = time.perf_counter()

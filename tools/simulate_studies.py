@@ -9,7 +9,9 @@ The loss of a run is a term of its seed, which all variants share, plus a term o
 import dataclasses
 import math
 import random
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, however this is started
 import blockgpt.startup  # noqa: F401

@@ -19,7 +19,8 @@ from blockgpt.training.launch import Runtime
 
 FIRST_STEP = "first step"
 PHASES = {  # of the watchdog, and the first step, in words
-    "start": "before the model was built", "build": "while building the model and its optimizer",
+    "start": "before the model was built", "data": "while opening the data",
+    "build": "while building the model and its optimizer",
     "restore": "while loading the checkpoint or the initial weights", "wrap": "while preparing the first step",
     FIRST_STEP: "in the first step, which allocates gradients and optimizer state", "step": "in a step",
     "evaluation": "in an evaluation", "save": "while saving", "end": "at the end of the run"}

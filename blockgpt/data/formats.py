@@ -63,7 +63,7 @@ SIGNATURES: tuple[tuple[bytes, int, str, bool], ...] = (
     (b"{\\rtf", 0, "an RTF document", True),
     (b"version https://git-lfs.github.com/spec/", 0, "a pointer of Git LFS to the file (run git lfs pull)", True))
 OF_TEXT = (b"%PDF-", b"%!PS", b"{\\rtf", b"version https://git-lfs.github.com/spec/")
-CONTROL = bytes(b for b in range(32) if b not in b"\t\n\v\f\r\x1b") + b"\x7f"
+CONTROL = bytes(b for b in range(32) if b not in b"\t\n\v\f\r\x1b")
 # The longer marks first: UTF-32's little-endian one begins with UTF-16's.
 MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
          (codecs.BOM_UTF16_BE, "utf-16"))

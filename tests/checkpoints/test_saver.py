@@ -147,6 +147,15 @@ def test_a_full_disk_is_an_oserror_that_costs_only_the_new_checkpoint(run, size)
     save(run.dir, run.model, run.optimizer, state(6))
 
 
+def test_a_folder_that_cannot_be_looked_at_is_a_failed_save_like_any_other(run, monkeypatch):
+    def closed(*_):
+        raise UserError("the folder cannot be read")
+
+    monkeypatch.setattr(saver_module, "list_checkpoints", closed)
+    with pytest.raises(OSError, match="the folder cannot be read"):
+        save(run.dir, run.model, run.optimizer, state(6))
+
+
 DISK_OPERATIONS = ((os, "mkdir"), (os, "fsync"), (os, "rename"), (os, "replace"), (os, "posix_fallocate"),
                    (Path, "write_bytes"), (PreallocatedFile, "write"))
 

@@ -1,11 +1,13 @@
 """Tokenizers: decoding gives the text back, or encoding refuses it with a one-line error."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from blockgpt.data.tokenizer import (
@@ -115,12 +117,13 @@ def test_chars_round_trip(text):
     assert t.vocab_size == len(set(text)) and t.eot is None and t.encode_array(text).tolist() == ids
 
 
-@given(st.lists(st.integers(0, 400)))
+@given(st.lists(st.integers(-9, 400)))
+@example([255])
 def test_decoding_drops_ids_without_text(ids):
     t = ByteTokenizer()
-    text = bytes(i for i in ids if i < 256).decode(errors="replace")
+    text = bytes(i for i in ids if 0 <= i < 256).decode(errors="replace")
     assert t.decode(ids) == t.decode(np.array(ids, np.int64)) == text
-    assert CharTokenizer("ab").decode(ids) == "".join("ab"[i] for i in ids if i < 2)
+    assert CharTokenizer("ab").decode(ids) == "".join("ab"[i] for i in ids if 0 <= i < 2)
 
 
 def test_character_ids_follow_code_points():
@@ -197,6 +200,15 @@ def test_truncation_and_padding_of_a_tokenizer_json_are_off():
         assert HFTokenizer(pack_bytes(t.to_str().encode())).encode(text) == whole
 
 
+@pytest.mark.parametrize("eos_id", [-1, 2])
+def test_a_sentencepiece_model_need_not_have_an_end_of_text_token(eos_id):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["the loss of a model"] * 9), model_writer=model,
+                                             vocab_size=24, eos_id=eos_id, minloglevel=2, hard_vocab_limit=False)
+    t = from_meta({"name": "sentencepiece", "model": pack_bytes(model.getvalue())})
+    assert t.eot == (None if eos_id < 0 else eos_id) and t.decode([-1, *t.encode("loss")]) == "loss"
+
+
 def test_the_end_of_text_token_can_be_named():
     content = pack_bytes(hf_json().encode())
     assert (HFTokenizer(content).eot, HFTokenizer(content, eot="<pad>").eot) == (0, 1)
@@ -224,7 +236,7 @@ def test_byte_and_the_encodings_of_tiktoken_are_tokenizers_that_a_user_can_name(
                                         ({"name": "tiktoken", "encoding": "gpt3"}, "did you mean gpt2?"),
                                         ({"name": "tiktoken", "encoding": []}, "unknown"),
                                         ({"name": "tiktoken", "ranks": pack_bytes(b"YQ== 0")}, "a byte has none"),
-                                        ({"name": "sentencepiece", "model": "?"}, "damaged"),
+                                        ({"name": "sentencepiece", "model": "?"}, "content in the JSON is damaged"),
                                         ({"name": "sentencepiece", "model": pack_bytes(b"no")}, "not a SentencePiece"),
                                         ({"name": "hf", "json": pack_bytes(b"{}")}, "not a tokenizer.json")])
 def test_invalid_meta_is_a_one_line_error(meta, word):

@@ -42,15 +42,17 @@ def test_the_law_of_noisy_losses_is_that_of_curve_fit():
 
 
 def test_the_influence_of_a_seed_is_the_derivative_of_the_fit():
-    table = losses(noise=1e-4)
-    law, h = fit_law(table), 1e-6
-    moved = {tokens: {**values, 1: values[1] + h * (values[1] - np.mean(list(values.values())))}
-             for tokens, values in table.items()}
-    other = fit_law(moved)
-    change = np.subtract((other.irreducible, other.amplitude, other.exponent),
-                         (law.irreducible, law.amplitude, law.exponent)) / h * 3
-    # Gauss-Newton leaves out the second derivatives times the residuals, which are small here.
-    assert change == pytest.approx(law.influence[1], rel=0.1)
+    rng = random.Random(0)
+    noise = {tokens: rng.gauss(0, 0.003) for tokens in HORIZONS}  # of seed 1; seed 2 has its opposite
+
+    def fit(scale):
+        return fit_law({tokens: {0: loss(tokens), 1: loss(tokens) + scale * error, 2: loss(tokens) - error}
+                        for tokens, error in noise.items()})
+
+    law, moved, h = fit(1.0), fit(1.01), 0.01
+    change = np.subtract((moved.irreducible, moved.amplitude, moved.exponent),
+                         (law.irreducible, law.amplitude, law.exponent)) * 3 / h
+    assert change == pytest.approx(law.influence[1], rel=0.02)
 
 
 def test_fewer_than_four_horizons_give_a_law_without_an_irreducible_loss():

@@ -276,6 +276,13 @@ def test_queries_keys_and_values_are_one_product_on_cuda_alone():
     assert not joined(copy.deepcopy(net.blocks[0].attn))
 
 
+def test_weights_are_placed_again_whenever_they_move(monkeypatch):
+    net, devices = build_model(config()), []
+    monkeypatch.setattr(type(net.blocks[0].attn), "place_weights", lambda attn, device: devices.append(device))
+    net.to(torch.bfloat16)
+    assert devices == [torch.device("cpu")] * len(net.blocks)
+
+
 def test_weights_that_are_joined_learn_as_those_that_are_not():
     separate, joint = build_model(config()), build_model(config())
     joint.place_weights(torch.device("cuda"))

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, TINY, environment
 
 from blockgpt.errors import UserError
-from blockgpt.experiments.runner import read_attempts
+from blockgpt.experiments.sweeps.runner import read_attempts
 from blockgpt.files import sha256_of
 from tools import ablate
 

@@ -43,7 +43,7 @@ def test_the_flags_of_train_py_follow_the_config_file(capsys, config_file):
     (["--plot=/nowhere/p.png"], "--plot: /nowhere/p.png: cannot be written: No such file or directory"),
     (["--plot=p.nothing"], "--plot: p.nothing: cannot be written: "),
     (["--plot"], "--plot: expected one argument"), (["--plot="], "--plot: needs a file"),
-    (["--plot", "--max_iters=3"], "--plot: expected one argument"), (["--max_iter=3"], "did you mean max_iters?"),
+    (["--plot", "--max_iters=3"], "--plot: expected one argument"), (["--max_iter=3"], "did you mean --max_iters=3?"),
 ])
 def test_a_wrong_flag_is_one_line(capsys, config_file, flags, words):
     assert words in refusal(analyze_mixture.main, [config_file, *flags], error=UserError)

@@ -34,7 +34,7 @@ def total(rows, event):
     return sum(counts.get(event, 0) for counts in rows.values())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_process_under_torture(tmp_path):  # test_faults.py has the short form of signals and pauses
     groups = {*GROUPS} - {"signals", "pauses", "network"}
     rows = run_torture(tmp_path, *sorted(groups), "--modes=single", "--phases=commit,rename", "--no_torchrun",

@@ -48,6 +48,13 @@ def test_matrices_decay_and_nothing_else_and_each_parameter_is_in_one_group(pres
     assert "blocks.0.attn.q_proj.weight" not in decayed | undecayed and "token_embedding.weight" in decayed
 
 
+def test_a_group_with_a_smaller_rate_decays_no_less():
+    model = build_model(get_preset("llama", init="mup", **{**SIZES, "n_embd": 512}))
+    groups = [g for g in build_optimizer(model, settings_of(), CPU).param_groups if g["weight_decay"]]
+    assert {g["lr_multiplier"] for g in groups} >= {1.0, 0.5}  # the base width is 256
+    assert all(g["lr_multiplier"] * g["weight_decay"] == pytest.approx(0.1) for g in groups)
+
+
 def test_a_step_is_adamw_as_the_paper_has_it():
     """Loshchilov & Hutter 2019, algorithm 2, with the decay multiplied by the learning rate, in float64."""
     model = build_model(get_preset("llama", **SIZES))

@@ -9,7 +9,7 @@ from conftest import ROOT, environment
 from dataset_helpers import refusal
 
 from blockgpt.errors import UserError, require_package
-from blockgpt.experiments.launchers import Job, LocalLauncher, RayLauncher, SlurmLauncher, run_job
+from blockgpt.experiments.sweeps.launchers import Job, LocalLauncher, RayLauncher, SlurmLauncher, run_job
 
 ENDS = "import os, sys; print(os.environ['WORD'], flush=True); sys.exit(7)"
 WAITS = """

@@ -8,8 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from blockgpt.errors import UserError
-from blockgpt.experiments.plan import PlannedRun
-from blockgpt.experiments.selection import (
+from blockgpt.experiments.sweeps.plan import PlannedRun
+from blockgpt.experiments.sweeps.selection import (
     PARAMETER_TOLERANCE,
     Budget,
     Cost,

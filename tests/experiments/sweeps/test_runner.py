@@ -14,9 +14,9 @@ from conftest import ROOT, environment
 from dataset_helpers import refusal
 
 from blockgpt.errors import UserError
-from blockgpt.experiments.launchers import Job, LocalLauncher
-from blockgpt.experiments.plan import PlannedRun
-from blockgpt.experiments.runner import (
+from blockgpt.experiments.sweeps.launchers import Job, LocalLauncher
+from blockgpt.experiments.sweeps.plan import PlannedRun
+from blockgpt.experiments.sweeps.runner import (
     RunOutcome,
     SweepRunner,
     allow_retries,
@@ -132,7 +132,7 @@ def test_a_killed_run_says_nothing_of_an_earlier_attempt(runner):
 
 
 def test_a_run_that_another_process_has_claimed_is_waited_for(runner, monkeypatch):
-    monkeypatch.setattr("blockgpt.experiments.runner.ELSEWHERE_SECONDS", 0.1)
+    monkeypatch.setattr("blockgpt.experiments.sweeps.runner.ELSEWHERE_SECONDS", 0.1)
     sweep = runner.folder / "finishes/sweep"
     sweep.mkdir(parents=True)
     other = open(sweep / ".lock", "w")  # noqa: SIM115 (the other process holds it)
@@ -147,7 +147,7 @@ def test_a_run_that_another_process_has_claimed_is_waited_for(runner, monkeypatc
 
 
 def test_a_run_that_still_trains_without_its_sweep_is_not_started_twice(runner, monkeypatch):
-    monkeypatch.setattr("blockgpt.experiments.runner.ELSEWHERE_SECONDS", 0.1)
+    monkeypatch.setattr("blockgpt.experiments.sweeps.runner.ELSEWHERE_SECONDS", 0.1)
     (runner.folder / "finishes").mkdir()
     training = open(runner.folder / "finishes/.lock", "w")  # noqa: SIM115
     fcntl.flock(training, fcntl.LOCK_EX)
@@ -193,7 +193,8 @@ def test_a_run_is_told_when_its_sweep_is_killed(tmp_path, root):
     (tmp_path / "waits").mkdir()
     job = Job((sys.executable, str(root / "train.py"), "--ending=waits", f"--out_dir={tmp_path}", "--run_name=waits",
                "--resume=auto"), tmp_path, tmp_path, {})
-    script = (f"import time\nfrom pathlib import Path\nfrom blockgpt.experiments.launchers import Job, start_process\n"
+    script = ("import time\nfrom pathlib import Path\n"
+              "from blockgpt.experiments.sweeps.launchers import Job, start_process\n"
               f"start_process(Job({job.command!r}, Path({str(tmp_path)!r}), Path({str(tmp_path)!r}), {{}}))\n"
               "time.sleep(60)\n")
     sweep = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment())

@@ -12,8 +12,8 @@ from blockgpt.accounting.dry_run import advice, find_target, inspect_data, memor
 from blockgpt.accounting.flops import flops_per_token
 from blockgpt.accounting.memory import MemoryAccount
 from blockgpt.accounting.requirements import chosen_mode, memory_need
-from blockgpt.experiments.plan import tokens_per_step
-from blockgpt.experiments.selection import Cost
+from blockgpt.experiments.sweeps.plan import tokens_per_step
+from blockgpt.experiments.sweeps.selection import Cost
 
 UNLIMITED = 2**62  # bytes
 VOCABULARIES: dict[str, int] = {}  # {sources of data: token ids}

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blockgpt.errors import UserError, error_text
-from blockgpt.experiments.launchers import Handle, Job, Launcher
-from blockgpt.experiments.plan import PlannedRun
+from blockgpt.experiments.sweeps.launchers import Handle, Job, Launcher
+from blockgpt.experiments.sweeps.plan import PlannedRun
 from blockgpt.files import FolderLock, exists, find
 
 TICK = 0.2  # seconds between looks at what runs

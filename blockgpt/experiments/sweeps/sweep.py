@@ -11,11 +11,11 @@ from typing import Any
 
 from blockgpt.console import align_columns, human_bytes
 from blockgpt.errors import UserError
-from blockgpt.experiments.plan import COPY, SHUFFLED, SIZE, PlannedRun, Planner
-from blockgpt.experiments.progress import RunTable
 from blockgpt.experiments.records import human_count
-from blockgpt.experiments.runner import RunOutcome, SweepRunner, read_outcome
-from blockgpt.experiments.selection import (
+from blockgpt.experiments.sweeps.plan import COPY, SHUFFLED, SIZE, PlannedRun, Planner
+from blockgpt.experiments.sweeps.progress import RunTable
+from blockgpt.experiments.sweeps.runner import RunOutcome, SweepRunner, read_outcome
+from blockgpt.experiments.sweeps.selection import (
     Budget,
     Cell,
     Cost,
@@ -33,7 +33,7 @@ from blockgpt.experiments.selection import (
 PROBE_STEPS = 10
 PROBE_KEYS: dict[str, Any] = {
     "max_iters": PROBE_STEPS, "log_interval": 1, "checkpoint_interval": 0, "profile": None, "patience": 0,
-    "lr_decay_iters": None, "warmup_iters": None, "eval_interval": 1_000_000, "wandb_log": False}
+    "lr_decay_iters": None, "warmup_iters": None, "eval_interval": 1_000_000, "tracker": "none"}
 
 
 class Sweep:

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from blockgpt.experiments.plan import COPY, SHUFFLED, Plan, PlannedRun, pooled_spread
 from blockgpt.experiments.records import Run
-from blockgpt.experiments.runner import RunOutcome
 from blockgpt.experiments.statistics import MIN_SEEDS, detectable_difference, spend
 from blockgpt.experiments.study import Study, StudyTrial, trial_of_run
+from blockgpt.experiments.sweeps.plan import COPY, SHUFFLED, Plan, PlannedRun, pooled_spread
+from blockgpt.experiments.sweeps.runner import RunOutcome
 from blockgpt.experiments.verdicts import Judgement
 from blockgpt.files import exists
 
@@ -82,7 +82,7 @@ def detectable_text(plan: Plan, differences: Sequence[Sequence[float]], look: in
     spread, source = plan.spread, "declared"
     if spread is None:
         spread, source = pooled_spread(differences), f"of the {pairs} pairs that have finished"
-    terms = (f"{POWER:.0%} power, level {plan.level:g} shared out over {family} comparison{'s' * (family > 1)}, "
+    terms = (f"{POWER:.0%} power, level {plan.level:g} divided over {family} comparison{'s' * (family > 1)}, "
              f"look {look}")
     ratio = detectable_difference(1.0, n, level, POWER) or float("inf")
     if spread is None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from blockgpt.config_fields import example_value
 from blockgpt.errors import UserError
 from blockgpt.experiments.comparison import NOT_COMPARED
-from blockgpt.experiments.identity import NOT_EXECUTED, Program, code_version, run_id, source_stamp
-from blockgpt.experiments.plan import (
+from blockgpt.experiments.sweeps.identity import NOT_EXECUTED, Program, code_version, run_id, source_stamp
+from blockgpt.experiments.sweeps.plan import (
     COPY,
     OF_THE_RUNNER,
     Plan,
@@ -298,9 +298,9 @@ def test_the_version_of_the_code_is_that_of_what_a_run_executes(tmp_path):
         return code_version(tmp_path, packages=())
 
     base = version({"train.py": "x = 1\n", "blockgpt/data/loader.py": "y = 1\n", "docs/a.md": "a",
-                    "blockgpt/experiments/plan.py": "z = 1\n", "tools/a.py": "a = 1\n"})
+                    "blockgpt/experiments/sweeps/plan.py": "z = 1\n", "tools/a.py": "a = 1\n"})
     assert version({"train.py": "x = 1  # a comment\n\n"}) == base
-    assert version({"blockgpt/experiments/plan.py": "z = 2\n", "tools/a.py": "", "docs/a.md": "b"}) == base
+    assert version({"blockgpt/experiments/sweeps/plan.py": "z = 2\n", "tools/a.py": "", "docs/a.md": "b"}) == base
     other = version({"blockgpt/data/loader.py": "y = 2\n"})
     assert other != base
     assert version({"blockgpt/data/more/deep.py": "y = 2\n"}) != other

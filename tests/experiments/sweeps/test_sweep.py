@@ -8,20 +8,20 @@ from dataset_helpers import refusal
 from run_helpers import make_run
 
 from blockgpt.errors import UserError
-from blockgpt.experiments import progress
-from blockgpt.experiments.identity import Program
-from blockgpt.experiments.plan import SCREENING_SEED, Plan, Planner, with_control
-from blockgpt.experiments.progress import RunTable, label, logged_step
-from blockgpt.experiments.results import (
+from blockgpt.experiments.sweeps import progress
+from blockgpt.experiments.sweeps.identity import Program
+from blockgpt.experiments.sweeps.plan import SCREENING_SEED, Plan, Planner, with_control
+from blockgpt.experiments.sweeps.progress import RunTable, label, logged_step
+from blockgpt.experiments.sweeps.results import (
     control_lines,
     detectable_text,
     factors_of,
     pair_differences,
     study_of_plan,
 )
-from blockgpt.experiments.runner import RunOutcome
-from blockgpt.experiments.selection import Cost, parse_budget
-from blockgpt.experiments.sweep import Sweep
+from blockgpt.experiments.sweeps.runner import RunOutcome
+from blockgpt.experiments.sweeps.selection import Cost, parse_budget
+from blockgpt.experiments.sweeps.sweep import Sweep
 from blockgpt.experiments.verdicts import judge
 from compare_architectures import load_run
 from configurator import KEYS, TYPES, load_config
@@ -152,7 +152,7 @@ def test_equal_parameters_changes_a_width_and_says_so(sweep):
 
 
 def test_keys_of_the_probe_are_keys_of_train():
-    from blockgpt.experiments.sweep import PROBE_KEYS
+    from blockgpt.experiments.sweeps.sweep import PROBE_KEYS
 
     assert PROBE_KEYS.keys() <= KEYS.keys()
 

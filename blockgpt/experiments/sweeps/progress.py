@@ -10,8 +10,8 @@ from pathlib import Path
 
 from blockgpt.console import align_columns, echo, human_time, is_terminal
 from blockgpt.experiments.comparison import shorten_middle
-from blockgpt.experiments.plan import SIZE, PlannedRun
-from blockgpt.experiments.runner import RunOutcome
+from blockgpt.experiments.sweeps.plan import SIZE, PlannedRun
+from blockgpt.experiments.sweeps.runner import RunOutcome
 
 REDRAW_SECONDS = 1.0
 TAIL_BYTES = 4096  # of metrics.jsonl that are read for the newest step

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from blockgpt.config_fields import coerce, located, parse_value, read_config_file
 from blockgpt.errors import UserError, did_you_mean, error_text, short_repr
 from blockgpt.experiments.comparison import NOT_COMPARED
-from blockgpt.experiments.identity import Program, resolved_values, run_id
+from blockgpt.experiments.sweeps.identity import Program, resolved_values, run_id
 from blockgpt.files import write_json
 
 SCHEMA_VERSION = 1  # of study.json

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockgpt.data.dataset import open_dataset
-from blockgpt.experiments.control import DOCUMENT_TOKENS, shuffle_documents, write_shuffled
+from blockgpt.experiments.sweeps.control import DOCUMENT_TOKENS, shuffle_documents, write_shuffled
 
 
 @given(st.lists(st.integers(0, 9), max_size=60), st.integers(0, 9))

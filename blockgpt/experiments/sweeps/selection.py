@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from blockgpt.console import human_time
 from blockgpt.errors import UserError, short_repr
-from blockgpt.experiments.plan import PlannedRun
+from blockgpt.experiments.sweeps.plan import PlannedRun
 
 Cell = tuple[str, str]  # (variant, size)
 PARAMETER_TOLERANCE = 0.02  # of --equal params; what d_ff can be rounded to is far below it in models of real size
