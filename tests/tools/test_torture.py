@@ -43,7 +43,7 @@ def test_one_process_under_torture(tmp_path):  # test_faults.py has the short fo
     assert total(rows, "kills") >= 2 and total(rows, "full") == 2 and total(rows, "files") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_under_torture(tmp_path):
     rows = run_torture(tmp_path, "kills", "--modes=fsdp", "--phases=rename", "--no_torchrun", "--scale=0.01",
                        "--seed=3")
