@@ -401,6 +401,7 @@ def outcome(argv, location, key):
         return str(error).removeprefix(f"{location}: ").removeprefix(f"{key}: ")
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(pair=st.sampled_from(list(KEYS)).flatmap(lambda key: st.tuples(st.just(key), valid_values(key))))
 def test_a_value_means_the_same_in_a_flag_and_in_a_file(tmp_path_factory, pair):
@@ -448,6 +449,7 @@ texts = st.text(max_size=300) | number_like | st.sampled_from(["None", "nan", "-
 keys = st.sampled_from(list(KEYS))
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(key=keys, text=texts)
 def test_any_text_for_any_key_is_a_config_or_one_line(key, text):
@@ -459,6 +461,7 @@ arguments = (st.builds("--{}={}".format, keys, texts) | st.builds("--{}".format,
              | st.sampled_from(["--help", "-h", "--", "-", "config/arch_llama.py", "config/nowhere.py", "config"]))
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(argv=st.lists(arguments, max_size=6))
 def test_any_command_line_is_a_config_or_one_line(argv):
@@ -469,6 +472,7 @@ literals = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() 
                         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(values=st.dictionaries(keys, literals, min_size=1, max_size=4), more=st.binary(max_size=20) | st.just(b""))
 def test_any_config_file_is_a_config_or_one_line(tmp_path_factory, values, more):
@@ -478,6 +482,7 @@ def test_any_config_file_is_a_config_or_one_line(tmp_path_factory, values, more)
     load_or_exit([str(path)])
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(config=literals | st.dictionaries(keys, literals | st.just(1), max_size=4))
 def test_any_recorded_run_resumes_or_is_one_line(tmp_path_factory, config):

@@ -169,6 +169,7 @@ def run_directly(tmp_path, data_dir, *flags, dtype=torch.float32, init_scale=1.0
     return tmp_path / "golden"
 
 
+@pytest.mark.slow
 def test_float16_gradients_are_unscaled_before_clipping_and_an_overflow_skips_the_update(tmp_path, data_dir):
     flags = ["--arch_preset=llama", "--gradient_accumulation_steps=2"]
     run_dir = run_directly(tmp_path, data_dir, *flags, dtype=torch.float16, init_scale=2.0**19)

@@ -52,6 +52,7 @@ def test_runs_repeat_and_resume_bit_for_bit(tmp_path, train, flags):
     assert evals[0][60][0] < evals[0][15][0] < 5.8  # and it learned
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_is_the_larger_batch(tmp_path, train):
     train("whole", "--max_iters=10", "--batch_size=8")
     train("split", "--max_iters=10", "--batch_size=2", "--gradient_accumulation_steps=4")
@@ -90,6 +91,7 @@ def test_the_run_directory_records_what_was_built_and_how_it_went(tmp_path, trai
     assert (tmp_path / "runs/full/config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_resume_says_what_raising_max_iters_does_to_the_rate_and_that_the_threads_are_others(tmp_path, train):
     train("longer", "--max_iters=10", "--learning_rate=1e-3")
     keep = train("longer", "--resume=must", "--max_iters=11", "--lr_decay_iters=10",
@@ -301,6 +303,7 @@ def test_auto_never_starts_again_where_it_cannot_tell(tmp_path, train, name, mak
     assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 4  # two steps, an evaluation, a save
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_in_one_line_and_changes_nothing(tmp_path, train):
     train("mine", "--max_iters=2")
     with FolderLock(tmp_path / "runs/mine", "trains in it"):

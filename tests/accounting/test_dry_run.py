@@ -98,6 +98,7 @@ def test_under_torchrun_the_processes_are_its_own_and_rank_zero_prints(monkeypat
 # ---- what is printed
 
 
+@pytest.mark.slow
 def test_the_printed_numbers_are_those_of_the_account():
     flags = ["--dry_run_gpu=A100", "--batch_size=8", "--max_iters=100", "--dry_run_mfu=0.5"]
     config = load_config([*SMALL, *flags])
@@ -232,6 +233,7 @@ def test_a_model_far_larger_than_this_computer_needs_no_memory(dry_run_command):
     assert re.search(r"^ +FSDP, full .* yes +\d+$", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_frozen_companions_of_the_objective_are_counted(monkeypatch):
     teacher = get_preset("llama", n_layer=4, n_head=4, n_embd=256, block_size=256, vocab_size=4096)
     weights = sum(4 * p.numel() for p in build_model(teacher).parameters())

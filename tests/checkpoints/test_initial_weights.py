@@ -64,6 +64,7 @@ def model_of(*flags):
     return build_model(load_config(["--device=cpu", *flags]).model)
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_of_another_on_other_data_with_other_keys(folder, start):
     done = start("--init_from=runs/source@2", "--eval_only", "--dropout=0.1", name="evaluated")
     assert done.returncode == 0, done.stderr

@@ -157,6 +157,7 @@ def check_same_tokens(model, ranks, text):
     assert [model.decode([i]) for i in model.encode(text)] == [ranks.decode([i]) for i in ranks.encode(text)]
 
 
+@pytest.mark.slow
 def test_an_exported_bpe_splits_text_as_the_model_does(model_and_ranks, sources):
     model, ranks = model_and_ranks
     for text in sources:

@@ -154,6 +154,7 @@ def test_temporaries_of_a_process_killed_long_ago_are_removed(tmp_path):
     assert not old.exists()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(sources_module, "PARTITION_BYTES", 2**20)
     monkeypatch.setattr(writer, "COPY_TOKENS", 2**16)

@@ -322,6 +322,7 @@ changes = st.dictionaries(section_names, sections | launches, max_size=3)
 run_files = st.binary() | changes.map(lambda changed: json.dumps({**document(), **changed}).encode())
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(run_files, metric_files), min_size=1, max_size=3),
        st.sampled_from([column.key for column in records.COLUMNS]))

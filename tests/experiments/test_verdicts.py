@@ -246,6 +246,7 @@ def test_a_thousand_studies_of_a_baseline_against_itself(variants, seeds):
     assert at_most(simulate(Scenario(variants, seeds), 1000)["decided"], 0.05, 1000)
 
 
+@pytest.mark.slow
 def test_without_spending_optional_stopping_would_not_keep_the_level(monkeypatch):
     monkeypatch.setattr("blockgpt.experiments.statistics.spend", lambda level, look: level)
     assert not at_most(simulate(Scenario(1, LOOKS), 300)["decided"], 0.05, 300)

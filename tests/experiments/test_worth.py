@@ -119,6 +119,7 @@ def test_a_law_is_evaluated_where_it_was_fitted():
     assert law.loss(400.0) == pytest.approx(1 + 2 * 0.5) and law.reducible(100.0) == 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds, difference", [(3, -0.03), (5, 0.0), (10, -0.15)])
 def test_the_interval_holds_the_truth_as_often_as_it_says(seeds, difference):
     coverage, _ = simulate_worth(400, seeds, difference)

@@ -19,6 +19,7 @@ PLAIN = st.recursive(st.none() | st.booleans() | st.integers() | st.text(),
                      lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner))
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(PLAIN, st.integers(0, pickle.HIGHEST_PROTOCOL))
 def test_plain_values_are_read_as_pickle_reads_them(value, protocol):

@@ -63,6 +63,7 @@ def test_the_micro_losses_of_a_step_sum_to_the_mean_over_its_tokens(config):
     assert sorted(micro_losses) == sorted(one.loss(model, b)[0].item() for b in batches)
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_the_mean_over_the_whole_split(config):
     c = config(eval_tokens=0, dropout=0.5)
     model, objective = build_model(c.model), LanguageModeling(c, runtime())
@@ -168,6 +169,7 @@ def test_an_evaluation_that_fails_restores_training_mode(config, monkeypatch):
     assert model.training
 
 
+@pytest.mark.slow
 def test_the_digest_of_the_validation_data_says_what_an_evaluation_reads(config, tmp_path):
     def val_data(rank=0, world_size=1, **keys):
         return LanguageModeling(config(**{"eval_tokens": 40 * BLOCK, **keys}), runtime(rank, world_size)).val_data

@@ -75,6 +75,7 @@ def exec_objective(*args):
     exec_train(*args)
 
 
+@pytest.mark.slow
 def test_it_is_trained_evaluated_resumed_and_compared(run, capsys):
     whole = run("whole", *FLAGS, "--max_iters=8", "--learning_rate=3e-3")
     assert run("cut", *FLAGS, "--max_iters=4", "--learning_rate=3e-3").is_dir()

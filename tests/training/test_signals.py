@@ -29,6 +29,7 @@ def default_effect(signum):
     return ENDS if os.WIFSIGNALED(status) else CONTINUES
 
 
+@pytest.mark.slow
 def test_every_signal_that_ends_a_process_is_handled_or_has_a_reason_why_not():
     for signum in map(int, signal.valid_signals()):
         reason = UNHANDLED.get(signal_name(signum))

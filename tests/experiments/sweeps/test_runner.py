@@ -116,6 +116,7 @@ def test_a_failed_run_is_retried_once_and_then_reported(runner, ending, state, t
     assert (again.state, launches(runner, ending)) == (state, tries)
 
 
+@pytest.mark.slow
 def test_failed_runs_are_tried_again_on_request(runner):
     runs = [planned("fails"), planned("diverges"), planned("finishes")]
     runner.run(runs)

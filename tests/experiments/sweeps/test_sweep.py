@@ -91,6 +91,7 @@ def test_without_halving_all_are_judged_and_the_lost_one_stays(sweep):
     assert [outcomes[run.id].state for run in runs].count("diverged") == 3
 
 
+@pytest.mark.slow
 def test_more_than_the_budget_is_refused_and_halving_fits_into_it(sweep):
     study = sweep(seeds=(1, 2, 3, 4, 5))
     study.estimate(probe=False)
