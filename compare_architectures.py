@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the project's folder
 import blockgpt.startup  # noqa: F401
 
 # isort: split
-from blockgpt.checkpoints.resume import FORMER_INIT_FROM, FORMER_VALUES
+from blockgpt.checkpoints.resume import FORMER_INIT_FROM, present_value
 from blockgpt.console import ArgumentParser, align_columns, check_ranges, terminal_width
 from blockgpt.errors import UserError, exit_on_user_error
 from blockgpt.experiments.arms import arms_without_baseline, study_of_runs
@@ -70,8 +70,7 @@ def upgrade_config(config: dict[str, Any], model: dict[str, Any]) -> tuple[dict[
 
     A key is added with the default that gives what earlier versions did, so that a run that lacks it had the default.
     """
-    config = {RENAMED_KEYS.get(key, key): FORMER_VALUES.get(key, {}).get(value, value) if isinstance(value, bool)
-              else value for key, value in config.items()}
+    config = {RENAMED_KEYS.get(key, key): present_value(key, value) for key, value in config.items()}
     if config.get("init_from") in FORMER_INIT_FROM:
         config["init_from"] = None
     config = {name: f.default for name, f in KEYS.items() if name not in MODEL_KEYS} | config

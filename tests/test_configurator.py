@@ -493,6 +493,14 @@ def test_any_recorded_run_resumes_or_is_one_line(tmp_path_factory, config):
     load_or_exit(["--resume=must", "--run_name=resumed", f"--out_dir={run.parent}"])
 
 
+@pytest.mark.parametrize("value", ["yes", 3, [], {}, None])
+def test_a_value_that_no_version_wrote_for_a_former_key_is_one_line(tmp_path, value):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/run.json").write_text(json.dumps({"config": {"wandb_log": value}}))
+    with pytest.raises(UserError, match=r"run\.json: tracker: "):
+        load_config(["--resume=must", "--run_name=old", f"--out_dir={tmp_path}"])
+
+
 def test_every_key_has_a_line_of_help_and_a_default_that_it_takes():
     defaults = load_config([]).flat()
     assert list(defaults) and set(defaults) == set(KEYS) == set(TYPES)

@@ -61,8 +61,6 @@ from blockgpt.experiments.verdicts import judge
 from compare_architectures import load_run
 from configurator import KEYS, ROOT, TYPES, load_config
 
-OWN_KEYS = ("dry_run", "out_dir")  # keys of train.py that mean something of this command here
-
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m tools.ablate", description=__doc__,

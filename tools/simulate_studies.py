@@ -48,11 +48,6 @@ class Scenario:
     own_std: float = OWN_STD
 
 
-def baseline_std(scenario: Scenario) -> float:
-    """The true standard deviation of the baseline over seeds."""
-    return math.hypot(SEED_STD, scenario.own_std)
-
-
 def simulate(scenario: Scenario, studies: int, seed: int = 0) -> dict[str, float]:
     """{outcome: proportion of the studies in which a variant had it at a look}; "decided" is better or worse.
 

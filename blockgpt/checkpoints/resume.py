@@ -95,9 +95,13 @@ def coerced(recorded: Iterable[tuple[str, Any]], names: set[str], keys: Mapping[
             accepted: Mapping[str, Types], renamed: Mapping[str, str]) -> dict[str, Any]:
     """{key: value} of the recorded keys in `names`; the other arguments are those of `recorded_config`."""
     return {name: coerce(keys[name], accepted[name], value)
-            for name, value in ((renamed.get(k, k), FORMER_VALUES[k][v] if k in FORMER_VALUES else v)
-                                for k, v in recorded)
+            for name, value in ((renamed.get(k, k), present_value(k, v)) for k, v in recorded)
             if name in names and not (name == "init_from" and value in FORMER_INIT_FROM)}
+
+
+def present_value(key: str, value: Any) -> Any:
+    """What a value of an earlier version's key is now; a value that no version wrote stays, for `coerce` to refuse."""
+    return FORMER_VALUES.get(key, {}).get(value, value) if isinstance(value, bool) else value
 
 
 def split_init_from(value: str) -> tuple[Path, int | None]:

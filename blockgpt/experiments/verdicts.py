@@ -29,7 +29,6 @@ from blockgpt.training.criterion import Criterion
 
 TESTS = ("t", "sign_flip")
 POWER = 0.8  # of finding what the number of seeds to settle a verdict promises
-OUTCOMES = ("better", "worse", "equal", "inconclusive")  # an `Verdict.outcome` is one of these, or None
 
 Cell = tuple[str, float]  # size, horizon
 
@@ -105,7 +104,7 @@ class Verdict:
     """What is known of a variant against the baseline at one size and horizon.
 
     Attributes:
-        outcome: one of OUTCOMES; None where there is only a number, or nothing.
+        outcome: better, worse, equal or inconclusive; None where there is only a number, or nothing.
         difference: variant - baseline, of the criterion; None if there is none.
         differences: {seed: difference} of the pairs; empty where nothing pairs.
         method: the test, in words.
