@@ -189,7 +189,7 @@ def aligned(columns: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def detail_texts(line: Line, level: float) -> list[str]:
-    """What stands below a verdict: what it means, its worth, its regime, and its notes."""
+    """The lines below a verdict: what it means, its worth, its regime, and its notes."""
     verdict, regime = line.verdict, f"regime: {regime_text(line.arm.regime)}"
     if verdict is None:
         return [regime] * line.is_baseline
