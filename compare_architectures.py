@@ -38,7 +38,9 @@ from blockgpt.errors import UserError, exit_on_user_error
 from blockgpt.experiments.arms import arms_without_baseline, study_of_runs
 from blockgpt.experiments.comparison import Comparison, compare, shorten_middle
 from blockgpt.experiments.records import COLUMNS, Column, Run, columns, printable, read_run
+from blockgpt.experiments.report.page import check_report, save_report
 from blockgpt.experiments.report.plots import check_plot, save_plot
+from blockgpt.experiments.report.results import report_of_comparison
 from blockgpt.experiments.study import Reading, parse_at
 from blockgpt.experiments.verdict_text import (
     SCHEMA_VERSION,
@@ -243,6 +245,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "(0: the best one)")
     parser.add_argument("--plot", metavar="FILE", help="draw the learning curves, the mean over seeds and their range, "
                         "to this .png, .svg or .pdf")
+    parser.add_argument("--report", metavar="FILE", help="write verdicts, curves, configurations and commands to this "
+                        ".html, one page that needs no network")
     args = parser.parse_args(argv)
     check_ranges(args, {"latest": (args.latest is None or args.latest >= 1, "at least 1"),
                         "margin": (args.margin is None or 0 < args.margin < math.inf, "positive"),
@@ -254,11 +258,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--{name}: has no effect without --baseline")
     if args.plot is not None:
         check_plot(args.plot)
+    if args.report is not None:
+        check_report(args.report)
     reading = Reading(parse_at(args.at) if args.at else None, args.last)
     runs = sorted(map(load_run, select_runs(args.runs, args.out_dir)), key=lambda run: run["created_at"], reverse=True)
     comparison = compare(runs[:args.latest], args.sort)
     comparable = [run for run in comparison["runs"] if run["criterion"] == comparison["criterion"]]
     warnings = list(comparison["warnings"])
+    judgement = None
     if args.baseline is None:
         study, baseline = arms_without_baseline(comparable, reading), None
         arms = arms_of(study, args.level)
@@ -270,6 +277,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         warnings += judgement.warnings
     if args.plot is not None:
         save_plot(args.plot, study, baseline)
+    if args.report is not None:
+        command = ["python", "compare_architectures.py", *(sys.argv[1:] if argv is None else argv)]
+        save_report(args.report, report_of_comparison(comparison, study, judgement, command))
     print(text, flush=True)  # flushed here, so that a closed pipe is handled below
     if args.format in ("csv", "json"):  # stdout is read by a program, stderr by people
         for warning in warnings:
