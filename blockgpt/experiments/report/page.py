@@ -70,9 +70,15 @@ def render_main(report: Report, live: bool) -> str:
 
 
 def render_page(report: Report, version: str | None = None) -> str:
-    """The whole page. It loads nothing: a content security policy forbids all but its own style and script.
+    """The whole page of a report; `version`: see `page_of`."""
+    return page_of(report.question or report.title, render_main(report, version is not None), version)
+
+
+def page_of(title: str, main: str, version: str | None = None) -> str:
+    """A page with its content. It loads nothing: a content security policy forbids all but its own style and script.
 
     Args:
+        main: HTML that ends with the values of the curves.
         version: of a page that is served live, which asks whether there is another one.
     """
     live = "" if version is None else f' data-live="{escape(version)}"'
@@ -84,9 +90,9 @@ def render_page(report: Report, version: str | None = None) -> str:
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{escape(report.question or report.title)}</title>\n<style>\n{asset('style.css')}{colors}</style>\n"
-            f'</head><body{live}>\n<button type="button" id="theme" class="screen-only">theme: auto'
-            f"</button>\n<main>\n{render_main(report, bool(live))}</main>\n<script>{script}</script></body></html>\n")
+            f"<title>{escape(title)}</title>\n<style>\n{asset('style.css')}{colors}</style>\n"
+            f'</head><body{live}>\n<button type="button" id="theme" class="screen-only">theme: auto</button>\n'
+            f"<main>\n{main}</main>\n<script>{script}</script></body></html>\n")
 
 
 def check_report(path: str) -> None:

@@ -49,7 +49,7 @@ class Report:
         runs: as `records.read_run` gives them, those that are not in the study, too.
         judgement: None: nothing is judged.
         question: in words.
-        withheld: why there are no verdicts, where a judgement has been stripped of them.
+        withheld: why there are no verdicts, also of a judgement that has been stripped of them.
         command: that makes this page again, as words.
         commands: {name of a run: words of its command}; else the one that the run has recorded.
         declared: {field: value} of the plan.
@@ -144,14 +144,14 @@ def figures_text(line: Line) -> str:
 def verdicts_section(report: Report) -> str:
     """The verdicts as a forest plot for each size and horizon, with words, worth and regime beside each."""
     judgement = report.judgement
+    content = f'<p class="callout">{escape(report.withheld)}</p>' if report.withheld else ""
     if judgement is None:
-        return ""
+        return content
     directions = ("better", "worse") if not judgement.criterion.more_is_better else ("worse", "better")
     cells: dict[Cell, list[Line]] = {}
     for line in report.lines:
         if line.verdict is not None:
             cells.setdefault((line.arm.size, line.arm.horizon), []).append(line)
-    content = f'<p class="callout">{escape(report.withheld)}</p>' if report.withheld else ""
     content += bullets([floor_text(floor, judgement.baseline, judgement.level) for floor in judgement.floors
                         if (floor.size, floor.horizon) in cells or not cells], "floors")
     for cell, lines in cells.items():
