@@ -91,7 +91,7 @@ def forest_axis(intervals: Sequence[Interval]) -> Axis:
     ends = [end for i in intervals for end in (i.low, i.high) if end is not None]
     margins = [i.margin for i in intervals if i.margin is not None]
     widths = sorted(abs(end) for end in ends)
-    limit = max(4 * widths[len(widths) // 2] if widths else 0.0, *map(abs, means), *margins, 0.0)
+    limit = max(4 * widths[len(widths) // 2] if widths else 0.0, *(2 * abs(mean) for mean in means), *margins, 0.0)
     bounds = [0.0, *means, *(sign * margin for margin in margins for sign in (-1, 1)),
               *(max(-limit, min(limit, end)) for end in ends)]
     low, high = min(bounds), max(bounds)
@@ -181,7 +181,8 @@ def draw_curves(chart: Chart, spend: str, metric: str, count: int) -> Curves:
     content = (
         f'<figure class="chart"><figcaption>{escape(title)}{cut}</figcaption><div class="frame">'
         f'{axis_labels(y_axis, "y", "bottom")}<div class="area" tabindex="0" role="img" aria-label="{escape(title)}">'
-        f'<svg viewBox="0 0 {BOX} {BOX}" preserveAspectRatio="none" aria-hidden="true">{grid}{shapes}</svg></div>'
+        f'<svg viewBox="0 0 {BOX} {BOX}" data-box="{BOX}" preserveAspectRatio="none" aria-hidden="true">{grid}{shapes}'
+        f"</svg></div>"
         f'{axis_labels(x_axis, "x", "left", spend)}</div></figure>\n')
     points = [{"v": one.index, "p": [[short(value) for value in mean] for mean in means]} for one, means in curves]
     return Curves(content, {"x": [x_axis.low, x_axis.high], "y": [y_axis.low, y_axis.high], "spend": spend,

@@ -23,6 +23,7 @@ from blockgpt.experiments.study import Study
 from blockgpt.experiments.verdict_text import (
     UNJUDGED,
     Line,
+    confidence,
     detail_texts,
     effect_text,
     floor_text,
@@ -129,14 +130,14 @@ def badge_of(text: str, outcome: str) -> str:
     return f'<span class="badge {outcome}">{escape(text)}</span>' if text else '<span class="badge none"></span>'
 
 
-def figures_text(line: Line) -> str:
+def figures_text(line: Line, level: float) -> str:
     """'-0.0123, 95 % [-0.02, -0.01], n=3, p 0.01' as the table of the terminal has them."""
     verdict = line.verdict
     if verdict is None or verdict.difference is None:
         return "no difference"
     difference = verdict.difference
     interval = ("" if difference.low is None else
-                f", {interval_text(difference.low, difference.high, '+.4f')}")
+                f", {confidence(level)} {interval_text(difference.low, difference.high, '+.4f')}")
     p = "" if verdict.p_adjusted is None else f", p {verdict.p_adjusted:.2g}"
     return f"{difference.mean:+.4f}{interval}, n={difference.n}{p}"
 
@@ -166,7 +167,8 @@ def verdicts_section(report: Report) -> str:
                 verdict.outcome or "none")
             words = outcome_text(verdict)
             texts = [text for text in detail_texts(line, judgement.level) if text != words]
-            rows.append((verdict.variant, "" if report.withheld else words, interval, figures_text(line), texts))
+            rows.append((verdict.variant, "" if report.withheld else words, interval,
+                         figures_text(line, judgement.level), texts))
         title = f"{cell_text(*cell)}: " if any(cell) else ""
         content += (f"<h3>{escape(title)}difference of {escape(metric_text(report))} from "
                     f"{escape(judgement.baseline)}</h3>\n{forest_of(rows, directions)}")
@@ -232,7 +234,7 @@ def curves_section(report: Report) -> tuple[str, list[dict[str, object]]]:
              else "")
     return (f'<div class="legend" role="group" aria-label="variants">{buttons}</div>\n{content}<p class="quiet">{words}'
             '<span class="screen-only">Hover, or focus a chart and use the arrow keys, for values; a name shows and '
-            "hides its curves.</span></p>\n"), data
+            "hides its curves; last half: only the end of the runs.</span></p>\n"), data
 
 
 # ---- effects, front ----

@@ -26,12 +26,85 @@
       node.classList.toggle("off", hidden.has(data.variants[node.dataset.v]));
     for (const button of document.querySelectorAll("[data-toggle]"))
       button.setAttribute("aria-pressed", String(!hidden.has(data.variants[button.dataset.toggle])));
+    if (zoomed) drawRanges();
   }
 
   function toggle(index) {
     const name = data.variants[index];
     if (!hidden.delete(name)) hidden.add(name);
     showVariants();
+  }
+
+  // ---- the end of the runs, where curves lie near each other
+
+  const chartAreas = () => [...document.querySelectorAll(".chart:not(.scatter) .area")];
+  let zoomed = false;
+
+  // The last half of a chart: [x range, y range of the visible curves].
+  function lastHalf(chart) {
+    const all = visible(chart).flatMap((one) => one.p), end = Math.max(...all.map((point) => point[0]));
+    const late = all.filter((point) => point[0] >= end / 2);
+    if (!late.length) return [chart.full.x, chart.full.y];
+    const low = Math.min(...late.map((point) => point[2])), high = Math.max(...late.map((point) => point[3]));
+    const space = 0.06 * (high - low) || 0.01 * Math.abs(high) || 1;
+    return [[end / 2, 1.015 * end], [low - space, high + space]];
+  }
+
+  function ticks([low, high]) {
+    const raw = (high - low) / 5, power = 10 ** Math.floor(Math.log10(raw));
+    const step = power * [1, 2, 5, 10].find((factor) => power * factor >= 0.999 * raw);
+    const decimals = Math.max(0, -Math.floor(Math.log10(step) + 1e-9)), found = [];
+    for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i++)
+      found.push([i * step, Math.abs(high) >= 1e5 ? (i * step).toPrecision(3).replace(/\.?0*e\+/, "e")
+                                                  : (i * step).toFixed(decimals)]);
+    return found;
+  }
+
+  function drawRanges() {
+    chartAreas().forEach((area, i) => {
+      const chart = data.charts[i], svg = area.querySelector("svg"), labels = area.parentElement.children;
+      if (!chart.full) chart.full = {x: chart.x, y: chart.y, labels: [...labels].map((node) => node.innerHTML)};
+      const {x, y} = chart.full, box = svg.dataset.box;
+      clear(area);
+      [chart.x, chart.y] = zoomed ? lastHalf(chart) : [x, y];
+      const left = (value) => box * (value - x[0]) / (x[1] - x[0]), top = (value) => box * (y[1] - value) / (y[1] - y[0]);
+      svg.setAttribute("viewBox", [left(chart.x[0]), top(chart.y[1]), left(chart.x[1]) - left(chart.x[0]),
+                                   top(chart.y[0]) - top(chart.y[1])].join(" "));
+      svg.querySelectorAll(".zoomed").forEach((node) => node.remove());
+      svg.querySelectorAll(".grid").forEach((node) => node.classList.toggle("off", zoomed));
+      for (const [node, range, side] of [[labels[0], chart.y, "bottom"], [labels[2], chart.x, "left"]]) {
+        if (!zoomed) {
+          node.innerHTML = chart.full.labels[side === "left" ? 2 : 0];  // as the page had it
+          continue;
+        }
+        node.replaceChildren(...ticks(range).map(([at, text]) => {
+          const label = element("span", "", side === "left" && chart.spend === "tokens" ? count(at) : text);
+          label.style[side] = `${100 * (at - range[0]) / (range[1] - range[0])}%`;
+          return label;
+        }));
+        if (side === "bottom")
+          for (const [at] of ticks(range)) {
+            const line = document.createElementNS("http://www.w3.org/2000/svg", "path");
+            line.setAttribute("class", "grid zoomed");
+            line.setAttribute("d", `M0,${top(at)}H${box}`);
+            svg.prepend(line);
+          }
+      }
+    });
+  }
+
+  function addZoom() {
+    const legend = document.querySelector(".legend");
+    if (!legend) return;
+    const button = element("button", "zoom", "last half");
+    button.type = "button";
+    button.setAttribute("aria-pressed", String(zoomed));
+    button.addEventListener("click", () => {
+      zoomed = !zoomed;
+      button.setAttribute("aria-pressed", String(zoomed));
+      drawRanges();
+    });
+    legend.append(button);
   }
 
   // ---- values of the nearest evaluations
@@ -68,7 +141,7 @@
     for (const one of listed) {
       const [, mean, low, high, n] = one.point, row = element("div", `v${one.v % data.colors}`);
       row.append(element("i"), element(one === first ? "b" : "span", "who", data.variants[one.v]),
-                 element("span", "figure", value(mean) + (n > 1 ? ` [${value(low)}, ${value(high)}]` : "")));
+                 element("span", "figure", value(mean) + (n > 1 && one === first ? ` [${value(low)}, ${value(high)}]` : "")));
       tip.append(row);
       const [x1, y1] = place(one.point), dot = element("div", `point v${one.v % data.colors}`);
       if (y1 >= 0 && y1 <= 1) {
@@ -107,8 +180,8 @@
 
   function start() {
     data = JSON.parse(document.getElementById("data").textContent);
-    const areas = document.querySelectorAll(".chart:not(.scatter) .area");
-    areas.forEach((area, i) => connect(area, data.charts[i]));
+    chartAreas().forEach((area, i) => connect(area, data.charts[i]));
+    addZoom();
     for (const button of document.querySelectorAll("[data-toggle]"))
       button.addEventListener("click", () => toggle(button.dataset.toggle));
     showVariants();
