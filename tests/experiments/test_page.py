@@ -94,7 +94,8 @@ def trials(variant, offset, factors=None, horizon=1000.0, own=(0, 0, 0, 0), n_ev
 @pytest.fixture
 def study():
     return Study([
-        *trials("base", 0.0, {"norm": "ln", "position": "abs"}), *trials("rms", -0.2, {"norm": "rms", "position": "abs"}),
+        *trials("base", 0.0, {"norm": "ln", "position": "abs"}),
+        *trials("rms", -0.2, {"norm": "rms", "position": "abs"}),
         *trials("rope", 0.1, {"norm": "ln", "position": "rope"}),
         *trials("both", 0.0, {"norm": "rms", "position": "rope"}, own=OWN),
         *trials("base", 0.0, horizon=500.0), *trials("base", 0.0, horizon=2000.0),
