@@ -258,6 +258,7 @@ def test_a_known_effect_is_found_as_often_as_theory_says():
     assert rate == pytest.approx(stats.nct.sf(stats.t.ppf(0.975, 4), 4, noncentrality), abs=0.05)
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("scenario", [
     Scenario(1, (5,), 1.0, 1.0, own_std=0.2), Scenario(1, (8,), 1.0, 1.0, "sign_flip", own_std=0.2),
     Scenario(1, (5,), math.hypot(1.0, 0.1), own_std=0.1), Scenario(3, (10,), math.hypot(1.0, 0.1), own_std=0.1)],
