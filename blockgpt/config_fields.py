@@ -331,7 +331,7 @@ def check_fields(config: Any) -> None:
     Raises:
         ConfigError: the first key whose value has the wrong type, range or choice.
     """
-    accepted = key_types(type(config))
+    accepted = key_types(config.__class__)
     for f in dataclasses.fields(config):
         if f.metadata:
             check_value(f, accepted[f.name], getattr(config, f.name))
