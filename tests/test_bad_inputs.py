@@ -461,6 +461,7 @@ def row_marks(command):
     return [pytest.mark.slow] if command.startswith("$") and "tiny.py" in command else []
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("command, code, line", [pytest.param(*row, id=row[0][:60].replace(os.sep, ":"),
                                                               marks=row_marks(row[0])) for row in COMMANDS])
 def test_a_bad_input_ends_in_one_line_and_changes_nothing(workspace, run, command, code, line):

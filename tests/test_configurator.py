@@ -160,6 +160,7 @@ def test_a_run_without_sizes_fits_a_laptop_and_a_model_without_sizes_has_124m():
 # Every key with another value
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("key", list(KEYS))
 def test_an_example_means_the_same_in_a_flag_in_a_file_and_in_run_json(config_file, tmp_path, monkeypatch, key):
     example = example_value(KEYS[key], TYPES[key])
@@ -297,6 +298,7 @@ def test_an_alias_in_a_file_is_answered_without_dashes(config_file):
     assert "(did you mean dtype = 'bfloat16'?)" in config_error(config_file("mine.py", "bf16 = True"))
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("name", [*ALIASES, *NOT_KEYS])
 def test_every_flag_that_an_answer_names_can_be_typed(name):
     assert name not in KEYS and name == name.lower().replace("-", "_") and name not in RENAMED_KEYS
@@ -311,6 +313,7 @@ def test_every_flag_that_an_answer_names_can_be_typed(name):
             assert f"--{key}={text}" in message and load_config([f"--{key}={text}", "--run_name=x"]).flat()[key] == text
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("key", list(KEYS))
 def test_dashes_stand_for_underscores_and_no_negates_every_boolean(key):
     dashed = key.replace("_", "-")

@@ -283,6 +283,7 @@ def unmount(path):
     path.symlink_to("/no/such/disk")
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("name, make, code, reason", [
     ("checkpoints", shutil.rmtree, 3, "has no checkpoint, but its log says that step 2 was saved"),
     ("checkpoints", unmount, 2, "checkpoints: is a link to /no/such/disk, which does not exist"),
@@ -347,6 +348,7 @@ def test_nonfinite_stops_before_the_update_and_keeps_the_last_good_checkpoint(tm
     assert max(records(tmp_path / "runs/hot")) == failed - 1
 
 
+@pytest.mark.slow
 def test_spikes_are_logged_and_skipped_and_their_averages_survive_a_resume(tmp_path, train):
     flags = ["--max_iters=140", "--eval_interval=120", "--spike_threshold=0.2", "--skip_spikes", "--learning_rate=1e-5"]
     whole = train("whole", *flags)

@@ -127,11 +127,13 @@ def test_an_unknown_time_or_energy_is_printed_as_unknown(account):
     assert "energy unknown" in time("--dry_run_gpu=None", "--mfu_peak=1")
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_target_is_this_computer():
     code, text = run("--dry_run_gpu=None")
     assert code == 0 and "this computer (cpu)" in text and re.search("time +unknown: ", text)
 
 
+@pytest.mark.slow
 def test_epochs_are_those_of_the_prepared_data(data_dir):
     flags = ["--dry_run", *TINY, f"--data_dir={data_dir}", "--max_iters=10"]
     code, text = run(*flags, "--vocab_size=300", "--dry_run_gpu=T4")

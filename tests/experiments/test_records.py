@@ -261,6 +261,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.grid(8)
 @pytest.mark.parametrize("format", tool.FORMATS)
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_log_is_listed_with_its_reason_after_the_ranked_ones(tmp_path, capsys, name, format):

@@ -4,7 +4,8 @@ import shlex
 from collections.abc import Iterable
 
 from blockgpt.experiments.comparison import compared_values, differences
-from blockgpt.experiments.records import Column, Run, columns, printable
+from blockgpt.experiments.log_values import printable
+from blockgpt.experiments.records import Column, Run, columns
 from blockgpt.experiments.report.markup import bullets, code_block, details, html_table
 from blockgpt.experiments.report.results import MAX_ROWS, OPEN_ROWS, Report, left_out
 from blockgpt.experiments.study import StudyTrial

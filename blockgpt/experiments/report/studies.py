@@ -63,7 +63,7 @@ def without_verdicts(judgement: Judgement, study: Study) -> Judgement:
                        notes=tuple(half_pairs(arm, base)))
 
     return dataclasses.replace(
-        judgement, verdicts=tuple(map(strip, judgement.verdicts)), effects={}, look=None, notes=(),
+        judgement, verdicts=tuple(map(strip, judgement.verdicts)), effects={}, pairing=None, look=None, notes=(),
         warnings=(*study.warnings, *(f"{name}: not judged: {reason}" for name, reason in study.excluded.items())))
 
 
