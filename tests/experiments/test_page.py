@@ -31,7 +31,7 @@ from blockgpt.experiments.verdicts import judge
 from compare_architectures import main as compare_main
 
 MAX_BYTES = 6_000_000
-EVIL = '</style></script><script>alert(1)</script><img src=x onerror="alert(2)">\u2028 & "'
+EVIL = '</style></script ><!--<script ></script><script>alert(1)</script><img src=x onerror="alert(2)">\u2028 & "'
 NOISE = (0.02, -0.01, 0.03, 0.0)
 OWN = (0.0005, -0.0005, 0.0003, -0.0003)  # of a variant that is equal to the baseline
 
@@ -153,6 +153,10 @@ def test_a_page_without_verdicts_gives_none_of_them_away(study):
     for word in ("better", "inconclusive", "equal within", "would settle", "fewer tokens", "main effect", "p (Holm)",
                  "p 0."):
         assert word not in re.sub("less is better|← better", "", page.text), word
+    grid = Study([trial for trial in study.trials if trial.factors])
+    judgement = judge(grid, "base")
+    page = Page(render_page(Report("a study", grid, [], without_verdicts(judgement, grid), withheld=WITHHELD)))
+    assert judgement.effects and "main effect" not in page.text and "interaction" not in page.text
     assert not [a for tag, a in page.elements if tag == "line" and a["class"] == "whisker"]
 
 
@@ -188,6 +192,7 @@ def test_whatever_a_run_or_a_plan_is_named_it_is_text(study):
     page = Page(render_page(Report(EVIL, evil, [], judge(evil, "base"), EVIL, command=[EVIL], commands={"r": [EVIL]},
                                    declared={EVIL: EVIL}, notes=[EVIL], warnings=[EVIL])))
     assert len(page.raw["script"]) == 2 and len(page.raw["style"]) == 1
+    assert not [text for text in page.raw["script"] if text.startswith("{") and "<" in text]  # nothing can end it
     for found in (plain, page):
         assert not [tag for tag, _ in found.elements if tag in ("img", "iframe", "object", "link", "base", "form")]
         assert not [a for _, a in found.elements if any(name.startswith("on") for name in a)]
@@ -236,7 +241,8 @@ def page_size(study):
 
 
 def test_a_page_of_long_runs_and_of_many_runs_is_small():
-    assert page_size(Study([t for i in range(2) for t in trials(f"v{i}", 0.1 * i, n_evals=10_000)[:1]])) < MAX_BYTES
+    # Two curves of 10,000 evaluations would have 5 MB.
+    assert page_size(Study([t for i in range(2) for t in trials(f"v{i}", 0.1 * i, n_evals=10_000)[:1]])) < MAX_BYTES / 6
     many = [t for i in range(40) for h in range(1, 16) for t in trials(f"v{i}", 0.1 * i, horizon=1000.0 * h)[:1]]
     assert page_size(Study(many)) < MAX_BYTES
 
