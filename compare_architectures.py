@@ -39,9 +39,7 @@ from blockgpt.experiments.arms import arms_without_baseline, study_of_runs
 from blockgpt.experiments.comparison import Comparison, compare, shorten_middle
 from blockgpt.experiments.log_values import printable
 from blockgpt.experiments.records import COLUMNS, Column, Run, columns, read_run
-from blockgpt.experiments.report.page import check_report, save_report
 from blockgpt.experiments.report.plots import check_plot, save_plot
-from blockgpt.experiments.report.results import report_of_comparison
 from blockgpt.experiments.study import Reading, parse_at
 from blockgpt.experiments.verdict_text import (
     SCHEMA_VERSION,
@@ -273,7 +271,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--{name}: has no effect without --baseline")
     if args.plot is not None:
         check_plot(args.plot)
-    if args.report is not None:
+    if args.report is not None:  # imported where it is asked for: the table shall not wait for it
+        from blockgpt.experiments.report.page import check_report
+
         check_report(args.report)
     reading = Reading(parse_at(args.at) if args.at else None, args.last)
     runs = sorted(load_runs(select_runs(args.runs, args.out_dir)), key=lambda run: run["created_at"], reverse=True)
@@ -293,6 +293,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.plot is not None:
         save_plot(args.plot, study, baseline)
     if args.report is not None:
+        from blockgpt.experiments.report.page import save_report
+        from blockgpt.experiments.report.results import report_of_comparison
+
         command = ["python", "compare_architectures.py", *(sys.argv[1:] if argv is None else argv)]
         save_report(args.report, report_of_comparison(comparison, study, judgement, command))
     print(text, flush=True)  # flushed here, so that a closed pipe is handled below
