@@ -410,17 +410,54 @@ def test_a_repeated_filter_is_refused(flags):
     assert "is given twice" in refusal(parse_filters, flags, error=UserError)
 
 
-def test_the_source_of_a_function_and_of_what_it_uses_is_part_of_the_recipe(tmp_path, monkeypatch):
+USES = {  # {what a filter uses: (its source, {file that is edited: its content})}
+    "itself": ("def f(text): return True", {}),
+    "a function": ("from NAME_helper import keep\ndef f(text): return keep(text)", {"NAME_helper.py": "keep = len"}),
+    "a constant": ("from NAME_helper import N\ndef f(text): return len(text) > N", {"NAME_helper.py": "N = 3"}),
+    "all of a module": ("from NAME_helper import *\ndef f(text): return len(text) > N", {"NAME_helper.py": "N = 3"}),
+    "a module's module": ("import NAME_a\ndef f(text): return NAME_a.N", {"NAME_a.py": "from NAME_b import N",
+                                                                        "NAME_b.py": "N = 3"}),
+    "an import in a function": ("def f(text):\n from NAME_helper import N\n return N", {"NAME_helper.py": "N = 3"}),
+    "a name as text": ("import importlib\ndef f(text): return importlib.import_module('NAME_helper').N",
+                       {"NAME_helper.py": "N = 3"}),
+    "a folder without __init__": ("import NAME_p.helper\ndef f(text): return NAME_p.helper.N",
+                                  {"NAME_p/helper.py": "N = 3"}),
+    "a package": ("from NAME_p.helper import N\ndef f(text): return N",
+                  {"NAME_p/__init__.py": "", "NAME_p/helper.py": "from .sizes import N", "NAME_p/sizes.py": "N = 3"}),
+    "a file of words": ("def f(text): return text in open('NAME_words.txt').read()", {"NAME_words.txt": "a b"}),
+    "a file next to it": ("from pathlib import Path\nW = (Path(__file__).parent / 'NAME_w.txt').read_text()\n"
+                          "def f(text): return text in W", {"NAME_w.txt": "a b"})}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_what_a_function_uses_is_part_of_the_recipe(tmp_path, monkeypatch, name):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "helper_a.py").write_text("def keep(text): return True\n")
-    (tmp_path / "filter_a.py").write_text("from helper_a import keep\nimport json\ndef f(text): return keep(text)\n")
-    settings = {"callable": "filter_a:f"}
+    module = "user_" + name.replace(" ", "_").replace("'", "")
+    source, files = USES[name]
+    files = {f"{module}.py": source + "\nimport json\n", **files}
+    files = {path.replace("NAME", module): text.replace("NAME", module) + "\n" for path, text in files.items()}
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    settings = {"callable": f"{module}:f"}
     before = filters.source_digests(settings)
-    assert sorted(before) == ["filter_a", "helper_a"]
-    for module in before:
-        (tmp_path / f"{module}.py").write_text((tmp_path / f"{module}.py").read_text() + "# edited\n")
+    assert filters.source_digests(settings) == before and not any("json" in key for key in before)
+    for path in files:
+        (tmp_path / path).write_text((tmp_path / path).read_text() + "# edited\n")
         after = filters.source_digests(settings)
-        assert after[module] != before[module]
+        assert after != before, path
+        before = after
+
+
+def test_a_file_that_a_function_writes_is_no_part_of_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user_log.py").write_text("def f(text): print(text, file=open('log.txt', mode='a')); return True\n")
+    digests = []
+    for text in ("a", "b"):
+        (tmp_path / "log.txt").write_text(text)
+        digests.append(filters.source_digests({"callable": "user_log:f"}))
+    assert digests[0] == digests[1]
 
 
 def test_a_version_of_a_hub_dataset_is_part_of_its_identity(tmp_path):
