@@ -118,14 +118,22 @@ def short_repr(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:60]}…{text[-10:]}"
 
 
+def message_of(error: BaseException) -> str:
+    """str(error); empty if that fails, as it can for an exception that a user has defined."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of the message of a library's exception, or its type if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (message_of(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def error_text(error: Exception) -> str:
+def error_text(error: BaseException) -> str:
     """The system's message of an OSError, else the error's own message or type; on one line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    text = str(getattr(error, "strerror", None) or message_of(error) or type(error).__name__)
     return " ".join(text.split())[:200]
 
 

@@ -147,6 +147,9 @@ def import_function(function: str | Callable[[str], Any]) -> Callable[[str], Any
         raise UserError(f"--filter callable={function}: {error} (module:function, importable from here)") from None
     if not callable(imported):
         raise UserError(f"--filter callable={function}: {short_repr(imported)} is no function")
+    if inspect.iscoroutinefunction(imported) or inspect.isgeneratorfunction(imported):
+        raise UserError(f"--filter callable={function}: what it returns is always true (a plain function, without "
+                        "async and yield)")
     return imported
 
 
