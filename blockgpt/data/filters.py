@@ -18,7 +18,7 @@ from typing import Any
 
 from blockgpt.data.losses import library_errors
 from blockgpt.errors import DataError, UserError, did_you_mean, short_repr
-from blockgpt.files import sha256_of
+from blockgpt.files import is_file, sha256_of
 
 CompiledFilter = tuple[str, Callable[[str, Any], bool], Any]  # (name, filter function, its value)
 
@@ -220,7 +220,7 @@ def named_files(tree: ast.AST, folder: Path) -> list[tuple[str, Path]]:
                        for constant in ast.walk(call)}
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and type(node.value) is str
              and id(node) not in opened_to_write and node.value.isprintable() and 0 < len(node.value) < 256}
-    files = {text: next((p for p in (Path(text).expanduser(), folder / text) if os.path.isfile(p)), None)
+    files = {text: next((p for p in (Path(text).expanduser(), folder / text) if is_file(p)), None)
              for text in sorted(texts)}
     return [(text, path) for text, path in files.items() if path is not None]
 

@@ -273,8 +273,8 @@ class HFTokenizer(RoundTripTokenizer):
         self.tokenizer.encode_special_tokens = True
         self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         self.special = [t.content for _, t in sorted(self.tokenizer.get_added_tokens_decoder().items())]
-        self.eot_text = next((t for t in ((eot,) if eot else END_OF_TEXT) if self.is_separator(t)), None)
-        if eot and self.eot_text is None:
+        self.eot_text = next((t for t in (END_OF_TEXT if eot is None else (eot,)) if self.is_separator(t)), None)
+        if eot is not None and self.eot_text is None:
             raise no_eot(eot, self.special)
         self.eot = None if self.eot_text is None else self.tokenizer.token_to_id(self.eot_text)
 

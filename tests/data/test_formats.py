@@ -424,6 +424,7 @@ def test_documents_that_cannot_be_separated_are_an_error(tmp_path):
     assert "--eot names one, such as <the end>" in message and "--no_separator" in message
     assert run_prepare(tmp_path / "x", documents, tokenizer("<the end>", "<the end>"))["eot"] == 0
     assert "is no special token" in refusal(tokenizer, "<x>", "d")  # of the vocabulary, but text contains it
+    assert "is no special token" in refusal(tokenizer, "<x>", "")
 
 
 class Choking:
