@@ -58,6 +58,7 @@ from blockgpt.experiments.sweeps.selection import expense, parse_budget
 from blockgpt.experiments.sweeps.sweep import Sweep, duration
 from blockgpt.experiments.verdict_text import render_judgement
 from blockgpt.experiments.verdicts import judge
+from blockgpt.startup import n_cores
 from compare_architectures import load_run
 from configurator import KEYS, ROOT, TYPES, load_config
 
@@ -205,8 +206,7 @@ def slurm_parameters(text: str) -> dict[str, Any]:
 
 def choose_launcher(args: argparse.Namespace, folder: Path, gpus: Sequence[str], threads: int) -> Launcher:
     """The launcher that was asked for; `UserError` if its package is missing."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = args.workers or (len(gpus) if gpus else max(1, cores // threads))
+    workers = args.workers or (len(gpus) if gpus else max(1, n_cores() // threads))
     if args.launcher == "slurm":
         return SlurmLauncher(workers, folder, slurm_parameters(args.slurm))
     if args.slurm:
