@@ -241,8 +241,9 @@ def select_runs(patterns: list[str], out_dir: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="compare_architectures.py", description="Compare training runs: an ablation table.")
-    parser.add_argument("runs", nargs="*", help="run directories or globs (default: all in --out_dir)")
-    parser.add_argument("--out_dir", default="runs", help="directory of the runs")
+    parser.add_argument("runs", nargs="*", type=os.path.expanduser,
+                        help="run directories or globs (default: all in --out_dir)")
+    parser.add_argument("--out_dir", type=os.path.expanduser, default="runs", help="directory of the runs")
     parser.add_argument("--latest", type=int, metavar="N", help="only the newest N of them")
     parser.add_argument("--format", choices=FORMATS, default="table", help="output format")
     parser.add_argument("--sort", metavar="KEY", help="one of " + ", ".join(c.key for c in COLUMNS) + " (default: the "
@@ -256,10 +257,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "between evaluations")
     parser.add_argument("--last", type=int, default=0, metavar="K", help="judge the mean of the last K evaluations "
                         "(0: the best one)")
-    parser.add_argument("--plot", metavar="FILE", help="draw the learning curves, the mean over seeds and their range, "
+    parser.add_argument("--plot", type=os.path.expanduser, metavar="FILE",
+                        help="draw the learning curves, the mean over seeds and their range, "
                         "to this .png, .svg or .pdf")
-    parser.add_argument("--report", metavar="FILE", help="write verdicts, curves, configurations and commands to this "
-                        ".html, one page that needs no network")
+    parser.add_argument("--report", type=os.path.expanduser, metavar="FILE",
+                        help="write verdicts, curves, configurations and commands to this .html, one page that needs no "
+                        "network")
     args = parser.parse_args(argv)
     check_ranges(args, {"latest": (args.latest is None or args.latest >= 1, "at least 1"),
                         "margin": (args.margin is None or 0 < args.margin < math.inf, "positive"),

@@ -393,6 +393,7 @@ def key_fields() -> dict[str, Field]:
 
 KEYS = key_fields()
 TYPES = key_types(ModelConfig) | key_types(Config)
+PATHS = {"out_dir", "init_from", "data_dir", "tokenizer"}  # keys that are paths, or may be
 # Keys of earlier versions: {old name: new name}. Recorded runs that have them are read as they are.
 RENAMED_KEYS = {"fsdp_replicas": "dp_replicate", "keep_checkpoints": "keep_last", "peer_timeout": "rank_timeout",
                 "wandb_log": "tracker", "wandb_project": "tracker_project"}
@@ -525,7 +526,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, str],
     files, flags = split_arguments(argv)
     given: dict[str, Any] = {}
     explicit: dict[str, str] = {}
-    for path in files:
+    for path in map(os.path.expanduser, files):
         for name, value in read_config_file(path, ROOT).items():
             if name not in KEYS:
                 raise unknown_key(path, name)
@@ -538,6 +539,8 @@ def read_arguments(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, str],
         given[name], explicit[name] = values[-1], f"--{name}"
         replaced += [f"--{name} is given more than once: {short_repr(values[-1])} counts, not {short_repr(value)}"
                      for value in values[:-1] if value != values[-1]]
+    for name in PATHS & given.keys():  # a shell leaves the ~ of --out_dir=~/runs
+        given[name] = os.path.expanduser(given[name]) if type(given[name]) is str else given[name]
     return given, explicit, tuple(replaced)
 
 

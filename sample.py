@@ -14,7 +14,7 @@ import blockgpt.startup  # noqa: F401
 # isort: split
 from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.errors import CheckpointError, DataError, UserError, exit_on_user_error
-from blockgpt.files import exists, is_dir
+from blockgpt.files import exists, is_dir, user_path
 
 if TYPE_CHECKING:  # torch is imported after the flags are checked
     import torch
@@ -29,7 +29,7 @@ CACHE_BYTES = 2**30  # of the samples that are generated at once
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The parsed command line; `UserError` for a value out of range."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--run", required=True, help="run directory")
+    parser.add_argument("--run", type=user_path, required=True, help="run directory")
     parser.add_argument("--checkpoint", choices=("best", "latest"), default="best",
                         help="best: the best evaluation of those that were saved; latest: the newest")
     parser.add_argument("--prompt", default="\n", help="text to continue")
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
 
     device = choose_device(args.device, local_rank=0)
     dtype = choose_dtype(args.dtype, device)
-    model, tokenizer = load_model(Path(args.run), args.checkpoint, device)
+    model, tokenizer = load_model(args.run, args.checkpoint, device)
     model.to(dtype)
     try:
         ids = list(tokenizer.encode(args.prompt))

@@ -70,7 +70,8 @@ def build_parser() -> ArgumentParser:
                             formatter_class=argparse.RawDescriptionHelpFormatter,
                             usage="%(prog)s [config/*.py ...] [--key=value ...] [options]")
     declare = parser.add_argument_group("declare")
-    declare.add_argument("--plan", metavar="FILE", help="a Python file with fields of the study")
+    declare.add_argument("--plan", type=os.path.expanduser, metavar="FILE",
+                         help="a Python file with fields of the study")
     declare.add_argument("--study", metavar="NAME", help="name of the study (default: of the plan file, else of the "
                          "config files)")
     declare.add_argument("--question", help="what the study asks, in words")
@@ -108,11 +109,14 @@ def build_parser() -> ArgumentParser:
     run.add_argument("--threads", type=int, help="of a run on a CPU (default: OMP_NUM_THREADS, else 1)")
     run.add_argument("--retry_failed", action="store_true", help="try runs again that have failed, diverged or been "
                      "refused")
-    run.add_argument("--plot", metavar="FILE", help="when all runs have ended, draw the learning curves to this .png, "
+    run.add_argument("--plot", type=os.path.expanduser, metavar="FILE",
+                     help="when all runs have ended, draw the learning curves to this .png, "
                      ".svg or .pdf")
-    run.add_argument("--report", metavar="FILE", help="when all runs have ended, write verdicts, curves, "
-                     "configurations and commands to this .html, one page that needs no network")
-    run.add_argument("--out_dir", default="ablations", metavar="DIR", help="folder of the studies (default: ablations)")
+    run.add_argument("--report", type=os.path.expanduser, metavar="FILE",
+                     help="when all runs have ended, write verdicts, curves, configurations and commands to this .html, "
+                     "one page that needs no network")
+    run.add_argument("--out_dir", type=os.path.expanduser, default="ablations", metavar="DIR",
+                     help="folder of the studies (default: ablations)")
     return parser
 
 

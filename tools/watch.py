@@ -19,17 +19,18 @@ import blockgpt.startup  # noqa: F401
 from blockgpt.console import ArgumentParser, check_ranges, echo
 from blockgpt.errors import exit_on_user_error
 from blockgpt.experiments.report.live import LivePage, PageServer, check_folder
+from blockgpt.files import user_path
 from compare_architectures import load_run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m tools.watch", description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", default="runs", help="of runs, or of a study (default: runs)")
+    parser.add_argument("folder", nargs="?", type=user_path, default="runs", help="of runs, or of a study (default: runs)")
     parser.add_argument("--port", type=int, default=8765, help="0: one that is free (default: 8765)")
     args = parser.parse_args(argv)
     check_ranges(args, {"port": (0 <= args.port < 65536, "from 0 to 65535")})
-    folder = Path(args.folder)
+    folder: Path = args.folder
     check_folder(folder)
     with PageServer(LivePage(folder, load_run), args.port) as server:
         echo(f"{server.url}   {folder}   (Ctrl-C ends it)")

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from blockgpt.console import echo
-from blockgpt.data.losses import user_path
+from blockgpt.data.formats import read_file
 from blockgpt.data.token_files import (
     check_bare_file,
     check_bare_ids,
@@ -33,7 +33,7 @@ from blockgpt.data.token_files import (
 )
 from blockgpt.data.tokenizer import UNNAMED, Tokenizer, describe_tokenizer, load_tokenizer
 from blockgpt.errors import DataError, did_you_mean
-from blockgpt.files import exists, list_dir, sha256_of
+from blockgpt.files import exists, list_dir, sha256_of, user_path
 
 ROOT = Path(__file__).resolve().parents[2]  # the project's folder, which has data/<dataset>/prepare.py
 EMBEDDED = "pycode"  # the dataset that needs no download: its text is Python's standard library
@@ -242,9 +242,9 @@ def open_bare(dataset: str, directory: Path, tokenizer: Tokenizer | None = None,
 def read_meta(path: Path) -> dict[str, Any]:
     """The content of a meta.json. `DataError` if a field is missing, has another type, or contradicts another field."""
     try:
-        meta = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        meta = json.loads(read_file(path))
+    except DataError:
+        raise
     except (ValueError, RecursionError):
         raise DataError(f"{path}: is not JSON") from None
     version = meta.get("schema_version") if type(meta) is dict else SCHEMA_VERSION
