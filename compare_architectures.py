@@ -37,7 +37,8 @@ from blockgpt.console import ArgumentParser, align_columns, check_ranges, termin
 from blockgpt.errors import UserError, exit_on_user_error
 from blockgpt.experiments.arms import arms_without_baseline, study_of_runs
 from blockgpt.experiments.comparison import Comparison, compare, shorten_middle
-from blockgpt.experiments.records import COLUMNS, Column, Run, columns, printable, read_run
+from blockgpt.experiments.log_values import printable
+from blockgpt.experiments.records import COLUMNS, Column, Run, columns, read_run
 from blockgpt.experiments.report.plots import check_plot, save_plot
 from blockgpt.experiments.study import Reading, parse_at
 from blockgpt.experiments.verdict_text import (
@@ -50,14 +51,17 @@ from blockgpt.experiments.verdict_text import (
 )
 from blockgpt.experiments.verdicts import TESTS, Arm, Judgement, arms_of, judge
 from blockgpt.files import exists, is_dir, list_dir, matching
+from blockgpt.startup import n_cores
 from configurator import KEYS, RENAMED_KEYS
 from model_config import ModelConfig
 
 WIDTH = terminal_width()  # of the terminal table
 # The columns that a narrow terminal has no space for, in the order in which they are left out.
 LEAST_WORTH = ("step_ms", "peak_memory", "mfu", "tokens_per_sec", "val_bpb", "parameters", "tokens")
+MANY_RUNS, MAX_READERS = 1000, 8  # reading fewer takes no longer than to start processes
 HOW_TO_START = ["python", "train.py", "config/arch_llama.py", "config/size_demo.py"]
 MODEL_KEYS = frozenset(f.name for f in dataclasses.fields(ModelConfig))
+TRAINING_DEFAULTS = {name: f.default for name, f in KEYS.items() if name not in MODEL_KEYS}
 
 
 def load_run(directory: str | os.PathLike[str]) -> Run:
@@ -65,15 +69,26 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
     return read_run(directory, upgrade_config, RENAMED_KEYS)
 
 
+def load_runs(directories: Sequence[str]) -> list[Run]:
+    """Run directories as dicts, in their order; thousands of them are read by several processes."""
+    if len(directories) < MANY_RUNS or n_cores() == 1:
+        return list(map(load_run, directories))
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(min(n_cores(), MAX_READERS)) as pool:
+        return list(pool.map(load_run, directories, chunksize=MANY_RUNS // 10))
+
+
 def upgrade_config(config: dict[str, Any], model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(config, model) of a run.json in the present names, with every key.
 
     A key is added with the default that gives what earlier versions did, so that a run that lacks it had the default.
     """
-    config = {RENAMED_KEYS.get(key, key): present_value(key, value) for key, value in config.items()}
-    if config.get("init_from") in FORMER_INIT_FROM:
+    if not RENAMED_KEYS.keys().isdisjoint(config):
+        config = {RENAMED_KEYS.get(key, key): present_value(key, value) for key, value in config.items()}
+    config = TRAINING_DEFAULTS | config
+    if config["init_from"] in FORMER_INIT_FROM:
         config["init_from"] = None
-    config = {name: f.default for name, f in KEYS.items() if name not in MODEL_KEYS} | config
     if not model.keys() >= MODEL_KEYS:
         with contextlib.suppress(UserError, ArithmeticError, TypeError, ValueError):  # a broken log stays as it is
             known = {key: value for key, value in model.items() if key in MODEL_KEYS}
@@ -243,6 +258,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "(0: the best one)")
     parser.add_argument("--plot", metavar="FILE", help="draw the learning curves, the mean over seeds and their range, "
                         "to this .png, .svg or .pdf")
+    parser.add_argument("--report", metavar="FILE", help="write verdicts, curves, configurations and commands to this "
+                        ".html, one page that needs no network")
     args = parser.parse_args(argv)
     check_ranges(args, {"latest": (args.latest is None or args.latest >= 1, "at least 1"),
                         "margin": (args.margin is None or 0 < args.margin < math.inf, "positive"),
@@ -254,11 +271,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--{name}: has no effect without --baseline")
     if args.plot is not None:
         check_plot(args.plot)
+    if args.report is not None:  # imported where it is asked for: the table shall not wait for it
+        from blockgpt.experiments.report.page import check_report
+
+        check_report(args.report)
     reading = Reading(parse_at(args.at) if args.at else None, args.last)
-    runs = sorted(map(load_run, select_runs(args.runs, args.out_dir)), key=lambda run: run["created_at"], reverse=True)
+    runs = sorted(load_runs(select_runs(args.runs, args.out_dir)), key=lambda run: run["created_at"], reverse=True)
     comparison = compare(runs[:args.latest], args.sort)
     comparable = [run for run in comparison["runs"] if run["criterion"] == comparison["criterion"]]
     warnings = list(comparison["warnings"])
+    judgement = None
     if args.baseline is None:
         study, baseline = arms_without_baseline(comparable, reading), None
         arms = arms_of(study, args.level)
@@ -270,6 +292,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         warnings += judgement.warnings
     if args.plot is not None:
         save_plot(args.plot, study, baseline)
+    if args.report is not None:
+        from blockgpt.experiments.report.page import save_report
+        from blockgpt.experiments.report.results import report_of_comparison
+
+        command = ["python", "compare_architectures.py", *(sys.argv[1:] if argv is None else argv)]
+        save_report(args.report, report_of_comparison(comparison, study, judgement, command))
     print(text, flush=True)  # flushed here, so that a closed pipe is handled below
     if args.format in ("csv", "json"):  # stdout is read by a program, stderr by people
         for warning in warnings:

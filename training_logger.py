@@ -34,7 +34,8 @@ from blockgpt.checkpoints.resume import run_exists
 from blockgpt.checkpoints.saver import versions
 from blockgpt.console import python_command
 from blockgpt.errors import UserError
-from blockgpt.experiments.records import BrokenLogError, first_launch, launch_environment, read_log
+from blockgpt.experiments.log_values import BrokenLogError
+from blockgpt.experiments.records import first_launch, launch_environment, read_log
 from blockgpt.files import FolderLock, exists, is_dir, list_dir, unreadable, write_json
 from blockgpt.progress import RunConsole, print_end, print_header
 from blockgpt.training import parallel

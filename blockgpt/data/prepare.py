@@ -48,6 +48,7 @@ from blockgpt.data.writer import (
 )
 from blockgpt.errors import DataError, error_text
 from blockgpt.files import FolderLock
+from blockgpt.startup import n_cores
 
 CONTINUES = "(the finished partitions are saved: the same command continues)"
 SMALL_SECONDS = 60.0  # that a small dataset waits for its lock: two runs that start at once both prepare theirs
@@ -145,11 +146,6 @@ def check_separable(tokenizer: Tokenizer, recipe: Recipe) -> None:
         candidates = f"--eot names one, such as {', '.join(tokenizer.special[:4])}; " if tokenizer.special else ""
         raise DataError(f"the tokenizer {tokenizer.name} has no end-of-text token that is known, so documents would "
                         f"run into each other ({candidates}--no_separator if that is wanted)")
-
-
-def n_cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
 """blockgpt/experiments/verdicts.py: the rules of a verdict, and by simulation how often it is wrong."""
 
+import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -167,6 +169,37 @@ def test_what_cannot_be_compared_has_no_verdict_and_says_why():
     found = judge(study, "base")
     assert found.verdicts == () and found.warnings == ("new: not judged: other validation data",)
     assert "not judged" in render_judgement(found)
+
+
+def test_the_speed_is_the_geometric_mean_over_pairs_on_one_hardware():
+    own, base = [90.0, 110.0, 96.0, 88.0], [100.0, 118.0, 101.0, 97.0]
+
+    def timed(variant, speeds, hardware="cpu"):
+        return [dataclasses.replace(trial, tokens_per_sec=speed, hardware=hardware)
+                for trial, speed in zip(trials(variant, seeds=range(4)), speeds, strict=True)]
+
+    logs = np.log(np.array(own) / base)
+    low, high = stats.t.interval(0.95, 3, logs.mean(), stats.sem(logs))
+    found = one(judged(timed("base", base), timed("other", own)[::-1]))
+    assert found.speed == pytest.approx(np.exp([logs.mean(), low, high]))
+    record = json.loads(render_judgement(judged(timed("base", base), timed("other", own)), "json"))["verdicts"][0]
+    assert record["speed_ratio"] == pytest.approx(np.exp(logs.mean()))
+    assert f"{found.speed.ratio:.3g} × the tokens/s of the baseline, 95 % [{found.speed.low:.3g}" in render_judgement(
+        judged(timed("base", base), timed("other", own)), "table")
+    assert one(judged(timed("base", base), timed("other", own, "gpu"))).speed is None
+    two = one(judged(timed("base", base)[:2], timed("other", own)[:2])).speed
+    assert two == (pytest.approx(np.exp(logs[:2].mean())), None, None)
+
+
+def test_the_worth_of_pairing_is_a_ratio_of_variances():
+    found = judged(trials("base"), trials("other", 1.0), trials("third", 0.1))
+    values = {arm.variant: np.array(list(arm.values.values())) for arm in found.arms}
+    paired = sum(np.var(values[name] - values["base"], ddof=1) for name in ("other", "third"))
+    unpaired = sum(np.var(values[name], ddof=1) + np.var(values["base"], ddof=1) for name in ("other", "third"))
+    assert found.pairing == pytest.approx(paired / unpaired) and found.pairing < 1
+    text = render_judgement(found, "table")
+    assert f"5 pairs tell as much as {5 / found.pairing:.3g} unpaired seeds" in " ".join(text.split())
+    assert judged(trials("base", seeds=range(3)), trials("other", seeds=range(3, 6))).pairing is None
 
 
 def test_the_front_holds_what_nothing_beats_in_everything():
