@@ -261,8 +261,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="draw the learning curves, the mean over seeds and their range, "
                         "to this .png, .svg or .pdf")
     parser.add_argument("--report", type=os.path.expanduser, metavar="FILE",
-                        help="write verdicts, curves, configurations and commands to this .html, one page that needs no "
-                        "network")
+                        help="write verdicts, curves, configurations and commands to this .html, one page that needs "
+                        "no network")
     args = parser.parse_args(argv)
     check_ranges(args, {"latest": (args.latest is None or args.latest >= 1, "at least 1"),
                         "margin": (args.margin is None or 0 < args.margin < math.inf, "positive"),

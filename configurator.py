@@ -479,6 +479,9 @@ def source_model_config(init_from: str) -> ModelConfig:
         return ModelConfig(**values)
 
 
+NEAR_KEY = 0.7  # a key that is less like the word would do something else
+
+
 def unknown_key(location: str, name: str, text: str | None = None) -> UserError:
     """The `UserError` for a key that does not exist, or no longer under this name.
 
@@ -496,11 +499,15 @@ def unknown_key(location: str, name: str, text: str | None = None) -> UserError:
     elif plain in NOT_KEYS:
         message = f"no such key: {NOT_KEYS[plain]}"
     else:
-        target, _, setting = ALIASES.get(plain, nearest(plain, KEYS) or "").partition("=")
+        target, _, setting = ALIASES.get(plain, nearest(plain, KEYS, NEAR_KEY) or "").partition("=")
         if setting and BOOLEANS.get((text or "").lower()) is False:  # not what the alias stands for
             text = setting = ""
-        hint = flag_text(target, setting or text) if is_flag else f"{target} = {setting!r}" if setting else target
-        message = f"no such key (did you mean {hint}?)"
+        hint = target
+        if target and is_flag:
+            hint = flag_text(target, setting or text)
+        elif setting:
+            hint = f"{target} = {setting!r}"
+        message = f"no such key (did you mean {hint}?)" if target else "no such key (--help lists all keys)"
         message += "" if is_flag else f", or _{name} for a variable of your own"
     return ConfigError(name, message).at(location)
 

@@ -94,10 +94,15 @@ class OutOfMemoryError(UserError):
     on_all_ranks = False
 
 
-def nearest(word: object, names: Iterable[object]) -> str | None:
-    """The name that is most like a word; None if there are fewer than 20 and none is near."""
+def nearest(word: object, names: Iterable[object], cutoff: float | None = None) -> str | None:
+    """The name that is most like a word; None if no similarity (0 to 1) reaches the cutoff.
+
+    Args:
+        cutoff: None: 0.6 for fewer than 20 names, else 0.
+    """
     by_lowercase = {str(name).lower(): str(name) for name in names}
-    cutoff = 0.6 if len(by_lowercase) < 20 else 0.0
+    if cutoff is None:
+        cutoff = 0.6 if len(by_lowercase) < 20 else 0.0
     near = difflib.get_close_matches(str(word).lower()[:100], by_lowercase, n=1, cutoff=cutoff)
     return by_lowercase[near[0]] if near else None
 

@@ -113,8 +113,8 @@ def build_parser() -> ArgumentParser:
                      help="when all runs have ended, draw the learning curves to this .png, "
                      ".svg or .pdf")
     run.add_argument("--report", type=os.path.expanduser, metavar="FILE",
-                     help="when all runs have ended, write verdicts, curves, configurations and commands to this .html, "
-                     "one page that needs no network")
+                     help="when all runs have ended, write verdicts, curves, configurations and commands to this "
+                     ".html, one page that needs no network")
     run.add_argument("--out_dir", type=os.path.expanduser, default="ablations", metavar="DIR",
                      help="folder of the studies (default: ablations)")
     return parser

@@ -26,7 +26,8 @@ from compare_architectures import load_run
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m tools.watch", description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=user_path, default="runs", help="of runs, or of a study (default: runs)")
+    parser.add_argument("folder", nargs="?", type=user_path, default="runs",
+                        help="of runs, or of a study (default: runs)")
     parser.add_argument("--port", type=int, default=8765, help="0: one that is free (default: 8765)")
     args = parser.parse_args(argv)
     check_ranges(args, {"port": (0 <= args.port < 65536, "from 0 to 65535")})

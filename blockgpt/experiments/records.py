@@ -435,7 +435,7 @@ def read_run(directory: str | os.PathLike[str], upgrade: Upgrade, renamed: dict[
         quiet_seconds = time.time() - max(modified_time(file), modified_time(metrics))
         if status == "running" and quiet_seconds > QUIET_SECONDS:
             status, reason = "running?", f"nothing written for {quiet_seconds / 3600:.1f} h, possibly killed"
-        just_begun = status == "running" and not modified_time(metrics)
+        just_begun = status == "running" and not os.path.lexists(metrics)
         metric = criterion.metric
         records, skipped = ({"eval": [], "step": []}, 0) if just_begun else read_metrics(metrics, metric)
         evals = on_final_val_data(records["eval"], run["changes"])

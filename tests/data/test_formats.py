@@ -9,7 +9,9 @@ import json
 import lzma
 import os
 import pickle
+import re
 import resource
+import shutil
 import struct
 import zipfile
 
@@ -24,6 +26,7 @@ from hypothesis import strategies as st
 from prepare_helpers import MemoryPartition, run_prepare
 from test_sources import read, write_csv
 from test_tokenizer import hf_json
+from unprivileged import run_unprivileged
 
 from blockgpt.data import filters, readers
 from blockgpt.data.commands import add_input, command_parser
@@ -291,18 +294,23 @@ def test_no_pipe_is_waited_for(tmp_path, read_it):
     assert "is a pipe" in refusal(read_it, tmp_path / "x")
 
 
-@pytest.mark.parametrize("pattern", ["", "**/*.txt", "*/*.txt"])
-def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch, pattern):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "a.txt").write_text("a")
-    real = os.listdir
-
-    def listdir(path):  # root may list any folder, so that a mode of 000 does not show it
-        if path.endswith("sub"):
-            raise PermissionError(13, "Permission denied")
-        return real(path)
-    monkeypatch.setattr(os, "listdir", listdir)
-    assert "sub: cannot be listed: Permission denied" in refusal(file_partitions, [str(tmp_path / pattern)])
+@pytest.mark.parametrize("closed, words", [
+    (0o000, "sub: cannot be listed: Permission denied"), (0o444, "sub/deep: cannot be .*: Permission denied"),
+    (0o111, "sub: cannot be listed: Permission denied"), ("/no/such/disk", "sub: is a link to /no/such/disk, which"),
+    ("sub", "sub: is a link to sub, which cannot be read: Too many")])
+@pytest.mark.parametrize("pattern", ["", "**", "**/*.txt", "*/*", "*/*/*.txt", "s*/**/*.txt"])
+def test_a_folder_that_cannot_be_read_is_an_error_and_its_files_are_never_left_out(tmp_path, closed, words, pattern):
+    """As soon as a pattern could match something below it, whatever its own name is."""
+    for name in ("open/deep/a.txt", "sub/deep/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    if isinstance(closed, str):
+        shutil.rmtree(tmp_path / "sub")
+        (tmp_path / "sub").symlink_to(closed)
+    else:
+        (tmp_path / "sub").chmod(closed)
+    message = run_unprivileged(lambda: file_partitions([str(tmp_path / pattern)]))
+    assert message.startswith("DataError: ") and re.search(words, message), message
 
 
 def test_a_dataset_is_no_input_of_itself_or_of_another(tmp_path, capsys):
