@@ -213,22 +213,30 @@ def render_with_judgement(comparison: Comparison, judgement: Judgement, format: 
 
 # ---- the command ----
 
-def find_directories(pattern: str) -> list[str]:
-    return [str(path) for path in matching(pattern) if is_dir(path)]
+def unless_unreadable(lookup: Callable[[str | Path], bool], path: str | Path) -> bool:
+    """The answer of a lookup; True where it cannot tell: what cannot be read is listed as broken, with the reason."""
+    try:
+        return lookup(path)
+    except UserError:
+        return True
+
+
+def directories_in(paths: Sequence[Path]) -> list[str]:
+    return [str(path) for path in paths if unless_unreadable(is_dir, path)]
 
 
 def run_directories(path: str) -> list[str]:
     """The run directory itself, or the run directories in a directory of runs."""
-    if exists(os.path.join(path, "run.json")):
+    if unless_unreadable(exists, os.path.join(path, "run.json")):
         return [path]
-    return [str(run) for run in list_dir(path) if exists(run / "run.json")] or [path]
+    return [str(run) for run in list_dir(path) if unless_unreadable(exists, run / "run.json")] or [path]
 
 
 def select_runs(patterns: list[str], out_dir: str) -> list[str]:
     """The run directories that the patterns name, each once; without patterns all in `out_dir`."""
-    found = [] if patterns else [str(path) for path in list_dir(out_dir) if is_dir(path)]
+    found = [] if patterns else directories_in(list_dir(out_dir))
     for pattern in patterns:
-        matches = [pattern] if is_dir(pattern) else find_directories(pattern)
+        matches = [pattern] if unless_unreadable(is_dir, pattern) else directories_in(matching(pattern))
         if not matches:
             raise UserError(f"no such run directory: {pattern}")
         found += [run for path in matches for run in run_directories(path)]

@@ -418,11 +418,8 @@ def read_run(directory: str | os.PathLike[str], upgrade: Upgrade, renamed: dict[
     """
     path = Path(directory)
     file, metrics = path / "run.json", path / "metrics.jsonl"
-    # A link is named by what it leads to. To look for links in the whole path takes longer.
-    name = path.name if path.name not in ("", "..") and not path.is_symlink() else os.path.basename(
-        os.path.realpath(path))
     run: Run = dict.fromkeys(column.key for column in COLUMNS)
-    run |= {"name": printable(name), "path": str(path), "warnings": [], "model": {},
+    run |= {"name": printable(os.path.basename(os.path.realpath(path))), "path": str(path), "warnings": [], "model": {},
             "config": {}, "data": {}, "hardware": {}, "environment": {}, "initial_weights": None, "changes": [],
             "val_data": ValData(None, None, ""), "criterion": Criterion(), "curve": [], "flops_per_token": None,
             "unique_tokens": None, "command": (),
