@@ -33,7 +33,7 @@ import blockgpt.startup  # noqa: F401
 
 # isort: split
 from blockgpt.checkpoints.resume import FORMER_INIT_FROM, present_value
-from blockgpt.console import ArgumentParser, align_columns, check_ranges, terminal_width
+from blockgpt.console import ArgumentParser, align_columns, check_ranges, script_path, terminal_width
 from blockgpt.errors import UserError, exit_on_user_error
 from blockgpt.experiments.arms import arms_without_baseline, study_of_runs
 from blockgpt.experiments.comparison import Comparison, compare, shorten_middle
@@ -59,7 +59,6 @@ WIDTH = terminal_width()  # of the terminal table
 # The columns that a narrow terminal has no space for, in the order in which they are left out.
 LEAST_WORTH = ("step_ms", "peak_memory", "mfu", "tokens_per_sec", "val_bpb", "parameters", "tokens")
 MANY_RUNS, MAX_READERS = 1000, 8  # reading fewer takes no longer than to start processes
-HOW_TO_START = ["python", "train.py", "config/arch_llama.py", "config/size_demo.py"]
 MODEL_KEYS = frozenset(f.name for f in dataclasses.fields(ModelConfig))
 TRAINING_DEFAULTS = {name: f.default for name, f in KEYS.items() if name not in MODEL_KEYS}
 
@@ -242,7 +241,8 @@ def select_runs(patterns: list[str], out_dir: str) -> list[str]:
         found += [run for path in matches for run in run_directories(path)]
     if not found:
         problem = "no runs in" if is_dir(out_dir) else "no such directory:"
-        command = HOW_TO_START if out_dir == "runs" else [*HOW_TO_START, f"--out_dir={out_dir}"]
+        command = ["python", *map(script_path, ("train.py", "config/arch_llama.py", "config/size_demo.py")),
+                   *([] if out_dir == "runs" else [f"--out_dir={out_dir}"])]
         raise UserError(f"{problem} {out_dir} (train one: {shlex.join(command)})")
     return list({os.path.realpath(path): path for path in found}.values())
 
@@ -307,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from blockgpt.experiments.report.page import save_report
         from blockgpt.experiments.report.results import report_of_comparison
 
-        command = ["python", "compare_architectures.py", *(sys.argv[1:] if argv is None else argv)]
+        command = ["python", script_path("compare_architectures.py"), *(sys.argv[1:] if argv is None else argv)]
         save_report(args.report, report_of_comparison(comparison, study, judgement, command))
     print(text, flush=True)  # flushed here, so that a closed pipe is handled below
     if args.format in ("csv", "json"):  # stdout is read by a program, stderr by people

@@ -135,9 +135,9 @@ def test_latest_takes_the_newest_by_created_at_among_those_selected(tmp_path, ca
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--out_dir", "nowhere"], "no such directory: nowhere (train one: python train.py config/arch_llama.py"),
-    (["--out_dir", "empty"], "no runs in empty (train one: python train.py config/arch_llama.py config/size_demo.py "
-                             "--out_dir=empty)"),
+    (["--out_dir", "nowhere"], f"no such directory: nowhere (train one: python {ROOT}/train.py {ROOT}/config/arch_"),
+    (["--out_dir", "empty"], f"no runs in empty (train one: python {ROOT}/train.py {ROOT}/config/arch_llama.py "
+                             f"{ROOT}/config/size_demo.py --out_dir=empty)"),
     ([], "no such directory: runs"),
     (["nowhere"], "no such run directory: nowhere"),
     (["no*where"], "no such run directory: no*where"),

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from blockgpt.console import echo
+from blockgpt.console import echo, script_path
 from blockgpt.data.formats import read_file
 from blockgpt.data.token_files import (
     check_bare_file,
@@ -98,9 +98,9 @@ def dataset_dir(dataset: str, data_dir: str | Path | None = None) -> Path:
 
 
 def prepare_command(dataset: str, data_dir: str | Path | None = None) -> str:
-    """The command that prepares a dataset, as typed in the project's folder."""
-    out_dir = f" --out_dir {shlex.quote(str(dataset_dir(dataset, data_dir)))}" if data_dir else ""
-    return f"python data/{dataset}/prepare.py{out_dir}"
+    """The command that prepares a dataset, to be typed here."""
+    out_dir = ["--out_dir", str(dataset_dir(dataset, data_dir))] if data_dir else []
+    return shlex.join(["python", script_path(f"data/{dataset}/prepare.py"), *out_dir])
 
 
 def prepare_again(dataset: str, data_dir: str | Path | None = None) -> str:
@@ -208,8 +208,8 @@ def open_bare(dataset: str, directory: Path, tokenizer: Tokenizer | None = None,
         vocab_size = tokenizer.vocab_size
     elif vocab_size is None:
         raise DataError(f"{directory}: has train.bin and val.bin and no meta.json: give --tokenizer=gpt2 "
-                        "or --vocab_size=N (python -m tools.convert_nanogpt_meta "
-                        f"{shlex.quote(str(directory))} writes meta.json)")
+                        "or --vocab_size=N (python " + shlex.join([script_path("tools/convert_nanogpt_meta.py"),
+                                                                   str(directory)]) + " writes meta.json)")
     assert vocab_size is not None
     dtype, hint = DTYPES[dtype_for(vocab_size)], "(another --tokenizer or --vocab_size?)"
     shards, splits = {}, {}

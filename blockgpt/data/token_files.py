@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from blockgpt.console import script_path
 from blockgpt.data.formats import COMPRESSIONS, MARKS, file_type_error, is_text, signature
 from blockgpt.errors import DataError, error_text
 from blockgpt.files import exists
@@ -107,8 +108,8 @@ def check_bare_file(path: Path, dtype: np.dtype) -> None:
     if exists(index):
         raise DataError(f"{path}: belongs to {index.name}, as Megatron and fairseq write it, {wanted}")
     if is_text_file(head):
-        raise DataError(f"{path}: is text, {wanted} (python data/files/prepare.py --name NAME "
-                        f"--input {shlex.quote(str(path))})")
+        command = shlex.join(["python", script_path("data/files/prepare.py"), "--name=NAME", f"--input={path}"])
+        raise DataError(f"{path}: is text, {wanted} ({command})")
     if wide := wide_dtype(head, dtype):
         raise DataError(f"{path}: has {'big-endian ' * (wide.str[0] == '>')}{wide.name} ids, {wanted} "
                         f"(numpy: {ARRAY_FUNCTIONS.format(wide.str, dtype.str)})")
