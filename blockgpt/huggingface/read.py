@@ -5,7 +5,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from blockgpt.huggingface.rules import REFUSED_KEYS, Family, StoredTensor, Unsup
 
 if TYPE_CHECKING:  # a config.json is read before torch loads
     import torch
+
+    from blockgpt.checkpoints.files import Index
 
 ENCODER_DECODER = "an encoder-decoder; no objective here trains one"
 ENCODER = "a bidirectional encoder; no objective here trains one"
@@ -169,6 +171,13 @@ class TensorFiles:
         return tuple(file[name].shape if self.pickled else file.get_slice(name).get_shape())
 
 
+    def dtype(self, name: str) -> "torch.dtype":
+        from blockgpt.checkpoints.files import TORCH_DTYPES
+
+        file = self._open(self.file_of[name])
+        return file[name].dtype if self.pickled else TORCH_DTYPES[file.get_slice(name).get_dtype()]
+
+
 class Weights:
     """The parameters of a model here, read from a checkpoint by the rules of its family.
 
@@ -241,8 +250,20 @@ class Weights:
                             "(set tie_word_embeddings to false there if they are two matrices)")
         self.unused[head] = f"equals {embedding}, to which it is tied"
 
-    def parameter_names(self) -> list[str]:
-        return list(self.shapes)
+    def notes(self) -> list[str]:
+        """What was not read, and how it was read, a line each."""
+        return [*self.files.warnings, *(f"{name}: not read ({reason})" for name, reason in self.unused.items())]
+
+    def index(self) -> "Index":
+        """The parameters, as the index of a checkpoint here."""
+        from blockgpt.checkpoints.files import Index, TensorEntry
+
+        index = Index(self.directory, {})
+        for name, shape in self.shapes.items():
+            dtype = self.files.dtype(self.file_names[self.target_of[name].name])
+            index.entries[name] = TensorEntry(dtype, shape, [])
+        index.read_into = lambda key, local, offsets: self.read_into(key, local, offsets)  # type: ignore[method-assign]
+        return index
 
     def read(self, name: str) -> "torch.Tensor":
         """A parameter, on the CPU, in the dtype of the file."""
@@ -259,7 +280,3 @@ class Weights:
         """Fill `local`, the chunk of a parameter at `offsets`."""
         chunk = tuple(slice(offset, offset + n) for offset, n in zip(offsets, local.shape, strict=True))
         local.copy_(self.read(name)[chunk])
-
-    def __iter__(self) -> Iterator[tuple[str, "torch.Tensor"]]:
-        for name in self.shapes:
-            yield name, self.read(name)
