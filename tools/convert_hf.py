@@ -177,7 +177,7 @@ def export_checkpoint(source: Path, out: Path, dtype_name: str | None, custom: b
         files[write.MODELING_FILE.name] = write.MODELING_FILE.read_bytes()
     else:
         family, theirs = native
-        hf_config = {"architectures": [family.architecture], "model_type": family.model_type, **theirs}
+        hf_config = write.native_json(family, theirs)
         tensors = write.native_tensors(family, keys, shapes)
     hf_config |= {**ids, "torch_dtype": stored, "use_cache": True}
     run = json.loads((source / "run.json").read_bytes()) if exists(source / "run.json") else {}

@@ -172,8 +172,12 @@ class BlockGPTAttention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cos_sin is not None:
             q, k = rotate_pairs(q, *cos_sin), rotate_pairs(k, *cos_sin)
+        own = v
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
+        if self.sliding_window == 1:  # each token sees itself; transformers' cache cannot store no token at all
+            y = own.repeat_interleave(self.num_key_value_groups, dim=1).transpose(1, 2)
+            return self.project(y, x), None
         if alibi_slopes is not None:  # the last key is that of the last query
             T, S = q.shape[2], k.shape[2]
             distance = torch.arange(S - T, S, device=x.device)[:, None] - torch.arange(S, device=x.device)
@@ -184,10 +188,11 @@ class BlockGPTAttention(nn.Module):
         y, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, sliding_window=self.sliding_window,
                             dropout=self.config.dropout if self.training else 0.0, softcap=self.config.attn_softcap,
                             **kwargs)
-        y = y.reshape(*x.shape[:2], -1, self.head_dim)
-        if self.gate is not None:
-            y = self.gate(y, x)
-        return self.o_proj(y.flatten(2)), weights
+        return self.project(y.reshape(*x.shape[:2], -1, self.head_dim), x), weights
+
+    def project(self, y, x):
+        """The output of the attention product, (B, T, H, D), gated and projected to (B, T, C)."""
+        return self.o_proj((y if self.gate is None else self.gate(y, x)).flatten(2))
 
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu, "relu": F.relu,

@@ -32,6 +32,7 @@ from blockgpt.huggingface.rules import (
 
 SHARD_BYTES = 5 * 10**9  # of tensors in one file
 TEMPORARY = ".convert.tmp"  # in the folder of the checkpoint, until it is complete
+TOKEN_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 MODELING_FILE = Path(__file__).with_name("modeling_blockgpt.py")
 
 
@@ -57,6 +58,11 @@ def native_config(keys: Mapping[str, Any], effective: Callable[[Mapping[str, Any
     return None
 
 
+def native_json(family: Family, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a model of `family`; without the ids of tokens, which have no default that fits."""
+    return {"architectures": [family.architecture], "model_type": family.model_type, **theirs, **TOKEN_IDS}
+
+
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """The keys whose values differ by more than the rounding of a float."""
     def same(x: Any, y: Any) -> bool:
@@ -73,7 +79,7 @@ def custom_config(keys: Mapping[str, Any]) -> dict[str, Any]:
     return {"architectures": ["BlockGPTForCausalLM"], "model_type": "blockgpt",
             "auto_map": {auto: f"{MODELING_FILE.stem}.{name}" for auto, name in classes.items()},
             **{"rope_scaling_type" if name == "rope_scaling" else name: value for name, value in keys.items()
-               if value is not None}, "tie_word_embeddings": keys["weight_tying"]}
+               if value is not None}, "tie_word_embeddings": keys["weight_tying"], **TOKEN_IDS}
 
 
 def custom_tensors(shapes: Mapping[str, Sequence[int]]) -> list[StoredTensor]:
