@@ -179,8 +179,10 @@ def export_checkpoint(source: Path, out: Path, dtype_name: str | None, custom: b
         family, theirs = native
         hf_config = write.native_json(family, theirs)
         tensors = write.native_tensors(family, keys, shapes)
+    ids |= {name: value for name, value in (origin.get("token_ids") or {}).items() if value is not None}
     hf_config |= {**ids, "torch_dtype": stored, "use_cache": True}
-    run = json.loads((source / "run.json").read_bytes()) if exists(source / "run.json") else {}
+    run = json.loads((source / "run.json").read_bytes()) if exists(source / "run.json") else {
+        "arch_name": config.arch_name(), "initial_weights": origin}
     files["generation_config.json"] = write.json_bytes(ids or {"eos_token_id": None})
     files["README.md"] = write.model_card(source.name, hf_config, keys, sum(map(numel, shapes.values())), run,
                                           [] if native else write.serving_limits(keys))

@@ -371,7 +371,7 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (
         *sizes(4096 * 32, 32000, 4096, 14336, 32, 32), kv_heads(8), head_dim(), choice("hidden_act", "silu", GATED),
         same("rms_norm_eps", "norm_eps", 1e-6), tied(False), rope(), windows(4096, "M")), LLAMA),
     Family("qwen2", "Qwen2ForCausalLM", "Qwen 2, Qwen 2.5", "model.", RMS | dict(bias=False, qkv_bias=True), (
-        *sizes(32768, 151936, 4096, 22016, 32, 32), kv_heads(32), choice("hidden_act", "silu", GATED),
+        *sizes(32768, 151936, 4096, 22016, 32, 32), kv_heads(32), head_dim(), choice("hidden_act", "silu", GATED),
         same("rms_norm_eps", "norm_eps", 1e-6), tied(False), rope(), QWEN_WINDOWS), LLAMA),
     Family("qwen3", "Qwen3ForCausalLM", "Qwen 3", "model.", RMS | dict(qk_norm="head"), (
         *sizes(32768, 151936, 4096, 22016, 32, 32), kv_heads(32), head_dim(128), choice("hidden_act", "silu", GATED),
@@ -398,21 +398,21 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (
         (*SANDWICH, *block(*QK_NORMS)), aliases={"_sliding_window_pattern": "sliding_window_pattern"}),
     Family("olmo2", "Olmo2ForCausalLM", "OLMo 2", "model.",
            RMS | NO_BIAS | dict(norm_position="reordered", qk_norm="projection"), (
-        *sizes(2048, 50304, 4096, 11008, 32, 32), kv_heads(None), choice("hidden_act", "silu", GATED),
+        *sizes(2048, 50304, 4096, 11008, 32, 32), kv_heads(None), head_dim(), choice("hidden_act", "silu", GATED),
         same("rms_norm_eps", "norm_eps", 1e-5), tied(False), rope(), off("attention_bias", False)), OLMO),
     Family("olmo3", "Olmo3ForCausalLM", "OLMo 3", "model.",
            RMS | NO_BIAS | dict(norm_position="reordered", qk_norm="projection"), (
-        *sizes(2048, 50304, 4096, 11008, 32, 32), kv_heads(None), choice("hidden_act", "silu", GATED),
+        *sizes(2048, 50304, 4096, 11008, 32, 32), kv_heads(None), head_dim(), choice("hidden_act", "silu", GATED),
         same("rms_norm_eps", "norm_eps", 1e-5), tied(False), rope_by_layer(500_000.0, None),
         off("attention_bias", False), windows(4096, "SSSL")), OLMO),
     Family("smollm3", "SmolLM3ForCausalLM", "SmolLM 3 (no layer without RoPE)", "model.", RMS, (
-        *sizes(32768, 128256, 2048, 11008, 36, 16), kv_heads(4), choice("hidden_act", "silu", GATED),
+        *sizes(32768, 128256, 2048, 11008, 36, 16), kv_heads(4), head_dim(), choice("hidden_act", "silu", GATED),
         same("rms_norm_eps", "norm_eps", 1e-6), tied(True), rope(2_000_000.0), biases("mlp_bias"),
         windows(None, "Q", {"use_sliding_window": False, "max_window_layers": 28}),
         KeyRule({"no_rope_layers": None, "no_rope_layer_interval": 4}, no_rope_read,
                 lambda o: {"no_rope_layers": [1] * o["n_layer"]})), LLAMA),
     Family("granite", "GraniteForCausalLM", "Granite 3 (dense)", "model.", RMS, (
-        *sizes(2048, 32000, 4096, 11008, 32, 32), kv_heads(None), choice("hidden_act", "silu", GATED),
+        *sizes(2048, 32000, 4096, 11008, 32, 32), kv_heads(None), head_dim(), choice("hidden_act", "silu", GATED),
         same("rms_norm_eps", "norm_eps", 1e-6), tied(False), rope(), biases("mlp_bias"),
         converted("embedding_multiplier", "embedding_scale", 1.0, float, float),
         converted("attention_multiplier", "attn_scale", 1.0, float, float),
@@ -420,8 +420,8 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (
         converted("logits_scaling", "logit_scale", 1.0, lambda v: 1 / v, inverse)), LLAMA),
     Family("starcoder2", "Starcoder2ForCausalLM", "StarCoder 2", "model.",
            dict(normalization="layernorm", norm_position="pre", position_encoding="rope"), (
-        *sizes(4096, 49152, 3072, 12288, 30, 24), kv_heads(2), choice("hidden_act", "gelu_pytorch_tanh", PLAIN),
-        same("norm_epsilon", "norm_eps", 1e-5), tied(True), rope(), window(None), required("mlp_type", "default"),
+        *sizes(4096, 49152, 3072, 12288, 30, 24), kv_heads(2), head_dim(),
+        choice("hidden_act", "gelu_pytorch_tanh", PLAIN), same("norm_epsilon", "norm_eps", 1e-5), tied(True), rope(), window(None), required("mlp_type", "default"),
         required("norm_type", "layer_norm"),
         KeyRule({"use_bias": True}, lambda t: {"bias": t["use_bias"], "qkv_bias": t["use_bias"]},
                 lambda o: {"use_bias": o["bias"]})),
@@ -439,14 +439,14 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (
     Family("phi", "PhiForCausalLM", "Phi 1, 1.5, 2", "model.",
            dict(ALL_BIAS, normalization="layernorm", norm_position="pre", position_encoding="rope", head_bias=True,
                 parallel_block="one_norm"), (
-        *sizes(2048, 51200, 2048, 8192, 24, 32), kv_heads(None), choice("hidden_act", "gelu_new", PLAIN),
+        *sizes(2048, 51200, 2048, 8192, 24, 32), kv_heads(None), head_dim(), choice("hidden_act", "gelu_new", PLAIN),
         same("layer_norm_eps", "norm_eps", 1e-5), tied(False), rope(fraction=0.5), off("qk_layernorm", False)),
         (TOP[0], TensorRule("model.final_layernorm", ("final_norm",)), TOP[2],
          *block(*ATTENTION[:3], ("self_attn.dense", "attn.o_proj"), PRE_NORMS[0], ("mlp.fc1", "ffn.up_proj"),
                 ("mlp.fc2", "ffn.down_proj"))),
         {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0}, True),
     Family("phi3", "Phi3ForCausalLM", "Phi 3 4K, Phi 4", "model.", RMS | NO_BIAS, (
-        *sizes(4096, 32064, 3072, 8192, 32, 32), kv_heads(None), choice("hidden_act", "silu", GATED),
+        *sizes(4096, 32064, 3072, 8192, 32, 32), kv_heads(None), head_dim(), choice("hidden_act", "silu", GATED),
         same("rms_norm_eps", "norm_eps", 1e-5), tied(False), rope(fraction=1.0, outer_context=4096), window(None),
         off("attention_bias", False)),
         (*TOP, *block(("self_attn.qkv_proj", QKV, Stacked()), ATTENTION[3], *PRE_NORMS,
@@ -455,7 +455,7 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (
     Family("cohere", "CohereForCausalLM", "Command R (without QK-norm), Aya", "model.",
            dict(NO_BIAS, normalization="layernorm_nobias", norm_position="pre", position_encoding="rope",
                 parallel_block="one_norm"), (
-        *sizes(8192, 256000, 8192, 22528, 40, 64), kv_heads(None), choice("hidden_act", "silu", GATED),
+        *sizes(8192, 256000, 8192, 22528, 40, 64), kv_heads(None), head_dim(), choice("hidden_act", "silu", GATED),
         same("layer_norm_eps", "norm_eps", 1e-5), tied(True), rope(500_000.0), off("attention_bias", False),
         off("use_qk_norm", False), converted("logit_scale", "logit_scale", 0.0625, float, float)),
         (*TOP, *block(("self_attn.q_proj", "attn.q_proj", Interleaved()),

@@ -17,6 +17,7 @@ from blockgpt.data.tokenizer import UNNAMED, Tokenizer, describe_tokenizer, from
 from blockgpt.errors import ConfigError, DataError
 from blockgpt.files import exists, list_dir, sha256_of
 from blockgpt.huggingface.hub import checkpoint_directory
+from blockgpt.huggingface.prompts import chat_template, token_ids
 from blockgpt.huggingface.read import architecture, read_config
 
 # The keys of the architecture that a run may set to another value than the checkpoint's. block_size may be smaller.
@@ -66,7 +67,8 @@ def describe_source(directory: Path) -> dict[str, Any]:
              for path in list_dir(directory, pattern)]
     digest = hashlib.sha256(json.dumps([[path.name, sha256_of(path)] for path in files]).encode()).hexdigest()
     return {"path": str(directory), "step": None, "sha256": digest, "tokenizer": None,
-            "model_type": config.get("model_type")}
+            "model_type": config.get("model_type"), "chat_template": chat_template(directory),
+            "token_ids": token_ids(directory)}
 
 
 # ---------------------------------------------------------------- the tokenizer

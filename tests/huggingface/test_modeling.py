@@ -52,7 +52,8 @@ def test_a_mix_is_the_same_model_in_transformers(mix):
     with tiny.in_float64():
         model = random_model(**mix)
         reference = custom_model(model)
-        batch = torch.randint(0, TINY["vocab_size"], (2, TINY["block_size"]), generator=torch.Generator().manual_seed(1))
+        generator = torch.Generator().manual_seed(1)
+        batch = torch.randint(0, TINY["vocab_size"], (2, TINY["block_size"]), generator=generator)
         with torch.no_grad():
             expected = model(batch)
             assert tiny.difference(reference(batch).logits, expected) < 1e-10

@@ -107,9 +107,10 @@ CHECKPOINTS: dict[str, dict[str, dict[str, Any]]] = {
                                        tie_word_embeddings=False, no_rope_layers=[1, 1], rms_norm_eps=1e-3),
                 "windows": dict(num_key_value_heads=4, no_rope_layers=[1, 1], use_sliding_window=True, sliding_window=5,
                                 layer_types=["full_attention", "sliding_attention"], rope_parameters=YARN)},
-    "granite": {"multipliers": dict(num_key_value_heads=2, embedding_multiplier=3.0, attention_multiplier=0.4,
+    "granite": {"multipliers": dict(**WIDE_HEADS, embedding_multiplier=3.0, attention_multiplier=0.4,
                                     residual_multiplier=0.3, logits_scaling=6.0),
-                "tied": dict(num_key_value_heads=1, tie_word_embeddings=True, attention_multiplier=0.2, hidden_act="relu",
+                "tied": dict(num_key_value_heads=1, tie_word_embeddings=True, attention_multiplier=0.2,
+                             hidden_act="relu",
                              embedding_multiplier=12.0, rms_norm_eps=1e-3),
                 "biases": dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True, residual_multiplier=0.22,
                                logits_scaling=16.0, rope_parameters=YARN)},
@@ -196,9 +197,10 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> None:
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.15 + centre)
 
 
-def reference_model(family: str, name: str) -> transformers.PreTrainedModel:
+def reference_model(family: str, name: str, **more: Any) -> transformers.PreTrainedModel:
     """The model of transformers, random, in float64. Called within `in_float64`."""
-    config = transformers.AutoConfig.for_model(family, **{**OWN_SIZES.get(family, SIZES), **CHECKPOINTS[family][name]})
+    sizes = OWN_SIZES.get(family, SIZES)
+    config = transformers.AutoConfig.for_model(family, **{**sizes, **CHECKPOINTS[family][name], **more})
     config._attn_implementation = "eager"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
