@@ -2,7 +2,7 @@
 
     python -m tools.convert_hf import Qwen/Qwen3-0.6B --out checkpoints/qwen3     a folder or a name on the hub
     python -m tools.convert_hf export runs/NAME --out hf/NAME                     the best checkpoint of a run
-    python -m tools.convert_hf table                                              the supported families
+    python -m tools.convert_hf table --measure       the supported families, each compared with transformers
 
 What is imported is used as a run: --init_from=checkpoints/qwen3, sample.py --run=checkpoints/qwen3. A model that is
 one of transformers' families is exported as that; any other with its own modeling file, for trust_remote_code=True.
@@ -28,6 +28,7 @@ from blockgpt.files import FolderLock, exists, is_dir, list_dir
 from blockgpt.huggingface.families import FAMILIES
 from blockgpt.huggingface.hub import checkpoint_directory
 from blockgpt.huggingface.read import Weights, architecture, find_family, read_config
+from blockgpt.huggingface.rules import Family, read_keys, write_keys
 from blockgpt.huggingface.source import checkpoint_tokenizer, describe_source
 from model_config import INIT, ModelConfig
 
@@ -76,7 +77,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         command.add_argument("--out", type=user_path, required=True, help="the folder to write, without a checkpoint")
         command.add_argument("--verify", action=argparse.BooleanOptionalAction, default=None,
                              help="compare both sides; None: where transformers is installed")
-    commands.add_parser("table", help="the supported families")
+    families = commands.add_parser("table", help="the supported families")
+    families.add_argument("--measure", action="store_true", help="compare a tiny model of each with transformers")
     args = parser.parse_args(argv)
     if args.command != "table" and args.verify is None:
         args.verify = importlib.util.find_spec("transformers") is not None
@@ -236,17 +238,61 @@ def load_model(index: Any, config: ModelConfig) -> "GPT":
 # ---------------------------------------------------------------- the families
 
 
-def table() -> list[str]:
-    """The supported families, as lines of Markdown."""
-    lines = ["| model_type | models | class | rules of keys | rules of tensors |", "|---|---|---|---|---|"]
-    return lines + [f"| {f.model_type} | {f.members} | {f.architecture} | {len(f.keys)} | {len(f.tensors)} |"
-                    for f in FAMILIES.values()]
+def table(measure: bool) -> list[str]:
+    """The supported families, as lines of Markdown; with `measure` what `measure_family` finds."""
+    columns = ["model_type", "models", "class", *(["logits", "greedy tokens", "tensors back"] if measure else [])]
+    lines = ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for family in FAMILIES.values():
+        cells = [family.model_type, family.members, family.architecture, *(measure_family(family) if measure else [])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines[1:]
+
+
+def tiny_config(family: Family) -> ModelConfig:
+    """A tiny model of a family: its defaults at a small size."""
+    only_rope = {"no_rope_layers": [1] * 36} if "no_rope_layers" in family.defaults else {}
+    keys, _ = read_keys(family, only_rope)
+    full = ModelConfig(**keys).resolve()
+    heads = 1 if full.n_kv_head == 1 else 4 if full.n_kv_head == full.n_head else 2
+    return ModelConfig(**{**keys, "n_layer": 2, "n_head": 4, "n_kv_head": heads, "n_embd": 48, "d_ff": 192,
+                          "head_dim": 12, "block_size": 64, "vocab_size": 61, "init_std": 0.2}).resolve()
+
+
+def measure_family(family: Family) -> list[str]:
+    """The largest difference of logits from transformers, equal greedy tokens, and whether the tensors come back.
+
+    A tiny model with random weights, norms and biases is exported, compared in float32, and read again.
+    """
+    import tempfile
+
+    import torch
+
+    from blockgpt.huggingface import write
+    from model_builder import build_model
+
+    config = tiny_config(family)
+    model = build_model(config, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in state.items()}
+    keys = effective_keys(config)
+    tensors = write.native_tensors(family, keys, shapes)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = write.native_json(family, write_keys(family, {**keys, "dropout": 0.0}))
+        write.write_checkpoint(Path(folder), theirs, tensors, keys, state.__getitem__, lambda name: torch.float32, {})
+        weights = Weights(Path(folder), family, config.flat(), shapes)
+        outcome = compare(weights, config, Path(folder))
+        equal = all(torch.equal(weights.read(name), tensor) for name, tensor in state.items())
+    return [f"{outcome.difference:.0e}", f"{outcome.same_tokens} of 32", "bit for bit" if equal else "differ"]
 
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     if args.command == "table":
-        print("\n".join(table()))
+        print("\n".join(table(args.measure)))
     elif args.command == "import":
         import_checkpoint(args.source, args.out, args.verify)
     else:

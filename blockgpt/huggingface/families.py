@@ -421,8 +421,8 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (
     Family("starcoder2", "Starcoder2ForCausalLM", "StarCoder 2", "model.",
            dict(normalization="layernorm", norm_position="pre", position_encoding="rope"), (
         *sizes(4096, 49152, 3072, 12288, 30, 24), kv_heads(2), head_dim(),
-        choice("hidden_act", "gelu_pytorch_tanh", PLAIN), same("norm_epsilon", "norm_eps", 1e-5), tied(True), rope(), window(None), required("mlp_type", "default"),
-        required("norm_type", "layer_norm"),
+        choice("hidden_act", "gelu_pytorch_tanh", PLAIN), same("norm_epsilon", "norm_eps", 1e-5), tied(True), rope(),
+        window(None), required("mlp_type", "default"), required("norm_type", "layer_norm"),
         KeyRule({"use_bias": True}, lambda t: {"bias": t["use_bias"], "qkv_bias": t["use_bias"]},
                 lambda o: {"use_bias": o["bias"]})),
         (*TOP, *block(*ATTENTION, *PRE_NORMS, ("mlp.c_fc", "ffn.up_proj"), ("mlp.c_proj", "ffn.down_proj"))),

@@ -97,8 +97,8 @@ def test_keys_that_contradict_the_checkpoint_are_refused_by_name(folder):
             ("--vocab_size=304", "--vocab_size: 304 is not the checkpoint's 300"),
             ("--qk_norm=head", "--qk_norm: head is not the checkpoint's none"),
             ("--block_size=25", "--block_size: 25 is beyond the 24 positions of hf:gemma2"),
-            ("--arch_preset=llama", "--arch_preset: 'llama' is not the architecture of hf:gemma2: normalization rmsnorm "
-                                    "(the checkpoint: rmsnorm_gemma)")):
+            ("--arch_preset=llama", "--arch_preset: 'llama' is not the architecture of hf:gemma2: normalization "
+                                    "rmsnorm (the checkpoint: rmsnorm_gemma)")):
         assert config_error("--init_from=hf:gemma2", flag).startswith(message)
     model = load_config(["--init_from=hf:gemma2", "--dropout=0.1", "--block_size=8", "--attention_backend=manual",
                          "--n_layer=2", "--d_ff=80"]).model
