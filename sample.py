@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the project's folder
 import blockgpt.startup  # noqa: F401
 
 # isort: split
-from blockgpt.console import ArgumentParser, check_ranges
+from blockgpt.console import ArgumentParser, check_ranges, script_path
 from blockgpt.errors import CheckpointError, DataError, UserError, exit_on_user_error
-from blockgpt.files import exists, is_dir
+from blockgpt.files import exists, is_dir, user_path
 from blockgpt.huggingface.hub import is_checkpoint_name
 
 if TYPE_CHECKING:  # torch is imported after the flags are checked
@@ -86,7 +86,8 @@ def load_model(run_dir: Path, which: str, device: "torch.device") -> "tuple[GPT,
 
     if not is_dir(run_dir):
         is_default = run_dir.parent == Path("runs") or not is_dir(run_dir.parent)
-        words = ["python", "compare_architectures.py", *([] if is_default else [f"--out_dir={run_dir.parent}"])]
+        out_dir = [] if is_default else [f"--out_dir={run_dir.parent}"]
+        words = ["python", script_path("compare_architectures.py"), *out_dir]
         raise UserError(f"--run: {run_dir} is not a run directory ({shlex.join(words)} lists them)")
     try:
         source = checkpoint.find_best(run_dir) if which == "best" else checkpoint.find_newest(run_dir)
@@ -184,7 +185,7 @@ def main(argv: list[str]) -> None:
         model, tokenizer, directory = load_checkpoint(args.run, device)
         ids, stops = prompt_ids(directory, tokenizer, args.prompt, args.chat), stop_ids(directory, tokenizer)
     else:
-        model, tokenizer = load_model(Path(args.run), args.checkpoint, device)
+        model, tokenizer = load_model(user_path(args.run), args.checkpoint, device)
         stops = [] if tokenizer.eot is None else [tokenizer.eot]
         try:
             ids = list(tokenizer.encode(args.prompt))

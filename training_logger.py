@@ -34,7 +34,8 @@ from blockgpt.checkpoints.resume import run_exists
 from blockgpt.checkpoints.saver import versions
 from blockgpt.console import python_command
 from blockgpt.errors import UserError
-from blockgpt.experiments.records import BrokenLogError, first_launch, launch_environment, read_log
+from blockgpt.experiments.log_values import BrokenLogError
+from blockgpt.experiments.records import first_launch, launch_environment, read_log
 from blockgpt.files import FolderLock, exists, is_dir, list_dir, unreadable, write_json
 from blockgpt.progress import RunConsole, print_end, print_header
 from blockgpt.training import parallel
@@ -92,7 +93,8 @@ def lock_run_directory(run_dir: Path, wait: float = 1.0) -> None:
     try:
         FolderLock(run_dir, "trains in it", wait)
     except OSError as error:
-        raise UserError(f"{run_dir}: cannot be written: {error.strerror} (--out_dir=…)") from None
+        fix = "make it writable, or start a new run with another --run_name" if exists(run_dir) else "--out_dir=…"
+        raise UserError(f"{run_dir}: cannot be written: {error.strerror} ({fix})") from None
 
 
 def find_restarted_run(config: Config, runtime: Runtime) -> str | None:

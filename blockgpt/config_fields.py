@@ -9,6 +9,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import functools
 import operator
 import os
 import re
@@ -56,6 +57,7 @@ def key(default: Any, help: str, *, group: str, minimum: float | None = None, ab
     return field(default=default, metadata=metadata)
 
 
+@functools.cache
 def key_types(cls: type) -> dict[str, Types]:
     """{key: the types that its value may have} of a dataclass of keys."""
     hints = typing.get_type_hints(cls)
@@ -329,7 +331,7 @@ def check_fields(config: Any) -> None:
     Raises:
         ConfigError: the first key whose value has the wrong type, range or choice.
     """
-    accepted = key_types(type(config))
+    accepted = key_types(config.__class__)
     for f in dataclasses.fields(config):
         if f.metadata:
             check_value(f, accepted[f.name], getattr(config, f.name))

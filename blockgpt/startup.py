@@ -39,6 +39,11 @@ def replace_with_lookalikes(error: UnicodeError) -> "tuple[str, int]":
 codecs.register_error(ENCODE_ERRORS, replace_with_lookalikes)
 
 
+def n_cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def open_streams() -> None:
     """Make the standard streams usable: a closed one becomes os.devnull, and a character of any kind can be printed.
 

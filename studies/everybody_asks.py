@@ -4,7 +4,7 @@
 """
 question = ("Does RoPE help more than SwiGLU? Is pre-norm better than post-norm? Is RMSNorm faster than LayerNorm? "
             "(the first two by loss, the third by tokens/s)")
-base = ["config/arch_gpt2.py", "--norm_position=pre", "--normalization=layernorm", "--eval_tokens=65_536",
+base = ["config/arch_gpt2.py", "--norm_position=pre", "--normalization=layernorm", "--eval_tokens=32_768",
         "--compile=False"]
 variants = {
     "baseline": {},
@@ -13,9 +13,9 @@ variants = {
     "post-norm": {"norm_position": "post"},
     "rmsnorm": {"normalization": "rmsnorm"},
 }
-sizes = {
-    "2L-64": ["config/size_tiny.py", "--max_iters=2000", "--eval_interval=500"],
-    "4L-128": ["config/size_demo.py", "--max_iters=600", "--eval_interval=200"],
+sizes = {  # 0.51M tokens each
+    "2L-64": ["config/size_tiny.py", "--max_iters=1000", "--eval_interval=250"],
+    "4L-128": ["config/size_demo.py", "--max_iters=250", "--eval_interval=50"],
 }
 lr_sweep = [1e-3, 2e-3, 4e-3]  # post-norm trains at smaller rates than pre-norm; each variant gets its own
 seeds = 6  # with three, the adjustment for the family would leave only very large differences

@@ -29,13 +29,14 @@ def builds(choice: Choice) -> bool:
     return True
 
 
-def covering(space: dict[str, tuple[Any, ...]] | None = None, at_least: int = 1, seed: int = 0,
-             **fixed: Any) -> tuple[list[Choice], set[Pair]]:
+def covering(space: dict[str, tuple[Any, ...]] | None = None, at_least: int = 1, at_most: int | None = None,
+             seed: int = 0, **fixed: Any) -> tuple[list[Choice], set[Pair]]:
     """(combinations that build, pairs that no combination contains). Every other pair is in some combination.
 
     Args:
         space: {key: its values}; all keys by default.
         at_least: this many combinations.
+        at_most: no more, though pairs are left.
         seed: of the random choice.
         fixed: values in every combination.
     """
@@ -52,7 +53,7 @@ def covering(space: dict[str, tuple[Any, ...]] | None = None, at_least: int = 1,
                 return choice
         return None
 
-    while uncovered or len(found) < at_least:
+    while (uncovered or len(found) < at_least) and len(found) != at_most:
         pair: Pair = next(iter(uncovered), ())
         choice = draw(pair)
         if choice is None:

@@ -1,5 +1,6 @@
 """Fixtures of several tests: a small dataset of text, and train.py run as a user runs it."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -31,6 +32,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the cases of a `grid` as slow, except every n-th. It runs before -m selects."""
+    cases = {}
+    for item in items:
+        for mark in item.iter_markers("grid"):
+            index = cases.setdefault(item.function, itertools.count())
+            if next(index) % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--eval_tokens=512",
         "--dataset=text", "--device=cpu", "--mfu_peak=1", "--log_interval=1"]

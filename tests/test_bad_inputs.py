@@ -219,7 +219,7 @@ COMMANDS = [
     ("train.py tiny.py --dry_run --dry_run_mfu=40", 2, "--dry_run_mfu: 40.* is out of range, must be at most 1"),
     ("train.py tiny.py --dry_run --eval_only", 2, "--dry_run: is incompatible with eval_only"),
     ("train.py tiny.py --dry_run --dataset=char", 2, r"dataset 'char' does not exist: .*did you mean chars\?"),
-    ("train.py tiny.py --dry_run --dataset=shakespeare_char", 2, "dataset .* is not prepared: run python data/"),
+    ("train.py tiny.py --dry_run --dataset=shakespeare_char", 2, "dataset .* is not prepared: run python .*/data/"),
     ("train.py tiny.py --dry_run --dataset=flipped", 2, "data/flipped/val.bin: is damaged: its sha256"),
     ("train.py tiny.py --dry_run --block_size=2200", 2, ".*block_size=2200 .* train split"),
     ("train.py tiny.py --dry_run --vocab_size=10", 2, "--vocab_size: 10 is too small for chars"),
@@ -228,7 +228,7 @@ COMMANDS = [
     ("train.py tiny.py --causal=False", 2, "--causal: False lets every token attend to the token that it"),
     ("$ train.py tiny.py --dataset=char", 2, r"dataset 'char' does not exist: .*did you mean chars\?"),
     ("train.py tiny.py --data_dir=nowhere", 2, "dataset 'chars' does not exist: no nowhere/chars/meta.json"),
-    ("train.py tiny.py --dataset=shakespeare_char", 2, "dataset .* is not prepared: run python data/.*prepare.py"),
+    ("train.py tiny.py --dataset=shakespeare_char", 2, "dataset .* is not prepared: run python /.*/data/.*prepare.py"),
     ("train.py tiny.py --dataset=truncated", 2, "data/truncated/train.bin: has 4398 bytes, meta.json says 4400"),
     ("train.py tiny.py --dataset=padded", 2, "data/padded/train.bin: has 4402 bytes, .*make it again"),
     ("train.py tiny.py --dataset=flipped", 2, "data/flipped/val.bin: is damaged: its sha256"),
@@ -305,8 +305,8 @@ COMMANDS = [
     ("sample.py --run=runs/hollow --device=cpu", 3, "runs/hollow has no usable checkpoint"),
     ("sample.py --run=runs/damaged --device=cpu", 3, "runs/damaged"),
     # compare_architectures.py
-    ("$ compare_architectures.py --out_dir=nowhere", 2, "no such directory: nowhere .*python train.py"),
-    ("compare_architectures.py --out_dir=data/chars", 2, "no runs in data/chars .*python train.py"),
+    ("$ compare_architectures.py --out_dir=nowhere", 2, "no such directory: nowhere .*python /.*/train.py /.*/config/"),
+    ("compare_architectures.py --out_dir=data/chars", 2, "no runs in data/chars .*python /.*/train.py /.*/config/"),
     ("compare_architectures.py runs/none", 2, "no such run directory: runs/none"),
     ("compare_architectures.py 'runs/none*'", 2, r"no such run directory: runs/none\*"),
     ("compare_architectures.py --sort=loss", 2, r"--sort: 'loss' is unknown \(did you mean val_loss\?\)"),
@@ -461,6 +461,7 @@ def row_marks(command):
     return [pytest.mark.slow] if command.startswith("$") and "tiny.py" in command else []
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("command, code, line", [pytest.param(*row, id=row[0][:60].replace(os.sep, ":"),
                                                               marks=row_marks(row[0])) for row in COMMANDS])
 def test_a_bad_input_ends_in_one_line_and_changes_nothing(workspace, run, command, code, line):

@@ -22,9 +22,8 @@ import blockgpt.startup  # noqa: F401
 
 # isort: split
 from blockgpt.console import ArgumentParser, human_bytes
-from blockgpt.data.losses import user_path
 from blockgpt.errors import CheckpointError, UserError, error_text, exit_on_user_error
-from blockgpt.files import FolderLock, exists, is_dir, list_dir
+from blockgpt.files import FolderLock, exists, is_dir, list_dir, user_path
 from blockgpt.huggingface.families import FAMILIES
 from blockgpt.huggingface.hub import checkpoint_directory
 from blockgpt.huggingface.read import Weights, architecture, find_family, read_config

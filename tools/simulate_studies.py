@@ -2,15 +2,19 @@
 
     python -m tools.simulate_studies                    prints the rates of docs/EXPERIMENTS.md
     python -m tools.simulate_studies --studies 200      faster
+    python -m tools.simulate_studies --runs 'ablations/aa/*' --seeds 3      real runs of one baseline with itself
 
-The loss of a run is a term of its seed, which all variants share, plus a term of its own, both normal.
+The loss of a simulated run is a term of its seed, which all variants share, plus a term of its own, both normal. Real
+runs must differ in the seed alone. Every comparison takes runs of its own, as many for both sides as --seeds says, so
+that no two seeds are equal and nothing pairs (Welch's t).
 """
 
 import dataclasses
 import math
+import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, however this is started
@@ -18,10 +22,13 @@ import blockgpt.startup  # noqa: F401
 
 # isort: split
 from blockgpt.console import ArgumentParser, check_ranges
-from blockgpt.errors import exit_on_user_error
+from blockgpt.errors import UserError, exit_on_user_error
+from blockgpt.experiments.arms import find_arms
 from blockgpt.experiments.study import Study, StudyTrial
-from blockgpt.experiments.verdicts import judge
+from blockgpt.experiments.verdict_text import interval_text, outcome_text
+from blockgpt.experiments.verdicts import Verdict, judge
 from blockgpt.experiments.worth import fit_law, worth
+from compare_architectures import load_runs, select_runs
 
 SEED_STD, OWN_STD = 1.0, 0.5  # of the two terms, in units of the loss
 
@@ -103,6 +110,51 @@ def simulate_worth(studies: int, seeds: int, difference: float, horizons: Sequen
     return hits / studies, widths / studies
 
 
+def compare_with_itself(values: Mapping[int, float], seeds: int) -> list[Verdict]:
+    """Verdicts of a baseline against itself: each takes the next `seeds` for one side and the next for the other.
+
+    Args:
+        values: {seed: criterion} of runs that differ in nothing else.
+        seeds: of a side.
+    """
+    order = sorted(values)
+    verdicts: list[Verdict] = []
+    for start in range(0, len(order) - 2 * seeds + 1, 2 * seeds):
+        sides = {"baseline": order[start:start + seeds], "again": order[start + seeds:start + 2 * seeds]}
+        trials = [StudyTrial(side, seed, "finished", values[seed]) for side, own in sides.items() for seed in own]
+        verdicts += judge(Study(trials), "baseline").verdicts
+    return verdicts
+
+
+def binomial_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The exact interval of a rate (Clopper and Pearson 1934), with 2.5 % beyond each end."""
+    from scipy import special
+
+    low = special.betaincinv(successes, trials - successes + 1, 0.025) if successes else 0.0
+    high = special.betaincinv(successes + 1, trials - successes, 0.975) if successes < trials else 1.0
+    return float(low), float(high)
+
+
+def print_real_comparisons(pattern: str, seeds: int) -> None:
+    """A line for each comparison and their rate; `UserError` unless the runs differ in the seed alone and suffice."""
+    runs = [run for run in load_runs(select_runs([pattern], "")) if run["status"] == "finished"]
+    arms = find_arms(runs)
+    if len(arms) != 1 or len(runs) < 2 * seeds:
+        problem = f"{len(arms)} experiments" if len(arms) > 1 else f"{len(runs)} finished runs"
+        raise UserError(f"--runs: {pattern} has {problem}, but needs {2 * seeds} or more that differ in the seed alone")
+    verdicts = compare_with_itself({run["config"]["seed"]: run[run["criterion"].metric] for run in runs}, seeds)
+    print("| difference | 95 % | p | verdict |\n| --- | --- | --- | --- |")
+    for verdict in verdicts:
+        found = verdict.difference
+        assert found is not None and verdict.p is not None
+        print(f"| {found.mean:+.4f} | {interval_text(found.low, found.high, '+.4f')} | {verdict.p:.2g} | "
+              f"{outcome_text(verdict)} |")
+    decided = sum(verdict.outcome in ("better", "worse") for verdict in verdicts)
+    low, high = binomial_interval(decided, len(verdicts))
+    print(f"\nbetter or worse: {decided} of {len(verdicts)} ({decided / len(verdicts):.1%}, 95 % [{low:.1%}, "
+          f"{high:.1%}])")
+
+
 LOOKS = (3, 4, 5, 6, 8, 10)
 SCENARIOS = {
     **{f"A/A, {n} variant{'s' * (n > 1)}, one look at 5 seeds": (Scenario(n), "decided") for n in (1, 3, 10)},
@@ -121,8 +173,12 @@ SCENARIOS = {
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m tools.simulate_studies", description="Rates of wrong and right verdicts.")
     parser.add_argument("--studies", type=int, default=1000, help="of each scenario")
+    parser.add_argument("--runs", type=os.path.expanduser, metavar="GLOB", help="judge these real runs instead")
+    parser.add_argument("--seeds", type=int, default=3, help="with --runs: of each side of a comparison")
     args = parser.parse_args(argv)
-    check_ranges(args, {"studies": (args.studies >= 1, "at least 1")})
+    check_ranges(args, {"studies": (args.studies >= 1, "at least 1"), "seeds": (args.seeds >= 3, "at least 3")})
+    if args.runs is not None:
+        return print_real_comparisons(args.runs, args.seeds)
     print("| scenario | rate |\n| --- | --- |")
     for name, (scenario, outcome) in SCENARIOS.items():
         print(f"| {name} | {simulate(scenario, args.studies)[outcome]:.1%} |", flush=True)

@@ -46,8 +46,9 @@ from blockgpt.data.writer import (
     sum_partition_stats,
     write_splits,
 )
-from blockgpt.errors import DataError, error_text
-from blockgpt.files import FolderLock
+from blockgpt.errors import DataError, UserError, error_text
+from blockgpt.files import FolderLock, list_dir
+from blockgpt.startup import n_cores
 
 CONTINUES = "(the finished partitions are saved: the same command continues)"
 SMALL_SECONDS = 60.0  # that a small dataset waits for its lock: two runs that start at once both prepare theirs
@@ -147,11 +148,6 @@ def check_separable(tokenizer: Tokenizer, recipe: Recipe) -> None:
                         f"run into each other ({candidates}--no_separator if that is wanted)")
 
 
-def n_cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextlib.contextmanager
 def writing_to(out_dir: Path, work: Path | None = None, wait: float = 1.0) -> Iterator[None]:
     """Create and lock `out_dir`, and turn a failure to write below it into a `DataError`.
@@ -166,7 +162,10 @@ def writing_to(out_dir: Path, work: Path | None = None, wait: float = 1.0) -> It
             remove_stale(out_dir, keep=work)
             yield
     except OSError as error:
-        saved = "; the finished partitions are saved: the same command continues" if work else ""
+        saved = ""
+        with contextlib.suppress(UserError):
+            if work and list_dir(work, "*.json"):
+                saved = "; the finished partitions are saved: the same command continues"
         path = error.filename if isinstance(error.filename, str) else str(out_dir)
         if not Path(path).absolute().is_relative_to(out_dir.absolute()):  # such as a cache, or a temporary folder
             raise DataError(f"{path}: {error_text(error)} (free disk space, or make it accessible{saved})") from None

@@ -12,7 +12,8 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypedDict, TypeVar
 
 from blockgpt.errors import UserError, did_you_mean
-from blockgpt.experiments.records import Change, Run, ValData, columns, printable, without_index
+from blockgpt.experiments.log_values import printable, without_index
+from blockgpt.experiments.records import Change, Run, ValData, columns
 from blockgpt.training.criterion import Criterion
 
 T = TypeVar("T")

@@ -4,10 +4,8 @@ Metrics come from metrics.jsonl; the results in run.json are stale if a run was 
 metrics.jsonl has none. To add a column: a line in `columns` and its value in `run_metrics`.
 """
 
-import functools
 import itertools
 import json
-import math
 import os
 import re
 import statistics
@@ -17,6 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from blockgpt.errors import did_you_mean
+from blockgpt.experiments.log_values import (
+    BrokenLogError,
+    modified_time,
+    numeric_value,
+    parse_object,
+    plain_value,
+    plain_values,
+    printable,
+    read_bytes,
+    without_index,
+)
 from blockgpt.training.criterion import Criterion
 
 SCHEMA_VERSION = 1  # of run.json; this program does not know what a newer one means
@@ -126,91 +135,6 @@ def columns(criterion: Criterion) -> tuple[Column, ...]:
 COLUMNS = columns(Criterion())
 
 
-# ---- values ----
-
-class BrokenLogError(Exception):
-    """A log, or a line of metrics.jsonl, cannot be used. Broken lines are only counted, so messages name run.json."""
-
-
-def finite_or_none(digits: str) -> float | None:
-    return value if math.isfinite(value := float(digits)) else None
-
-
-LARGE_EXPONENT = re.compile(rb"[eE]\+?\d{3}")
-MANY_DIGITS = re.compile(rb"\d{300}")
-FAST_DECODER = json.JSONDecoder(parse_constant=lambda _: None)
-CAREFUL_DECODER = json.JSONDecoder(parse_float=finite_or_none, parse_constant=lambda _: None)
-
-
-def parse_object(data: bytes) -> dict[str, Any]:
-    """The JSON object in `data`, with None for every number that is not finite (NaN, Infinity, 1e999)."""
-    # Only a number of these forms can overflow; to check every float takes as long as all the rest.
-    may_overflow = LARGE_EXPONENT.search(data) or (len(data) > 300 and MANY_DIGITS.search(data))
-    decoder = CAREFUL_DECODER if may_overflow else FAST_DECODER
-    try:
-        value = decoder.decode(data.decode(json.detect_encoding(data), "surrogatepass"))
-    except (ValueError, RecursionError) as error:  # invalid UTF-8 is a ValueError too
-        raise BrokenLogError(f"run.json is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BrokenLogError("run.json is not an object")
-    return value
-
-
-def numeric_value(section: dict[str, Any], key: str) -> Any:
-    """section[key], or None if it is absent or null. Raises `BrokenLogError` if it is not a number."""
-    value = section.get(key)
-    # No logged number comes near this bound. Beyond it, arithmetic on a damaged log could overflow.
-    if value is not None and (type(value) not in (int, float) or not -1e18 < value < 1e18):
-        raise BrokenLogError(f"run.json: {key} is {printable(value)[:20]}, which is not a number or far out of range")
-    return value
-
-
-def printable(value: Any) -> str:
-    """A value from a log as one printable line: logs may contain line feeds, terminal escapes and half characters."""
-    text = " ".join(("-" if value is None else value if isinstance(value, str) else json.dumps(value)).split())
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
-
-
-@functools.lru_cache(maxsize=8192)
-def printable_text(text: str) -> str:
-    """`printable` of a text that many runs have, such as a key."""
-    return printable(text)
-
-
-def plain_value(value: Any) -> Any:
-    """A number as it is, everything else as text, so that it can be compared, hashed and printed."""
-    if type(value) in (bool, int, float, type(None)):
-        return value
-    return printable_text(value) if type(value) is str and len(value) < 64 else printable(value)
-
-
-def plain_values(section: dict[str, Any]) -> dict[str, Any]:
-    """A section with plain values."""
-    return {printable_text(key): plain_value(value) for key, value in section.items()}
-
-
-def without_index(device: Any) -> Any:
-    """cuda:1 → cuda: which of several devices it was does not matter."""
-    return device.partition(":")[0] if isinstance(device, str) else device
-
-
-def read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise BrokenLogError(f"{path.name} is missing") from None
-    except OSError as error:
-        raise BrokenLogError(f"{path.name} cannot be read: {error.strerror}") from None
-
-
-def modified_time(path: Path) -> float:
-    """In seconds since 1970; 0 if the file does not exist."""
-    try:
-        return os.stat(path).st_mtime
-    except OSError:
-        return 0.0
-
-
 # ---- run.json ----
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -249,6 +173,18 @@ def first_launch(document: dict[str, Any]) -> dict[str, Any]:
     resumes = document.get("resumes") or []
     return {"step": resumes[-1]["step"] if resumes else 0, "started_at": document.get("created_at"),
             **{key: document.get(key) for key in ("command", "git_commit", "versions", "hardware")}}
+
+
+def launch_command(launch: Any) -> tuple[str, ...]:
+    """The words that start what a launch started, with the variable that results depend on; none if not recorded."""
+    launch = launch if isinstance(launch, dict) else {}
+    words, threads, hardware = (launch.get(key) for key in ("command", "omp_num_threads", "hardware"))
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        return ()
+    processes = hardware.get("world_size") if isinstance(hardware, dict) else None
+    start = ["torchrun", f"--nproc_per_node={processes}"] if type(processes) is int and processes > 1 else ["python"]
+    variable = f"OMP_NUM_THREADS={threads}" if isinstance(threads, str) and re.fullmatch("[0-9,]+", threads) else ""
+    return (*filter(None, [variable]), *start, *words)
 
 
 def launch_environment(launch: dict[str, Any]) -> dict[str, Any]:
@@ -476,8 +412,9 @@ def read_run(directory: str | os.PathLike[str], upgrade: Upgrade, renamed: dict[
     Returns:
         A value or None for each column but rank and delta, which depend on the other runs; path, created_at, warnings,
         criterion; the sections model, config, data and hardware of run.json; environment (see `launch_environment`) of
-        the newest launch; initial_weights (text or None); changes ([`Change`]), val_data (`ValData`) and curve
-        ([`Point`]); flops_per_token (of training) and unique_tokens (of the training data), None if not recorded.
+        the newest launch; command (see `launch_command`) of the first; initial_weights (text or None); changes
+        ([`Change`]), val_data (`ValData`) and curve ([`Point`]); flops_per_token (of training) and unique_tokens (of
+        the training data), None if not recorded.
     """
     path = Path(directory)
     file, metrics = path / "run.json", path / "metrics.jsonl"
@@ -485,7 +422,7 @@ def read_run(directory: str | os.PathLike[str], upgrade: Upgrade, renamed: dict[
     run |= {"name": printable(os.path.basename(os.path.realpath(path))), "path": str(path), "warnings": [], "model": {},
             "config": {}, "data": {}, "hardware": {}, "environment": {}, "initial_weights": None, "changes": [],
             "val_data": ValData(None, None, ""), "criterion": Criterion(), "curve": [], "flops_per_token": None,
-            "unique_tokens": None,
+            "unique_tokens": None, "command": (),
             "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(modified_time(path)))}
     try:
         document = read_document(file)
@@ -495,7 +432,7 @@ def read_run(directory: str | os.PathLike[str], upgrade: Upgrade, renamed: dict[
         quiet_seconds = time.time() - max(modified_time(file), modified_time(metrics))
         if status == "running" and quiet_seconds > QUIET_SECONDS:
             status, reason = "running?", f"nothing written for {quiet_seconds / 3600:.1f} h, possibly killed"
-        just_begun = status == "running" and not modified_time(metrics)
+        just_begun = status == "running" and not os.path.lexists(metrics)
         metric = criterion.metric
         records, skipped = ({"eval": [], "step": []}, 0) if just_begun else read_metrics(metrics, metric)
         evals = on_final_val_data(records["eval"], run["changes"])
@@ -528,6 +465,7 @@ def describe_run(document: dict[str, Any], upgrade: Upgrade, renamed: dict[str, 
     digest = weights.get("sha256")
     tokens, val_digest = read_val_data(document.get("val_data") or {})
     return {"architecture": printable(document["arch_name"]), "created_at": printable(document["created_at"]),
+            "command": launch_command(launches[0]),
             "parameters": numeric_value(document["parameters"], "total"),
             "config": plain_values(config), "model": plain_values(model),
             "data": plain_values(document["data"]), "hardware": plain_values(document.get("hardware") or {}),

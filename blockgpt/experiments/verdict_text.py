@@ -63,6 +63,20 @@ def worth_text(worth: Worth, level: float) -> str:
     return "needs " + "; ".join(texts) if texts else ""
 
 
+def speed_text(speed: Ratio | None, level: float) -> str:
+    """'0.97 × the tokens/s of the baseline, 95 % [0.95, 0.99]'."""
+    if speed is None:
+        return ""
+    interval = f", {confidence(level)} {interval_text(speed.low, speed.high, '.3g')}" if speed.low is not None else ""
+    return f"{speed.ratio:.3g} × the tokens/s of the baseline{interval}"
+
+
+def pairing_text(ratio: float, seeds: int) -> str:
+    """How much pairing by seed is worth."""
+    return (f"pairing by seed: the variance of the differences is {ratio:.2g} × that of unpaired seeds, so that "
+            f"{seeds} pairs tell as much as {seeds / ratio:.3g} unpaired seeds")
+
+
 def regime_text(regime: Regime) -> str:
     """'4M tokens, 2M unique tokens (2 epochs), 1M parameters (4 tokens each)'."""
     amounts = {"tokens": regime.tokens, "unique tokens": regime.unique_tokens, "parameters": regime.parameters}
@@ -196,8 +210,9 @@ def detail_texts(line: Line, level: float) -> list[str]:
     worth = worth_text(verdict.worth, level)
     words = outcome_text(verdict)
     method = [f"by {verdict.method}"] if verdict.method and verdict.method not in ("paired t", "sign flips") else []
+    speed = speed_text(verdict.speed, level)
     return [*([words] if words not in (verdict.outcome, "no verdict") else []), *([worth] if worth else []),
-            *method, *verdict.notes, regime]
+            *([speed] if speed else []), *method, *verdict.notes, regime]
 
 
 def general_texts(judgement: Judgement) -> tuple[list[str], list[str]]:
@@ -211,6 +226,8 @@ def general_texts(judgement: Judgement) -> tuple[list[str], list[str]]:
         if names:
             notes.append(f"{cell_prefix(cell)}Pareto front of {judgement.criterion.metric}, tokens/s and memory: "
                          + ", ".join(names))
+    if judgement.pairing:
+        notes.append(pairing_text(judgement.pairing, max(len(v.differences) for v in judgement.verdicts)))
     if any(v.needed for v in judgement.verdicts):
         notes.append(f"seeds to settle a verdict: with power {POWER:g}, if the differences go on as observed")
     return notes + list(judgement.notes), list(judgement.warnings)
@@ -258,6 +275,7 @@ def judgement_markdown(judgement: Judgement) -> str:
     columns["verdict"] = [outcome_text(line.verdict) if line.verdict else cell
                           for line, cell in zip(lines, columns["verdict"], strict=True)]
     columns["worth"] = [worth_text(line.verdict.worth, judgement.level) if line.verdict else "" for line in lines]
+    columns["speed"] = [speed_text(line.verdict.speed, judgement.level) if line.verdict else "" for line in lines]
     columns["regime"] = [regime_text(line.arm.regime) for line in lines]
     table = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
     floors = [floor_text(floor, judgement.baseline, judgement.level) for floor in judgement.floors]
@@ -305,6 +323,8 @@ def flat_record(line: Line) -> dict[str, Any]:
             "method", "p", "p_adjusted", "p_equal", "p_equal_adjusted", "margin", "within_margin", "needed")},
         **{f"{spend}_{name}": getattr(ratio, name) if ratio else None
            for spend, ratio in ratios.items() for name in ("ratio", "low", "high")},
+        **{f"speed_{name}": getattr(verdict.speed, name) if verdict and verdict.speed else None
+           for name in ("ratio", "low", "high")},
         "tokens": arm.regime.tokens, "unique_tokens": arm.regime.unique_tokens, "epochs": arm.regime.epochs,
         "parameters": arm.regime.parameters, "tokens_per_parameter": arm.regime.tokens_per_parameter,
         "tokens_per_sec": arm.tokens_per_sec, "peak_memory": arm.peak_memory}
@@ -345,7 +365,8 @@ def judgement_record(judgement: Judgement) -> dict[str, Any]:
             "arms": list(map(arm_record, (line.arm for line in lines))),
             "verdicts": [verdict_record(line, line.verdict) for line in lines if line.verdict],
             "floors": [floor._asdict() for floor in judgement.floors], "effects": cells(effects),
-            "front": cells(judgement.front), "notes": judgement.notes, "warnings": judgement.warnings}
+            "front": cells(judgement.front), "pairing": judgement.pairing, "notes": judgement.notes,
+            "warnings": judgement.warnings}
 
 
 def arm_record(arm: Arm) -> dict[str, Any]:

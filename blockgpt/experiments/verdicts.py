@@ -24,7 +24,7 @@ from blockgpt.errors import UserError, did_you_mean
 from blockgpt.experiments import statistics
 from blockgpt.experiments.statistics import MIN_FLIPS, MIN_SEEDS, Effect, Estimate
 from blockgpt.experiments.study import Study, StudyTrial, duplicates, pareto_front
-from blockgpt.experiments.worth import Law, Worth, fit_law, worth
+from blockgpt.experiments.worth import Law, Ratio, Worth, fit_law, worth
 from blockgpt.training.criterion import Criterion
 
 TESTS = ("t", "sign_flip")
@@ -114,6 +114,7 @@ class Verdict:
         within_margin: whether a better or worse variant is also equal within the margin.
         needed: seeds that would settle an inconclusive verdict with power POWER if mean and spread of the differences
             are those observed; MAX_SEEDS + 1 for more.
+        speed: tokens/s of the variant relative to those of the baseline; None without times on one hardware.
         notes: half pairs, divergences, cautions: one line each.
     """
 
@@ -132,6 +133,7 @@ class Verdict:
     within_margin: bool = False
     needed: int | None = None
     worth: Worth = NO_WORTH
+    speed: Ratio | None = None
     regime: Regime = UNKNOWN
     notes: tuple[str, ...] = ()
 
@@ -144,6 +146,8 @@ class Judgement:
         level: of the study; level_here: of this look.
         declared_margin: None if it was estimated.
         effects: of a full grid, by (size, horizon).
+        pairing: variance of the paired differences relative to that of unpaired seeds, pooled over the verdicts; None
+            where no seeds pair.
         front: names of variants on the Pareto front of loss, tokens/s and memory, by (size, horizon).
         notes, warnings: one line each.
     """
@@ -160,6 +164,7 @@ class Judgement:
     floors: tuple[NoiseFloor, ...]
     effects: Mapping[Cell, list[Effect]]
     front: Mapping[Cell, list[str]]
+    pairing: float | None
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -347,6 +352,41 @@ def seeds_to_settle(difference: Estimate, level: float, margin: Margin, family: 
 
 # ---- worth ----
 
+def log_seconds(verdict: Verdict, baseline: str, trials: Mapping[tuple[str, int], StudyTrial]
+                ) -> tuple[dict[int, float], set[str | None]]:
+    """({seed: logarithm of the variant's seconds per token, relative to the baseline's}, the hardware of the pairs)."""
+    logs, hardware = {}, set()
+    for seed in verdict.differences:
+        own, other = trials[verdict.variant, seed], trials[baseline, seed]
+        hardware |= {own.hardware, other.hardware}
+        if own.tokens_per_sec and other.tokens_per_sec:
+            logs[seed] = math.log(other.tokens_per_sec / own.tokens_per_sec)
+    return logs, hardware
+
+
+def speed_of(verdict: Verdict, baseline: str, trials: Mapping[tuple[str, int], StudyTrial], level: float
+             ) -> Ratio | None:
+    """Tokens/s relative to the baseline: the geometric mean over the pairs, with its t interval."""
+    logs, hardware = log_seconds(verdict, baseline, trials)
+    if not logs or len(hardware) > 1:
+        return None
+    found = statistics.estimate([-log for log in logs.values()], level)
+    if found.low is None or found.high is None or found.n < MIN_SEEDS:
+        return Ratio(math.exp(found.mean), None, None)
+    return Ratio(*map(math.exp, (found.mean, found.low, found.high)))
+
+
+def pairing_of(verdicts: Sequence[Verdict], arms: Mapping[tuple[str, str, float], Arm], baseline: str) -> float | None:
+    """Variance of the paired differences relative to that of as many unpaired seeds, both summed over the verdicts."""
+    paired = unpaired = 0.0
+    for verdict in verdicts:
+        if len(verdict.differences) > 1:
+            paired += stdlib.variance(verdict.differences.values())
+            unpaired += sum(stdlib.variance(arms[variant, verdict.size, verdict.horizon].values[seed]
+                                            for seed in verdict.differences) for variant in (verdict.variant, baseline))
+    return paired / unpaired if unpaired else None
+
+
 def worth_of(verdict: Verdict, arm: Arm, base: Arm, law: Law | str, trials: Mapping[tuple[str, int], StudyTrial],
              criterion: Criterion, level: float) -> Worth:
     if criterion.more_is_better:
@@ -356,12 +396,7 @@ def worth_of(verdict: Verdict, arm: Arm, base: Arm, law: Law | str, trials: Mapp
     if not verdict.differences:
         return Worth(law=law, notes=("worth needs pairs: seeds that both have",))
     flops = (arm.flops_per_token / base.flops_per_token if arm.flops_per_token and base.flops_per_token else None)
-    log_times, hardware = {}, set()
-    for seed in verdict.differences:
-        own, other = trials[arm.variant, seed], trials[base.variant, seed]
-        hardware |= {own.hardware, other.hardware}
-        if own.tokens_per_sec and other.tokens_per_sec:
-            log_times[seed] = math.log(other.tokens_per_sec / own.tokens_per_sec)
+    log_times, hardware = log_seconds(verdict, base.variant, trials)
     found = worth(law, verdict.horizon, verdict.differences, flops, log_times if len(hardware) == 1 else None, level)
     if len(hardware) > 1:
         found = dataclasses.replace(found, notes=(*found.notes, "times are not compared: the pairs ran on "
@@ -455,7 +490,7 @@ def judge(study: Study, baseline: str, margin: float | None = None, level: float
         caution = [f"it differs in {study.cautions[arm.variant]}"] if arm.variant in study.cautions else []
         decided.append(dataclasses.replace(
             final, worth=worth_of(final, arm, base, laws[arm.size], trials, study.criterion, level),
-            notes=(*final.notes, *caution)))
+            speed=speed_of(final, baseline, trials, level), notes=(*final.notes, *caution)))
 
     notes, warnings = [], [*study.warnings]
     warnings += [f"{variant}: not judged: {reason}" for variant, reason in study.excluded.items()]
@@ -472,7 +507,8 @@ def judge(study: Study, baseline: str, margin: float | None = None, level: float
         notes += [problem] * bool(problem)
         front[cell] = front_of(here, study.criterion)
     return Judgement(baseline, study.criterion, test, level, look, share_of_look, margin, tuple(arms.values()),
-                     tuple(decided), tuple(floors.values()), effects, front, tuple(notes), tuple(warnings))
+                     tuple(decided), tuple(floors.values()), effects, front, pairing_of(decided, arms, baseline),
+                     tuple(notes), tuple(warnings))
 
 
 def adjust(verdicts: Sequence[Verdict]) -> list[Verdict]:

@@ -77,10 +77,10 @@ def describe_source(directory: Path) -> dict[str, Any]:
 def checkpoint_tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint; None if it has no file of one."""
     try:
-        tokenizer_file(str(directory))
+        tokenizer_file(str(directory.absolute()))
     except DataError:
         return None
-    return load_tokenizer(str(directory))
+    return load_tokenizer(str(directory.absolute()))  # a folder may be called gpt2, as a tokenizer of tiktoken is
 
 
 def check_tokenizer(name: str, directory: Path, meta: Mapping[str, Any], datasets: Iterable[str],
@@ -115,7 +115,8 @@ def command_with_tokenizer(dataset: str, data_dir: str | None, directory: Path) 
     if "--tokenizer" in words:
         at = words.index("--tokenizer")
         words = words[:at] + words[at + 2:]
-    return shlex.join([*(word for word in words if not word.startswith("--tokenizer=")), "--tokenizer", str(directory)])
+    return shlex.join([*(word for word in words if not word.startswith("--tokenizer=")), "--tokenizer",
+                       str(directory.absolute())])
 
 
 def is_same_vocabulary(a: Tokenizer, b: Tokenizer) -> bool:

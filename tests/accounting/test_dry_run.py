@@ -127,11 +127,13 @@ def test_an_unknown_time_or_energy_is_printed_as_unknown(account):
     assert "energy unknown" in time("--dry_run_gpu=None", "--mfu_peak=1")
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_target_is_this_computer():
     code, text = run("--dry_run_gpu=None")
     assert code == 0 and "this computer (cpu)" in text and re.search("time +unknown: ", text)
 
 
+@pytest.mark.slow
 def test_epochs_are_those_of_the_prepared_data(data_dir):
     flags = ["--dry_run", *TINY, f"--data_dir={data_dir}", "--max_iters=10"]
     code, text = run(*flags, "--vocab_size=300", "--dry_run_gpu=T4")
@@ -221,7 +223,7 @@ def test_the_exit_code_says_whether_the_run_fits(dry_run_command, batch_size, co
 @pytest.mark.slow
 def test_the_embedded_dataset_is_not_prepared_for_a_dry_run(dry_run_command, tmp_path):
     done = dry_run_command(f"--data_dir={tmp_path}/data", "--device=cpu")
-    assert done.returncode == 2 and done.stderr.startswith("error: dataset 'pycode' is not prepared: run python data/")
+    assert done.returncode == 2 and done.stderr.startswith("error: dataset 'pycode' is not prepared: run python ")
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ def test_flops_equal_torchs_count_for_all_pairs_of_options(eager_flex, residue):
         assert count(model, 12) == (computed, 2 * computed), options
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("backend", ["auto", "flex"])
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("overrides", [

@@ -89,6 +89,7 @@ def computed_peak(account, sequences, accumulating=False, checkpointing="none"):
 # ---- what exists between steps
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameters_gradients_and_optimizer_state_equal_those_of_a_step(name, tied):
@@ -120,6 +121,7 @@ def test_parameters_are_counted_by_category():
 GRID = list(itertools.product(SIZES, (0.0, 0.1), ("sdpa", "manual")))  # 8 ways for each preset and dtype
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("name, dtype, size, dropout, backend", [
     pytest.param(name, dtype, *case, marks=() if i == (4 * j + n) % 8 else pytest.mark.long)  # one of the 8 is short
     for n, name in enumerate(PRESETS) for j, dtype in enumerate(DTYPES) for i, case in enumerate(GRID)], ids=str)
@@ -147,6 +149,7 @@ def test_parameters_and_saved_bytes_equal_torchs_for_all_pairs_of_options(residu
         assert account.saved_in()(2) == pytest.approx(saved_by_autograd(config, dtype, 2), rel=0.02), options
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_bytes_of_modules_add_up_to_those_of_their_parent(name):
     account = MemoryAccount(build_model, get_preset(name, **SIZES["usual"]), torch.bfloat16, gpu=False)

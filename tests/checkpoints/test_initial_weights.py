@@ -87,6 +87,7 @@ def test_a_run_begins_with_the_weights_of_another_on_other_data_with_other_keys(
     assert first[0] < first[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_began_with_other_weights_resumes_bitwise_equal_without_the_source(folder, start):
     flags = ["--init_from=runs/source", "--lr_decay_iters=4", "--warmup_iters=1", "--eval_interval=2"]
     assert start(*flags, "--max_iters=4", name="whole").returncode == 0
@@ -103,6 +104,7 @@ def test_a_run_that_began_with_other_weights_resumes_bitwise_equal_without_the_s
     assert refused.returncode == 2 and "init_from: the run was made with" in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--use_fsdp"], ["--use_fsdp", "--fsdp_cpu_offload"], ["--use_zero1"]])
 def test_the_weights_are_the_same_in_every_mode(folder, start, flags):
     one, other = start("--init_from=runs/source", "--eval_only", name="one"), start(

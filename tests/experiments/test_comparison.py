@@ -163,6 +163,7 @@ def test_every_key_is_compared_or_has_a_reason_not_to_be():
     assert all({**comparison_module.NOT_COMPARED, **comparison_module.REPEATS_MAY_DIFFER}.values())
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("key", KEYS)
 def test_a_key_that_can_matter_is_shown_and_makes_other_runs_no_repeats(tmp_path, key):
     """Every key, in one run with an example in place of its value."""

@@ -1,8 +1,10 @@
 """blockgpt/experiments/verdicts.py: the rules of a verdict, and by simulation how often it is wrong."""
 
+import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -169,6 +171,37 @@ def test_what_cannot_be_compared_has_no_verdict_and_says_why():
     assert "not judged" in render_judgement(found)
 
 
+def test_the_speed_is_the_geometric_mean_over_pairs_on_one_hardware():
+    own, base = [90.0, 110.0, 96.0, 88.0], [100.0, 118.0, 101.0, 97.0]
+
+    def timed(variant, speeds, hardware="cpu"):
+        return [dataclasses.replace(trial, tokens_per_sec=speed, hardware=hardware)
+                for trial, speed in zip(trials(variant, seeds=range(4)), speeds, strict=True)]
+
+    logs = np.log(np.array(own) / base)
+    low, high = stats.t.interval(0.95, 3, logs.mean(), stats.sem(logs))
+    found = one(judged(timed("base", base), timed("other", own)[::-1]))
+    assert found.speed == pytest.approx(np.exp([logs.mean(), low, high]))
+    record = json.loads(render_judgement(judged(timed("base", base), timed("other", own)), "json"))["verdicts"][0]
+    assert record["speed_ratio"] == pytest.approx(np.exp(logs.mean()))
+    assert f"{found.speed.ratio:.3g} × the tokens/s of the baseline, 95 % [{found.speed.low:.3g}" in render_judgement(
+        judged(timed("base", base), timed("other", own)), "table")
+    assert one(judged(timed("base", base), timed("other", own, "gpu"))).speed is None
+    two = one(judged(timed("base", base)[:2], timed("other", own)[:2])).speed
+    assert two == (pytest.approx(np.exp(logs[:2].mean())), None, None)
+
+
+def test_the_worth_of_pairing_is_a_ratio_of_variances():
+    found = judged(trials("base"), trials("other", 1.0), trials("third", 0.1))
+    values = {arm.variant: np.array(list(arm.values.values())) for arm in found.arms}
+    paired = sum(np.var(values[name] - values["base"], ddof=1) for name in ("other", "third"))
+    unpaired = sum(np.var(values[name], ddof=1) + np.var(values["base"], ddof=1) for name in ("other", "third"))
+    assert found.pairing == pytest.approx(paired / unpaired) and found.pairing < 1
+    text = render_judgement(found, "table")
+    assert f"5 pairs tell as much as {5 / found.pairing:.3g} unpaired seeds" in " ".join(text.split())
+    assert judged(trials("base", seeds=range(3)), trials("other", seeds=range(3, 6))).pairing is None
+
+
 def test_the_front_holds_what_nothing_beats_in_everything():
     assert pareto_front({"a": (1, 5), "b": (2, 4), "c": (2, 5), "d": (3, 1), "e": (1, 5)}) == ["a", "e", "b", "d"]
     found = judged(trials("base", tokens_per_sec=10.0, peak_memory=5.0),
@@ -258,6 +291,7 @@ def test_a_known_effect_is_found_as_often_as_theory_says():
     assert rate == pytest.approx(stats.nct.sf(stats.t.ppf(0.975, 4), 4, noncentrality), abs=0.05)
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("scenario", [
     Scenario(1, (5,), 1.0, 1.0, own_std=0.2), Scenario(1, (8,), 1.0, 1.0, "sign_flip", own_std=0.2),
     Scenario(1, (5,), math.hypot(1.0, 0.1), own_std=0.1), Scenario(3, (10,), math.hypot(1.0, 0.1), own_std=0.1)],

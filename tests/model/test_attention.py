@@ -82,6 +82,7 @@ def documents_of(B, T):
     return torch.stack([torch.arange(T) // (3 + 2 * b) for b in range(B)])
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("causal, window, documents, alibi, size", CASES)
 def test_every_backend_is_attention_by_definition_for_every_mask(causal, window, documents, alibi, size, untraced):
     B, H, G, T = SIZES[size]
@@ -140,6 +141,7 @@ def test_flex_has_the_gradients_of_manual_for_every_mask_on_cuda():
 # ---------------------------------------------------------------- whole models with each backend
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("keys", [
     dict(), dict(n_kv_head=2, bias=True), dict(n_kv_head=1, sliding_window=5), dict(causal=False),
     dict(causal=False, sliding_window=3), dict(sliding_window=1), dict(sliding_window=99), dict(mask_documents=True),
@@ -171,6 +173,7 @@ def test_the_backends_that_support_a_softcap_agree():
         equal(*(model(**keys, attention_backend=backend)(idx) for backend in ("flex", "manual")))
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("backend", ATTENTION_BACKEND)
 @pytest.mark.parametrize("keys", [dict(), dict(position_encoding="alibi"), dict(sliding_window=5),
                                   dict(mask_documents=True)], ids=str)
@@ -392,6 +395,7 @@ def generated(m, prompt, n):
     return cached
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("name, window", [
     *itertools.product(GENERATING, (None, 5)), *itertools.product(("learned", "alibi", "all at once"), (1, 24))])
 def test_a_cache_changes_no_token(name, window):
@@ -412,6 +416,7 @@ def test_a_cache_changes_no_token_on_any_backend(backend, name, window, untraced
     assert len(set(generated(m, prompt, 6)[0, 7:].tolist())) > 1
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("lengths", [(24,), (1,) * 24, (7, 1, 9, 1, 1, 5), (3, 21), (20, 4)])
 @pytest.mark.parametrize("name", GENERATING)
 def test_a_sequence_in_chunks_has_the_logits_of_the_whole(name, lengths):

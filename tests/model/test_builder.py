@@ -20,10 +20,15 @@ from model_components import ResidualProjection
 from model_config import AXES, PRESETS, ModelConfig, example_values, get_preset
 
 TINY = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=64, block_size=16)
-COVERING, IMPOSSIBLE = architectures.covering(at_least=200)
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 3, 3, 3, 3], [0] * 12])
 
 
+@functools.cache  # seconds, that the selection of other tests need not spend
+def all_pairs():
+    return architectures.covering(at_least=200)
+
+
+@pytest.mark.slow
 def test_the_incompatible_pairs_of_values_are_the_documented_ones():
     activations = {(f, a) for f, option in AXES["ffn_type"].items() if option.implies for a in AXES["activation"]
                    if a not in option.implies["activation"]}
@@ -31,13 +36,13 @@ def test_the_incompatible_pairs_of_values_are_the_documented_ones():
         (("norm_position", "post"), ("parallel_block", "two_norms")),
         (("attention_backend", "sdpa"), ("attn_softcap", 50.0)),
         (("attention_backend", "flex"), ("dropout", 0.1))}
-    assert {frozenset(pair) for pair in IMPOSSIBLE} == {frozenset(pair) for pair in expected}
-    assert len(COVERING) >= 200
+    assert {frozenset(pair) for pair in all_pairs()[1]} == {frozenset(pair) for pair in expected}
+    assert len(all_pairs()[0]) >= 200
 
 
 @pytest.mark.slow
 def test_parameters_of_all_pairs_of_options_follow_from_the_config_by_formula():
-    for choice in COVERING:
+    for choice in all_pairs()[0]:
         with torch.device("meta"):
             model = build_model(ModelConfig(**architectures.TINY | choice))
         assert model.infer_config() == model.config, choice
@@ -48,10 +53,11 @@ def test_parameters_of_all_pairs_of_options_follow_from_the_config_by_formula():
         assert counts["non_embedding"] == numel - tables, choice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [0, 1, *(pytest.param(i, marks=pytest.mark.long) for i in range(2, 8))])
 def test_all_pairs_of_options_run_forward_and_backward(chunk, untraced):
     idx = torch.randint(0, 48, (2, 12), generator=torch.Generator().manual_seed(chunk))
-    for choice in COVERING[chunk::8]:
+    for choice in all_pairs()[0][chunk::8]:
         model = build_model(ModelConfig(**architectures.TINY | choice))
         trains = not AXES["attention_backend"][choice["attention_backend"]].trains_on
         with torch.set_grad_enabled(trains):  # flex has no backward pass on a CPU
@@ -125,18 +131,19 @@ LEARNING = {**{axis: architectures.SPACE[axis] for axis in AXES if axis in archi
             "attention_backend": ("sdpa", "manual"), "rope_scaling": ("none",)}
 
 
-def learnable(at_least=1):
+def learnable(at_least=1, at_most=None):
     """Combinations that can memorise a batch.
 
     DyT has no statistics and does not scale up a small embedding. It gets embedding_scale=sqrt, as its authors do, and
     is left out with post-norm and as the norm of the embeddings, where about one seed in six does not get there.
     """
-    choices = architectures.covering(LEARNING, at_least=at_least, mup_base_width=32)[0]
+    choices = architectures.covering(LEARNING, at_least, at_most, mup_base_width=32)[0]
     return [c | ({"embedding_scale": "sqrt"} if c["normalization"] == "dyt" else {}) for c in choices
             if c["normalization"] != "dyt" or (c["norm_position"] != "post" and not c["embedding_norm"])]
 
 
-@pytest.mark.parametrize("choice", learnable()[:16], ids=architectures.name)
+@pytest.mark.grid(4)
+@pytest.mark.parametrize("choice", learnable(at_most=24)[:16], ids=architectures.name)
 def test_overfits_one_batch(choice):
     assert overfits(choice)
 
@@ -211,6 +218,7 @@ def changed(base, key):
     return None
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("key", [key for key in example_values() if key != "arch_preset"])
 @pytest.mark.parametrize("base", BASES)
 def test_every_key_changes_the_model_or_is_reported_as_having_no_effect(base, key):
@@ -245,6 +253,7 @@ def test_torch_is_asked_for_the_kernel_of_a_training_step(mask_documents, monkey
     assert queried == computed
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("kv_heads", [None, 1])
 def test_generation_with_a_cache_equals_generation_without(name, kv_heads):

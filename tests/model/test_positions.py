@@ -97,6 +97,7 @@ def reference_frequencies(scaling, factor, original, theta, head_dim, fraction):
     return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](c)
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
 @pytest.mark.parametrize("head_dim, fraction", [(128, 1.0), (64, 1.0), (64, 0.25), (20, 0.5), (12, 1.0), (2, 1.0)])
 @pytest.mark.parametrize("scaling", ROPE_SCALING)

@@ -92,6 +92,7 @@ def count_flops(model):
     return [c.get_total_flops() for c in counters] + [sum(counters[1].flop_counts["GPT.lm_head"].values())]
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("backend", ["sdpa", "manual"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
 def test_full_costs_a_forward_pass_of_the_blocks_and_selective_no_matrix_product(name, backend):

@@ -121,6 +121,7 @@ def test_its_criterion_stops_a_run_early(run):
     assert run_json["results"]["step"] == 3 and "accuracy has not improved" in run_json["status_reason"]
 
 
+@pytest.mark.slow
 def test_it_starts_from_the_weights_of_a_run_of_another_objective(run):
     run("causal", "--arch_preset=llama", "--max_iters=1")
     fine_tuned = run("fine_tuned", "--init_from=runs/causal", *FLAGS, "--max_iters=1")

@@ -171,6 +171,7 @@ def teardown():
 """
 
 
+@pytest.mark.slow
 def test_a_tracker_that_hangs_does_not_hold_the_interpreters_exit(tmp_path):
     (tmp_path / "wandb.py").write_text(HANGING)
     code = ("import types, pathlib, blockgpt.training.tracker as t; "

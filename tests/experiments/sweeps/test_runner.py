@@ -100,6 +100,7 @@ def test_finished_runs_are_skipped_and_new_ones_are_run(runner):
     assert (launches(runner, "finishes"), launches(runner, "more")) == (1, 1)
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("ending, state, tries, reason", [
     ("fails", "failed", 2, "out of memory, try again (exit code 7)"),
     ("fails_once", "finished", 2, ""),
@@ -132,6 +133,7 @@ def test_a_killed_run_says_nothing_of_an_earlier_attempt(runner):
     assert read_attempts(runner.folder / "killed_once")[0]["reason"] == "ended (signal 9)"
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_has_claimed_is_waited_for(runner, monkeypatch):
     monkeypatch.setattr("blockgpt.experiments.sweeps.runner.ELSEWHERE_SECONDS", 0.1)
     sweep = runner.folder / "finishes/sweep"
@@ -147,6 +149,7 @@ def test_a_run_that_another_process_has_claimed_is_waited_for(runner, monkeypatc
     assert {outcome.state for outcome in outcomes.values()} == {"finished"}
 
 
+@pytest.mark.slow
 def test_a_run_that_still_trains_without_its_sweep_is_not_started_twice(runner, monkeypatch):
     monkeypatch.setattr("blockgpt.experiments.sweeps.runner.ELSEWHERE_SECONDS", 0.1)
     (runner.folder / "finishes").mkdir()
@@ -176,6 +179,7 @@ def test_stopping_saves_what_runs_starts_nothing_more_and_is_no_failure(runner):
     assert {outcome.state for outcome in runner.run(runs).values()} == {"finished"}
 
 
+@pytest.mark.slow
 def test_the_rest_of_a_pair_goes_on_next_to_a_run_that_is_retried(runner):
     runner.run([planned("fails_once"), planned("finishes", "partner"), planned("finishes", "later")])
     order = [name for name, state in runner.states if state == "running"]
