@@ -43,6 +43,8 @@ from blockgpt.config_fields import (
     with_location,
 )
 from blockgpt.errors import ConfigError, UserError, nearest, short_repr
+from blockgpt.huggingface.hub import checkpoint_directory, is_checkpoint_name
+from blockgpt.huggingface.source import check_tokenizer, check_unchanged, checkpoint_notes
 from blockgpt.training.tracker import check_installed, tracker_names
 from model_config import LazyModule, ModelConfig
 
@@ -92,7 +94,8 @@ class Config:
                       "it does not exist; must: continue it, or fail. torchrun's restarts resume automatically",
                       group="run", choices=("never", "auto", "must"))
     init_from: str | None = key(None, "start from the weights of another run: runs/NAME, its best checkpoint, or "
-                                "runs/NAME@step; its architecture and size are the defaults",
+                                "runs/NAME@step; or of a checkpoint of transformers: hf:FOLDER, hf:Org/Name@REVISION; "
+                                "its architecture and size are the defaults",
                                 group="run", example="runs/other@100")
     resume_force: bool = key(False, "resume even if changed keys make the run another experiment; the log records them",
                              group="run")
@@ -312,7 +315,12 @@ class Config:
 
     def build_objective(self, runtime: "Runtime") -> "objectives.Objective":
         """The objective of the run, with its data; raises what would stop the run at its start."""
-        return OBJECTIVES[self.objective].load_class()(self, runtime)
+        objective = OBJECTIVES[self.objective].load_class()(self, runtime)
+        if self.init_from and is_checkpoint_name(self.init_from) and not self.resuming:
+            name, datasets = self.init_from, list(self.phases()[0][1])
+            runtime.on_rank_zero(lambda: check_tokenizer(name, checkpoint_directory(name), objective.tokenizer,
+                                                         datasets, self.data_dir))
+        return objective
 
     def companion_models(self) -> list[ModelConfig]:
         """The models of the objective's frozen companions, such as a teacher."""
@@ -441,10 +449,16 @@ def load_config(argv: Sequence[str], restarted: str | None = None) -> Config:
     if given.get("init_from") and not resuming and given["init_from"] not in FORMER_INIT_FROM:
         location = explicit["init_from"]
         inherited = initial_architecture(given["init_from"], location, given, KEYS, TYPES, RENAMED_KEYS)
+        if is_checkpoint_name(given["init_from"]):
+            remarks += checkpoint_notes(given["init_from"])
         explicit.setdefault("vocab_size", location)
         default_location = location
     try:
         config = make_config({**recorded, **inherited, **given}, explicit, remarks)
+        if inherited and is_checkpoint_name(given["init_from"]):
+            preset = model_config.PRESETS[given.get("arch_preset", "custom")][1]
+            check_unchanged(given["init_from"], given, config.model.resolve().flat(),
+                            ModelConfig(**inherited).resolve().flat(), preset)
     except ConfigError as error:
         raise with_location(error, explicit, default_location) from None
     with located(explicit.get("tracker", default_location)):

@@ -172,9 +172,9 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, tokens: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-                 top_p: float | None = None, vocab_size: int | None = None, stop: int | None = None,
+                 top_p: float | None = None, vocab_size: int | None = None, stop: int | Sequence[int] | None = None,
                  generator: torch.Generator | Sequence[torch.Generator] | None = None,
-                 use_cache: bool = True) -> torch.Tensor:
+                 use_cache: bool = True, on_token: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
         """Append up to max_new_tokens sampled tokens to tokens (B, T). Returns prompt and new tokens, (B, T + new).
 
         Beyond block_size the context slides: one full forward pass per token, because every position changes.
@@ -186,10 +186,12 @@ class GPT(nn.Module):
             top_k: sample from the k likeliest tokens.
             top_p: sample from the likeliest tokens that together have this probability (Holtzman 2020).
             vocab_size: ids from here on are never sampled (padded rows of the embedding).
-            stop: a row that has sampled this token gets only this token from then on; generation ends when all have.
+            stop: a row that has sampled this token, or one of these, gets only the first of them from then on;
+                generation ends when all have.
             generator: source of randomness, on tokens' device; with one for each row, a row does not depend on the
                 other rows.
             use_cache: with a KV cache, or a full forward pass per token.
+            on_token: called with each new token (B, 1), to show a text while it grows.
 
         Raises:
             UserError: the model is not causal.
@@ -201,6 +203,8 @@ class GPT(nn.Module):
             self.eval()
             caches = [block.attn.new_cache() for block in self.blocks] if use_cache else None
             stopped = torch.zeros_like(tokens[:, :1], dtype=torch.bool)
+            stops = [stop] if isinstance(stop, int) else list(stop or ())
+            stop_tokens = torch.tensor(stops, dtype=torch.int64, device=tokens.device)
             for _ in range(max_new_tokens):
                 if caches and tokens.shape[1] <= block_size:
                     h = self.hidden(tokens[:, caches[0].length:], caches=caches)
@@ -209,11 +213,13 @@ class GPT(nn.Module):
                     h = self.hidden(tokens[:, -block_size:])
                 logits = self.lm_head(h[:, -1:])[:, 0].float()  # (B, V)
                 token = sample_token(logits, temperature, top_k, top_p, vocab_size, generator)  # (B, 1)
-                if stop is not None:
-                    token = token.masked_fill(stopped, stop)
-                    stopped |= token == stop
+                if stops:
+                    token = token.masked_fill(stopped, stops[0])
+                    stopped |= torch.isin(token, stop_tokens)
                 tokens = torch.cat((tokens, token), dim=1)
-                if stop is not None and bool(stopped.all()):
+                if on_token is not None:
+                    on_token(token)
+                if stops and bool(stopped.all()):
                     break
             return tokens
         finally:

@@ -379,14 +379,15 @@ class ReGLU(SwiGLU):
 
 
 class OutputHead(nn.Linear):
-    """Logits from the residual stream: scale * W x, then softcap * tanh(logits / softcap) if a softcap is set.
+    """Logits from the residual stream: scale * W x + b, then softcap * tanh(logits / softcap) if a softcap is set.
 
-    scale: the factor that the initialisation needs (muP). softcap: Gemma 2.
+    scale: the factor that the initialisation needs (muP), times logit_scale (Granite). b: Phi. softcap: Gemma 2.
     """
 
     def __init__(self, config: ModelConfig, scale: float) -> None:
-        super().__init__(config.n_embd, config.vocab_size, bias=False)
-        self.scale, self.softcap = scale, config.logit_softcap
+        super().__init__(config.n_embd, config.vocab_size, bias=config.head_bias)
+        self.logit_scale, self.softcap = config.logit_scale, config.logit_softcap
+        self.scale = scale * config.logit_scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = super().forward(x if self.scale == 1.0 else x * self.scale)  # (B, T, C) -> (B, T, V)
@@ -408,7 +409,8 @@ class OutputHead(nn.Linear):
         return {"output head": 2 * self.weight.numel()}
 
     def config_values(self) -> dict[str, Any]:
-        return {"vocab_size": self.weight.shape[0], "logit_softcap": self.softcap}
+        return {"vocab_size": self.weight.shape[0], "logit_softcap": self.softcap, "logit_scale": self.logit_scale,
+                "head_bias": self.bias is not None}
 
 
 def softcap(x: torch.Tensor, cap: float | None) -> torch.Tensor:

@@ -338,6 +338,8 @@ class ModelConfig:
                                      label="cap{}", example=50.0)
     logit_softcap: float | None = key(None, "c tanh(logits / c); None: no cap", group="architecture", above=0.0,
                                       label="logitcap{}", example=30.0)
+    logit_scale: float = key(1.0, "factor on the logits, before logit_softcap", group="architecture", above=0.0,
+                             label="logits{}", example=0.125)
     sliding_window: int | None = key(None, "tokens that a layer with a window sees, itself included; None: no windows",
                                      group="architecture", minimum=1, label="SW{}", example=32)
     window_pattern: str = key("S", "S: a layer with the window, L: without; repeated over the layers",
@@ -348,6 +350,7 @@ class ModelConfig:
     bias: bool = key(False, "biases in the linear layers of attention and FFN", group="architecture", label="Bias")
     qkv_bias: bool | None = key(None, "biases of queries, keys and values; None: as bias", group="architecture",
                                 label="NoQKVBias|QKVBias", example=True)
+    head_bias: bool = key(False, "bias of the output head", group="architecture", label="HeadBias")
     weight_tying: bool = key(True, "the output head uses the token embedding's weights", group="architecture",
                              label="Untied|Tied")
     embedding_scale: float | str = key(1.0, "factor on token embeddings; sqrt: sqrt(n_embd)", group="architecture",

@@ -296,7 +296,8 @@ class RunLog:
             self.info(f"note: {line}")
         weights = self.header.get("initial_weights")
         if weights and (resumption is None or resumption.path is None):
-            self.info(f"weights of {weights['path']}, step {weights['step']}, sha256 {weights['sha256'][:12]}")
+            at = "" if weights["step"] is None else f", step {weights['step']}"
+            self.info(f"weights of {weights['path']}{at}, sha256 {weights['sha256'][:12]}")
         if resumption is None:
             return
         self.info(f"resumed from {resumption.path} at step {step}" if resumption.path

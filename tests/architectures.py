@@ -93,7 +93,7 @@ def count_parameters(config: ModelConfig) -> int:
              + matrices_in * linear(c.n_embd, c.d_ff, c.bias) + linear(c.d_ff, c.n_embd, c.bias)
              + residuals * norms_per_residual * norm(c.n_embd) + 2 * c.x0_mix)
     layers_with_values = min(2 * c.value_embeddings, c.n_layer)
-    return (c.vocab_size * c.n_embd * (1 if c.weight_tying else 2)
+    return (c.vocab_size * c.n_embd * (1 if c.weight_tying else 2) + c.vocab_size * c.head_bias
             + (c.block_size * c.n_embd if c.position_encoding == "learned_absolute" else 0)
             + c.embedding_norm * norm(c.n_embd)
             + c.value_embeddings * c.vocab_size * keys + layers_with_values * 2

@@ -20,8 +20,8 @@ LAYERS = (
      "blockgpt.config_fields", "blockgpt.config_aliases", "blockgpt.config_effects"),
     ("blockgpt.data", "blockgpt.kernels"),
     ("blockgpt.training",),
-    ("blockgpt.checkpoints",),
-    ("blockgpt.accounting", "blockgpt.huggingface", "blockgpt.experiments", "blockgpt.posttraining"),
+    ("blockgpt.checkpoints", "blockgpt.huggingface"),
+    ("blockgpt.accounting", "blockgpt.experiments", "blockgpt.posttraining"),
     ("root",),
     ("tools", "data"),  # tools/ and data/<name>/prepare.py
 )

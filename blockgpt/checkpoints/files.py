@@ -181,12 +181,17 @@ def state_tensor(name: str, p: Any, state_key: str, value: Any) -> Any:
 # ---- writing
 
 class TensorFile(PreallocatedFile):
-    """A new safetensors file of `layout` {key: (dtype, shape)}, preallocated. OSError if it cannot be written."""
+    """A new safetensors file of `layout` {key: (dtype, shape)}, preallocated. OSError if it cannot be written.
 
-    def __init__(self, path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
+    metadata: strings for the header.
+    """
+
+    def __init__(self, path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+                 metadata: Mapping[str, str] | None = None) -> None:
         # The widest dtype first, so that every tensor is aligned to its elements.
         self.layout = dict(sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
-        header, end = {}, 0
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        end = 0
         for key, (dtype, shape) in self.layout.items():
             start, end = end, end + dtype.itemsize * math.prod(shape)
             header[key] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}

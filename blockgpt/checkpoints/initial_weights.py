@@ -23,6 +23,9 @@ from blockgpt.checkpoints.files import (
 from blockgpt.checkpoints.resume import split_init_from
 from blockgpt.errors import CheckpointError, ConfigError
 from blockgpt.files import exists, is_dir, sha256_of
+from blockgpt.huggingface.hub import checkpoint_directory, is_checkpoint_name
+from blockgpt.huggingface.read import Weights, find_family, read_config
+from blockgpt.huggingface.source import describe_source
 from blockgpt.training.launch import Runtime, run_on_all_ranks
 
 
@@ -30,8 +33,8 @@ def load_initial_weights(init_from: str, model: torch.nn.Module, runtime: Runtim
     """Copy the weights that `init_from` names into the model.
 
     Args:
-        init_from: runs/NAME, of which the best checkpoint is read, or runs/NAME@step.
-        model: parallelized or not.
+        init_from: runs/NAME, of which the best checkpoint is read, runs/NAME@step, or hf:NAME.
+        model: a GPT, parallelized or not.
         runtime: all its ranks call this.
 
     Returns:
@@ -41,6 +44,8 @@ def load_initial_weights(init_from: str, model: torch.nn.Module, runtime: Runtim
         UserError: there are no such weights, or they do not fit the model, which is unchanged.
         CheckpointError: they are damaged.
     """
+    if is_checkpoint_name(init_from):
+        return load_checkpoint_weights(init_from, model, runtime)
     run_dir, step = split_init_from(init_from)
     path = runtime.on_rank_zero(lambda: choose_source(run_dir, step))
     if path != "export":
@@ -58,6 +63,22 @@ def load_initial_weights(init_from: str, model: torch.nn.Module, runtime: Runtim
     reshard_parameters(model)
     run_on_all_ranks(runtime, lambda: copy_weights(index, model))
     return source
+
+
+def load_checkpoint_weights(init_from: str, model: Any, runtime: Runtime) -> dict[str, Any]:
+    """`load_initial_weights` of a checkpoint of transformers; each rank translates one tensor after the other."""
+    directory = Path(runtime.on_rank_zero(lambda: str(checkpoint_directory(init_from, weights=True))))
+    reshard_parameters(model)
+
+    def read() -> None:
+        weights = Weights(directory, find_family(read_config(directory)), model.config.flat(),
+                          {name: p.shape for name, p in model.named_parameters()})
+        for name, p in model.named_parameters():
+            chunk = local_chunk(p)
+            weights.read_into(name, chunk.data, chunk.offsets)
+
+    run_on_all_ranks(runtime, read)
+    return {**runtime.on_rank_zero(lambda: describe_source(directory)), "name": init_from}
 
 
 def load_companion(init_from: str, model: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:

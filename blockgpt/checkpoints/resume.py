@@ -13,6 +13,8 @@ from typing import Any
 from blockgpt.config_fields import Field, Types, coerce, located, with_location
 from blockgpt.errors import ConfigError, UserError, did_you_mean, first_line
 from blockgpt.files import exists, find, is_dir, list_dir, unreadable
+from blockgpt.huggingface.hub import checkpoint_directory, is_checkpoint_name
+from blockgpt.huggingface.read import architecture
 
 NOT_INHERITED = ("run_name", "out_dir", "resume", "resume_force", "eval_only", "profile")  # and the group "dry run"
 EXPERIMENT_GROUPS = ("architecture", "size")  # except attention_backend, which is the same function
@@ -119,6 +121,8 @@ def initial_architecture(init_from: str, location: str, given: Mapping[str, Any]
 
     The size alone if another arch_preset is given now.
 
+    Of a checkpoint of transformers all keys of the architecture, from its config.json.
+
     Args:
         init_from: the key's value.
         location: where it was set.
@@ -128,6 +132,12 @@ def initial_architecture(init_from: str, location: str, given: Mapping[str, Any]
     Raises:
         UserError: there is no such run, or its record cannot be used.
     """
+    if is_checkpoint_name(init_from):
+        with located(location):
+            found, _ = architecture(checkpoint_directory(init_from))
+            defaults = {name: f.default for name, f in keys.items()
+                        if f.metadata["group"] in EXPERIMENT_GROUPS and name != "arch_preset"}
+            return {name: coerce(keys[name], accepted[name], value) for name, value in (defaults | found).items()}
     run_dir, _ = split_init_from(init_from)
     path, section = run_dir / "run.json", "config"
     if not exists(path):  # an export alone
