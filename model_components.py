@@ -40,6 +40,7 @@ import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
+from blockgpt.kernels.linear_cross_entropy import linear_cross_entropy, recomputed_cross_entropy
 from model_config import AXES, ModelConfig
 
 
@@ -381,34 +382,50 @@ class ReGLU(SwiGLU):
 class OutputHead(nn.Linear):
     """Logits from the residual stream: scale * W x, then softcap * tanh(logits / softcap) if a softcap is set.
 
-    scale: the factor that the initialisation needs (muP). softcap: Gemma 2.
+    scale: the factor that the initialisation needs (muP). softcap: Gemma 2. loss_chunk: tokens per chunk of the loss;
+    0: not by chunks.
     """
 
     def __init__(self, config: ModelConfig, scale: float) -> None:
         super().__init__(config.n_embd, config.vocab_size, bias=False)
-        self.scale, self.softcap = scale, config.logit_softcap
+        assert isinstance(config.loss_chunk, int)  # resolved
+        self.scale, self.softcap, self.loss_chunk = scale, config.logit_softcap, config.loss_chunk
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = super().forward(x if self.scale == 1.0 else x * self.scale)  # (B, T, C) -> (B, T, V)
-        return softcap(logits, self.softcap)
+        return softcap(super().forward(self.scaled(x)), self.softcap)  # (B, T, C) -> (B, T, V)
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.scale == 1.0 else x * self.scale
 
     def loss(self, h: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-        """Cross-entropy in nats, computed in float32; a kernel may replace it and never hold the logits.
+        """Cross-entropy in nats, computed in float32; of more than loss_chunk tokens, by chunks of so many.
 
         Args:
             h: (B, T, C).
             targets: (B, T) int64; -1 is ignored.
             reduction: "mean" over the targets that are not ignored, "sum", or "none": (B, T), 0 where ignored.
         """
+        if 0 < self.loss_chunk < targets.numel():
+            return self.chunked_loss(h, targets, reduction)
         losses = nn.functional.cross_entropy(self(h).flatten(0, 1).float(), targets.flatten(), ignore_index=-1,
                                              reduction=reduction)
         return losses.view(targets.shape) if reduction == "none" else losses
+
+    def chunked_loss(self, h: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+        """`loss` that holds the logits of one chunk. Tensor parallelism computes them twice (see the kernel)."""
+        x, y = h.flatten(0, 1), targets.flatten()  # (N, C), (N,)
+        if torch.is_grad_enabled() and reduction != "none" and not isinstance(self.weight, DTensor):
+            return linear_cross_entropy(self.scaled(x), self.weight, y, self.loss_chunk, self.softcap, reduction)
+        losses = recomputed_cross_entropy(self, x, y, self.loss_chunk)
+        if reduction == "none":
+            return losses.view(targets.shape)
+        return losses.sum() / (y != -1).sum() if reduction == "mean" else losses.sum()
 
     def flops(self, seq_len: int) -> dict[str, float]:
         return {"output head": 2 * self.weight.numel()}
 
     def config_values(self) -> dict[str, Any]:
-        return {"vocab_size": self.weight.shape[0], "logit_softcap": self.softcap}
+        return {"vocab_size": self.weight.shape[0], "logit_softcap": self.softcap, "loss_chunk": self.loss_chunk}
 
 
 def softcap(x: torch.Tensor, cap: float | None) -> torch.Tensor:

@@ -268,7 +268,16 @@ NAME_OMITS = {
     "ffn_multiple_of": "read only to derive d_ff, which the name shows",
     "block_size": "the length of the training sequences: belongs to the data and the budget of a run",
     "vocab_size": "the size of the dataset's tokenizer",
+    "loss_chunk": "the same mathematics in less memory",
 }
+
+
+def auto_loss_chunk(vocab_size: int) -> int:
+    """Tokens of loss_chunk=auto: the power of two whose logits take at most 1 GiB in float32.
+
+    A micro-batch of no more tokens is not cut, and its loss is the plain one to the last bit.
+    """
+    return 1 << max(2**28 // vocab_size, 1).bit_length() - 1
 
 
 def format_label(label: str, value: typing.Any) -> str:
@@ -380,6 +389,8 @@ class ModelConfig:
     block_size: int = key(1024, "tokens of context", group="size", minimum=1, maximum=100_000_000, example=512)
     vocab_size: int = key(50257, "rows of the embedding; if not set, a run takes its dataset's, rounded up to 64",
                           group="size", minimum=1, maximum=2**32, example=50304)
+    loss_chunk: int | str = key("auto", "tokens whose logits exist at once in head and loss; 0: all of a micro-batch; "
+                                "auto: as many as take up to 1 GiB in float32", group="system", minimum=0, example=16)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -389,6 +400,8 @@ class ModelConfig:
                 raise self.incompatible_key(name)
         if isinstance(self.embedding_scale, str) and self.embedding_scale != "sqrt":
             raise ConfigError("embedding_scale", f"{short_repr(self.embedding_scale)} is unknown (a number, or sqrt)")
+        if isinstance(self.loss_chunk, str) and self.loss_chunk != "auto":
+            raise ConfigError("loss_chunk", f"{short_repr(self.loss_chunk)} is unknown (a number of tokens, or auto)")
         if not set(self.window_pattern) <= set("SL"):
             raise ConfigError("window_pattern", f"{short_repr(self.window_pattern)} has other letters than S (a layer "
                                                 "with the sliding_window) and L (one without)")
@@ -490,6 +503,7 @@ class ModelConfig:
             "d_ff": self.default_d_ff(self.n_embd),
             "qkv_bias": self.bias,
             "attention_backend": self.auto_backend(device_type),
+            "loss_chunk": auto_loss_chunk(self.vocab_size),
         }
 
     def resolve(self, device_type: str = "cpu") -> "ModelConfig":
