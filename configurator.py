@@ -273,6 +273,9 @@ class Config:
         if self.compile:
             raise ConfigError("compile", "True is incompatible with tensor_parallel: a compiled backward pass does not "
                                          "return sharded gradients (--compile=False)")
+        if self.model.kernels == "triton":
+            raise ConfigError("kernels", "'triton' is incompatible with tensor_parallel, whose norms work on sharded "
+                                         "tensors (--kernels=auto)")
         if self.model.attention_backend == "flex":
             raise ConfigError("attention_backend", "'flex' is incompatible with tensor_parallel (use sdpa or manual)")
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 
 from blockgpt.errors import UserError
+from blockgpt.kernels.choose import used_kernels
 from model_attention import Attention, AttentionMaskSpec, ForwardContext
 from model_components import OutputHead, PreNorm, Sublayer, X0Mix, build_norm, component
 from model_config import AXES, ModelConfig
@@ -79,6 +80,7 @@ class GPT(nn.Module):
         super().__init__()
         assert config.n_kv_head is not None and config.head_dim is not None  # resolved
         self.config = config
+        self.kernel_times: dict[str, dict[str, float]] = {}  # see blockgpt/kernels/choose.py
         self.init: NormalInit = component("init", config)(config)
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.embedding_scale = float(config.n_embd**0.5 if config.embedding_scale == "sqrt" else config.embedding_scale)
@@ -256,6 +258,7 @@ class GPT(nn.Module):
                 "embedding_norm": not isinstance(self.embedding_norm, nn.Identity),
                 "embedding_scale": "sqrt" if is_sqrt else self.embedding_scale,
                 "mask_documents": self.mask_documents,
+                "kernels": max(used_kernels(self).values(), default="torch"),  # triton if one of them is
                 "sliding_window": next(iter(sizes)) if sizes else config.sliding_window,
                 "window_pattern": config.window_pattern if letters == pattern or not sizes else letters}
 

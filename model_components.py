@@ -23,6 +23,7 @@ A component says of itself, in methods that are all optional:
     aux_loss()        a scalar to be added to the loss of the last forward pass
     metrics()         {name: scalar tensor} of the last forward pass
     place_weights(device)   moves its parameters in memory, after they have got a new device or dtype
+    kernel, kernel_family   the module of blockgpt/kernels that computes it, or None; and its name (see choose.py there)
 
 For `config_values` and `flops` a component speaks for the components inside it. The shapes of its tensors must not
 depend on data; otherwise the memory account and torch.compile cannot trace it.
@@ -40,6 +41,8 @@ import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
+from blockgpt.kernels.choose import load_kernels
+from blockgpt.kernels.linear_cross_entropy import linear_cross_entropy, recomputed_cross_entropy
 from model_config import AXES, ModelConfig
 
 
@@ -155,26 +158,33 @@ class LayerNormNoBias(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x²) + eps) * weight over the last dimension. Zhang & Sennrich 2019."""
 
+    kernel_family = "rms_norm"
+    offset = 0.0  # added to the weight
+
     def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__(dim, eps=config.norm_eps)
+        self.kernel: Any = load_kernels(self.kernel_family) if config.kernels == "triton" else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kernel is not None:
+            return self.kernel.rms_norm(x, self.weight, self.eps, self.offset)
+        return nn.functional.rms_norm(x, self.normalized_shape, self.scale(), self.eps)
+
+    def scale(self) -> torch.Tensor:
+        return self.weight
 
     def config_values(self) -> dict[str, Any]:
         return {"norm_eps": self.eps}
 
 
-class GemmaRMSNorm(nn.RMSNorm):
+class GemmaRMSNorm(RMSNorm):
     """x / sqrt(mean(x²) + eps) * (1 + weight) over the last dimension; weight is initialised to 0. Gemma Team 2024."""
 
     init_constants: ClassVar[dict[str, float]] = {"weight": 0.0}
+    offset = 1.0
 
-    def __init__(self, config: ModelConfig, dim: int) -> None:
-        super().__init__(dim, eps=config.norm_eps)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.rms_norm(x, self.normalized_shape, 1.0 + self.weight, self.eps)
-
-    def config_values(self) -> dict[str, Any]:
-        return {"norm_eps": self.eps}
+    def scale(self) -> torch.Tensor:
+        return 1.0 + self.weight
 
 
 class DynamicTanh(nn.Module):
@@ -208,7 +218,7 @@ class PreNorm(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = build_norm(config)
+        self.norm: Any = build_norm(config)
         self.scale = config.residual_scale
 
     def branch(self, x: torch.Tensor, sublayer: Sublayer) -> torch.Tensor:
@@ -222,7 +232,9 @@ class PreNorm(nn.Module):
         return y if self.scale == 1.0 else y * self.scale
 
     def add_norm(self, x: torch.Tensor, pending: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x + pending, its norm): one operation, so that a kernel may fuse the two."""
+        """(x + pending, its norm): one operation, which a kernel fuses."""
+        if pending is not None and getattr(self.norm, "kernel", None) is not None:
+            return self.norm.kernel.add_rms_norm(x, pending, self.norm.weight, self.norm.eps, self.norm.offset)
         x = x if pending is None else x + pending
         return x, self.norm(x)
 
@@ -338,10 +350,13 @@ class SwiGLU(PlacesWeights):
     """down(activation(gate(x)) * up(x)) with SiLU as the activation. Shazeer 2020."""
 
     tp_plan: ClassVar[dict[str, str]] = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+    kernel_family = "swiglu"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        assert config.d_ff is not None  # resolved
+        assert config.d_ff is not None and config.activation is not None  # resolved
+        self.activation_name = config.activation
+        self.kernel: Any = load_kernels(self.kernel_family) if config.kernels == "triton" else None
         self.gate_proj = nn.Linear(config.n_embd, config.d_ff, bias=config.bias)
         self.up_proj = nn.Linear(config.n_embd, config.d_ff, bias=config.bias)
         self.activation: nn.Module = component("activation", config)()
@@ -356,7 +371,9 @@ class SwiGLU(PlacesWeights):
             place_adjacent(self.gate_proj, self.up_proj)
 
     def gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """activation(gate) * up, (B, T, F) each: the place of a fused kernel."""
+        """activation(gate) * up, (B, T, F) each."""
+        if self.kernel is not None:
+            return self.kernel.gated(gate, up, self.activation_name)
         return self.activation(gate) * up
 
     def flops(self, seq_len: int) -> dict[str, float]:
@@ -382,35 +399,52 @@ class OutputHead(nn.Linear):
     """Logits from the residual stream: scale * W x + b, then softcap * tanh(logits / softcap) if a softcap is set.
 
     scale: the factor that the initialisation needs (muP), times logit_scale (Granite). b: Phi. softcap: Gemma 2.
+    loss_chunk: tokens per chunk of the loss; 0: not by chunks.
     """
 
     def __init__(self, config: ModelConfig, scale: float) -> None:
         super().__init__(config.n_embd, config.vocab_size, bias=config.head_bias)
-        self.logit_scale, self.softcap = config.logit_scale, config.logit_softcap
+        assert isinstance(config.loss_chunk, int)  # resolved
+        self.logit_scale, self.softcap, self.loss_chunk = config.logit_scale, config.logit_softcap, config.loss_chunk
         self.scale = scale * config.logit_scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = super().forward(x if self.scale == 1.0 else x * self.scale)  # (B, T, C) -> (B, T, V)
-        return softcap(logits, self.softcap)
+        return softcap(super().forward(self.scaled(x)), self.softcap)  # (B, T, C) -> (B, T, V)
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.scale == 1.0 else x * self.scale
 
     def loss(self, h: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-        """Cross-entropy in nats, computed in float32; a kernel may replace it and never hold the logits.
+        """Cross-entropy in nats, computed in float32; of more than loss_chunk tokens, by chunks of so many.
 
         Args:
             h: (B, T, C).
             targets: (B, T) int64; -1 is ignored.
             reduction: "mean" over the targets that are not ignored, "sum", or "none": (B, T), 0 where ignored.
         """
+        if 0 < self.loss_chunk < targets.numel():
+            return self.chunked_loss(h, targets, reduction)
         losses = nn.functional.cross_entropy(self(h).flatten(0, 1).float(), targets.flatten(), ignore_index=-1,
                                              reduction=reduction)
         return losses.view(targets.shape) if reduction == "none" else losses
+
+    def chunked_loss(self, h: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+        """`loss` that holds the logits of one chunk. They are computed twice if W is sharded, or b exists."""
+        x, y = h.flatten(0, 1), targets.flatten()  # (N, C), (N,)
+        if torch.is_grad_enabled() and reduction != "none" and not isinstance(self.weight, DTensor) and (
+                self.bias is None):
+            return linear_cross_entropy(self.scaled(x), self.weight, y, self.loss_chunk, self.softcap, reduction)
+        losses = recomputed_cross_entropy(self, x, y, self.loss_chunk)
+        if reduction == "none":
+            return losses.view(targets.shape)
+        return losses.sum() / (y != -1).sum() if reduction == "mean" else losses.sum()
 
     def flops(self, seq_len: int) -> dict[str, float]:
         return {"output head": 2 * self.weight.numel()}
 
     def config_values(self) -> dict[str, Any]:
         return {"vocab_size": self.weight.shape[0], "logit_softcap": self.softcap, "logit_scale": self.logit_scale,
-                "head_bias": self.bias is not None}
+                "head_bias": self.bias is not None, "loss_chunk": self.loss_chunk}
 
 
 def softcap(x: torch.Tensor, cap: float | None) -> torch.Tensor:

@@ -6,7 +6,8 @@ lists the options. This module does not import torch: configs are parsed, checke
 """
 
 import dataclasses
-import importlib
+import importlib.util
+import os
 import textwrap
 import types
 import typing
@@ -268,7 +269,17 @@ NAME_OMITS = {
     "ffn_multiple_of": "read only to derive d_ff, which the name shows",
     "block_size": "the length of the training sequences: belongs to the data and the budget of a run",
     "vocab_size": "the size of the dataset's tokenizer",
+    "loss_chunk": "the same mathematics in less memory",
+    "kernels": "the same mathematics in another kernel",
 }
+
+
+def auto_loss_chunk(vocab_size: int) -> int:
+    """Tokens of loss_chunk=auto: the power of two whose logits take at most 1 GiB in float32.
+
+    A micro-batch of no more tokens is not cut, and its loss is the plain one to the last bit.
+    """
+    return 1 << max(2**28 // vocab_size, 1).bit_length() - 1
 
 
 def format_label(label: str, value: typing.Any) -> str:
@@ -383,6 +394,11 @@ class ModelConfig:
     block_size: int = key(1024, "tokens of context", group="size", minimum=1, maximum=100_000_000, example=512)
     vocab_size: int = key(50257, "rows of the embedding; if not set, a run takes its dataset's, rounded up to 64",
                           group="size", minimum=1, maximum=2**32, example=50304)
+    loss_chunk: int | str = key("auto", "tokens whose logits exist at once in head and loss; 0: all of a micro-batch; "
+                                "auto: as many as take up to 1 GiB in float32", group="system", minimum=0, example=16)
+    kernels: str = key("auto", "of RMSNorm and the gates of FFNs: torch's, or this project's in Triton; auto: on CUDA "
+                       "the faster at the run's shapes, else torch's", group="system",
+                       choices=("auto", "torch", "triton"))
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -392,6 +408,8 @@ class ModelConfig:
                 raise self.incompatible_key(name)
         if isinstance(self.embedding_scale, str) and self.embedding_scale != "sqrt":
             raise ConfigError("embedding_scale", f"{short_repr(self.embedding_scale)} is unknown (a number, or sqrt)")
+        if isinstance(self.loss_chunk, str) and self.loss_chunk != "auto":
+            raise ConfigError("loss_chunk", f"{short_repr(self.loss_chunk)} is unknown (a number of tokens, or auto)")
         if not set(self.window_pattern) <= set("SL"):
             raise ConfigError("window_pattern", f"{short_repr(self.window_pattern)} has other letters than S (a layer "
                                                 "with the sliding_window) and L (one without)")
@@ -431,12 +449,27 @@ class ModelConfig:
         return [name for name, o in ATTENTION_BACKEND.items() if not any(getattr(self, k) for k in o.unsupported)]
 
     def check_trainable_on(self, device_type: str) -> None:
-        """Raise `ConfigError` if the attention backend has no backward pass on `device_type` ("cpu", "cuda", "mps")."""
+        """Raise `ConfigError` if a kernel or a backward pass is missing on `device_type` ("cpu", "cuda", "mps")."""
+        self.check_kernels_on(device_type)
         trains_on = ATTENTION_BACKEND[self.resolve(device_type).attention_backend].trains_on
         if trains_on and device_type not in trains_on:
             others = [name for name in self.supported_backends() if not ATTENTION_BACKEND[name].trains_on]
             raise ConfigError("attention_backend", f"{self.attention_backend!r} has no backward pass on {device_type}, "
                               f"only on {' and '.join(trains_on)} (use {' or '.join(others)} here)")
+
+    def has_kernels(self) -> bool:
+        """Whether a component of the model has a kernel of this project."""
+        return self.is_gated() or self.normalization in ("rmsnorm", "rmsnorm_gemma")
+
+    def check_kernels_on(self, device_type: str) -> None:
+        """Raise `ConfigError` if kernels=triton cannot run on `device_type` of this computer."""
+        if self.kernels != "triton":
+            return
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError("kernels", "'triton': Triton is not installed; it exists for Linux (pip install -r "
+                                         "requirements.txt there, or --kernels=auto)")
+        if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigError("kernels", f"'triton' needs a CUDA device, this is {device_type} (--kernels=auto)")
 
     def rotary_dim(self) -> int:
         """Channels of a head that RoPE rotates."""
@@ -493,6 +526,8 @@ class ModelConfig:
             "d_ff": self.default_d_ff(self.n_embd),
             "qkv_bias": self.bias,
             "attention_backend": self.auto_backend(device_type),
+            "loss_chunk": auto_loss_chunk(self.vocab_size),
+            "kernels": "torch",  # a run on CUDA measures, and may change it (blockgpt/kernels/choose.py)
         }
 
     def resolve(self, device_type: str = "cpu") -> "ModelConfig":
@@ -546,6 +581,8 @@ class ModelConfig:
                                     "every layer has a window and uses rope_theta_local")
         if self.d_ff is not None:
             unused["ffn_multiple_of"] = "d_ff is set"
+        if not self.has_kernels():
+            unused["kernels"] = "the model has neither RMSNorm nor a gated FFN"
         return unused
 
     def name_defaults(self) -> dict[str, typing.Any]:

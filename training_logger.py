@@ -37,6 +37,7 @@ from blockgpt.errors import UserError
 from blockgpt.experiments.log_values import BrokenLogError
 from blockgpt.experiments.records import first_launch, launch_environment, read_log
 from blockgpt.files import FolderLock, exists, is_dir, list_dir, unreadable, write_json
+from blockgpt.kernels.choose import used_kernels
 from blockgpt.progress import RunConsole, print_end, print_header
 from blockgpt.training import parallel
 from blockgpt.training.faults import StepStatus
@@ -135,6 +136,7 @@ def run_header(config: Config, model: GPT, objective: Objective, runtime: Runtim
         "criterion": objective.criterion._asdict(), "initial_weights": initial_weights,
         "parameters": model.parameter_counts(), "flops_per_token": meter.flops, "data": objective.description(),
         "attention_kernels": model.attention_kernels(runtime.dtype),
+        "kernels": used_kernels(model), "kernel_times": model.kernel_times,
         "val_data": objective.val_data, "hardware": hardware, "launch": runtime.first_launch_id,
         "launches": [{"step": 0, "started_at": utc_now(), **environment(), "hardware": hardware}],
     }

@@ -35,6 +35,8 @@ NAMES_ELSEWHERE = {
     "ffn_type": "ffn mlp mlp_type",
     "activation": "act act_fn hidden_act activation_function",
     "attention_backend": "backend attn_backend attn_implementation flash flash_attn flash_attention",
+    "loss_chunk": "chunked_loss loss_chunk_size chunk_size num_loss_chunks fused_loss fused_linear_cross_entropy",
+    "kernels": "use_kernels use_triton triton liger use_liger use_liger_kernel fused_kernels",
     "arch_preset": "arch model preset model_type architecture",
     "sliding_window": "window window_size",
     "dtype": "precision mixed_precision",

@@ -260,6 +260,8 @@ def print_header(console: RunConsole, header: Mapping[str, Any], classes: Mappin
         ("device", f"{hardware['world_size']} × {hardware['name']} ({hardware['device']}), "
                    f"{hardware['threads']} CPU thread{'s' * (hardware['threads'] > 1)}, {hardware['dtype']}"
                    f"{', tf32' if hardware['tf32'] else ''}{', compiled' if hardware['compile'] else ''}"),
+        *(("kernels", f"{family}: {kernel}{kernel_times_text(header['kernel_times'].get(family, {}))}")
+          for family, kernel in header.get("kernels", {}).items() if header["kernel_times"] or kernel == "triton"),
         ("FLOPs per token", f"forward {forward / 1e6:,.2f}M: {percentages(flops['forward'], 'M', 1e6, 2)}"),
         ("", f"training {flops['train'] / 1e6:,.2f}M (PaLM convention, used for MFU), "
              f"{flops['train_causal'] / 1e6:,.2f}M (causal)"),
@@ -269,3 +271,9 @@ def print_header(console: RunConsole, header: Mapping[str, Any], classes: Mappin
     ]
     for name, text in rows:
         console.info(in_columns(f"{name:<22} ", text))
+
+
+def kernel_times_text(times: Mapping[str, float]) -> str:
+    """', chosen by auto: torch 0.120 ms, triton 0.085 ms', or nothing if nothing was measured."""
+    measured = ", ".join(f"{name} {1000 * seconds:,.3f} ms" for name, seconds in times.items())
+    return f", chosen by auto: {measured}" if measured else ""

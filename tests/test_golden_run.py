@@ -126,7 +126,8 @@ def config_of(data_dir, *flags):
     (["--arch_preset=llama"], 1e-5),
     (["--arch_preset=gpt2_openai", "--gradient_accumulation_steps=3", "--dropout=0.1"], 1e-5),
     (["--arch_preset=llama", "--dtype=bfloat16", "--grad_clip=0"], 1e-5),
-], ids=["float32", "accumulation-dropout", "bfloat16"])
+    (["--arch_preset=llama", "--loss_chunk=50"], 1e-5),  # of 128 tokens
+], ids=["float32", "accumulation-dropout", "bfloat16", "loss-chunk"])
 def test_a_run_is_a_plain_pytorch_loop(tmp_path, train, data_dir, flags, rel):
     done = train("golden", *FLAGS, *flags)
     assert done.returncode == 0, done.stderr

@@ -29,7 +29,7 @@ def curve(run_dir):
 @pytest.mark.parametrize("flags", [
     pytest.param(["--arch_preset=llama"], marks=pytest.mark.long),
     ["--arch_preset=gpt2", "--dropout=0.2", "--gradient_accumulation_steps=2"],
-    ["--arch_preset=gpt2_openai", "--dtype=bfloat16", "--dropout=0.1"],
+    ["--arch_preset=gpt2_openai", "--dtype=bfloat16", "--dropout=0.1", "--loss_chunk=50"],  # of 128 tokens
 ], ids=["llama", "gpt2-dropout-accumulation", "gpt2_openai-bf16"])
 def test_runs_repeat_and_resume_bit_for_bit(tmp_path, train, flags):
     schedule = ["--lr_decay_iters=60", "--warmup_iters=6", "--eval_interval=15", "--learning_rate=3e-3", *flags]

@@ -70,11 +70,12 @@ def dry_run(config: Any, build_model: Callable[[Any], nn.Module]) -> int:
     config.model.check_trainable_on("cuda" if target.gpu else "cpu")
     config, data = inspect_data(config)
     frozen = config.companion_models()
-    account = per_process = MemoryAccount(build_model, config.model, target.dtype, target.gpu, frozen)
+    account = per_process = MemoryAccount(build_model, config.model, target.dtype, target.gpu, frozen,
+                                          config.batch_size)
     if config.tensor_parallel > 1:
         model_config, *frozen = (tensor_parallel_config(model, config.tensor_parallel)
                                  for model in (config.model, *frozen))
-        per_process = MemoryAccount(build_model, model_config, target.dtype, target.gpu, frozen)
+        per_process = MemoryAccount(build_model, model_config, target.dtype, target.gpu, frozen, config.batch_size)
     rows = memory_table(per_process, config, target.budget)
     for name, text in (*model_lines(account), *run_lines(config, target, account, data)):
         echo(in_columns(f"{name:<22} ", text))
@@ -191,10 +192,15 @@ def memory_table(account: MemoryAccount, config: Any, budget: int) -> list[Table
             return memory_need(account, mode, checkpointing, sequences,
                                accumulating=config.gradient_accumulation_steps > mode.dp_size)
 
-        # A sequence takes more than a byte, and a larger batch never needs less.
-        largest = bisect_right(range(1, budget + 1), budget, key=lambda sequences: need(sequences).total)
+        # A sequence takes more than a byte. A larger batch never needs less, except one whose loss is chunked.
+        for batches in (range(uncut + 1, budget + 1), range(1, uncut + 1)):
+            fitting = bisect_right(batches, budget, key=lambda sequences: need(sequences).total)
+            if fitting:
+                break
         run = need(config.batch_size)
-        return TableRow(mode, checkpointing, run, run.total <= budget, largest)
+        return TableRow(mode, checkpointing, run, run.total <= budget, batches[fitting - 1] if fitting else 0)
+
+    uncut = min(account.loss_chunk // account.block_size, budget)  # the largest batch whose loss is not chunked
 
     return [row(mode, checkpointing) for mode in parallel_modes(config) for checkpointing in CHECKPOINTING]
 

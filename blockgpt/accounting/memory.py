@@ -7,6 +7,9 @@ The size of a storage is linear in the number of sequences, so two runs give it 
 The tensors are fake CPU tensors, also where a GPU exists: the result is the same on every computer, and no GPU memory
 is used. `CudaOperators` imitates CUDA's operators where they save other tensors than the CPU's.
 
+A head that computes its loss by chunks of tokens (`loss_chunk`) has two modes: a small micro-batch is not cut. Bytes
+are linear in the number of sequences in each mode. Chunks after the second need no more memory, and do not run.
+
 The forward pass runs all blocks. Blocks with equal parameters and equal saved bytes have the same signature. One block
 of each signature runs the backward pass, once for each activation checkpointing mode that is requested. Only torch's
 tensors in eager execution are counted: torch.compile saves fewer, and memory inside a kernel is not seen.
@@ -38,6 +41,7 @@ from blockgpt.accounting.memory_trace import (
     eager_flex_attention,
     run_only_blocks,
 )
+from blockgpt.kernels.linear_cross_entropy import first_chunks_only
 from blockgpt.training.recompute import recompute
 
 PROBES = (2, 3)  # sequences in the two runs; with a single sequence an operator could take another code path
@@ -53,10 +57,10 @@ class LinearBytes:
     per_sequence: int = 0
 
     @classmethod
-    def fit(cls, first: int, second: int) -> "LinearBytes":
-        """The function through the bytes at both `PROBES`."""
-        slope = (second - first) // (PROBES[1] - PROBES[0])
-        return cls(first - slope * PROBES[0], slope)
+    def fit(cls, first: int, second: int, probes: tuple[int, int] = PROBES) -> "LinearBytes":
+        """The function through the bytes at both `probes`."""
+        slope = (second - first) // (probes[1] - probes[0])
+        return cls(first - slope * probes[0], slope)
 
     def __call__(self, sequences: int) -> int:
         return self.fixed + self.per_sequence * sequences
@@ -162,18 +166,21 @@ class MemoryAccount:
         dtype: of the matrix products.
         gpu: whether the operators are CUDA's, or this CPU's.
         frozen: the configurations of frozen models that exist beside it, of which only the weights are counted.
+        sequences: of the micro-batches that `saved` and what follows from it describe. Any number in `phases` is exact.
     """
 
     def __init__(self, build_model: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype, gpu: bool,
-                 frozen: Iterable[Any] = ()) -> None:
+                 frozen: Iterable[Any] = (), sequences: int = PROBES[0]) -> None:
         self.dtype, self.gpu, self.block_size = dtype, gpu, config.block_size
         self.fake_mode = FakeTensorMode()
         self.model = self._build_fake(build_model, config)
+        self.loss_chunk: int = self.model.lm_head.loss_chunk  # type: ignore[assignment, union-attr] # of an OutputHead
+        self.chunked = self._is_chunked(sequences)
         self.parameter_sizes = {p: p.numel() * p.element_size() for p in self.model.parameters()}
         with torch.device("meta"):
             models = [build_model(companion.resolve()) for companion in frozen]
         self.frozen_bytes = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
-        self._traces: dict[tuple[str, bool], StepTrace] = {}
+        self._traces: dict[tuple[str, bool, bool], StepTrace] = {}
 
     def _build_fake(self, build_model: Callable[[Any], nn.Module], config: Any) -> nn.Module:
         """The model with fake tensors. Tied parameters stay tied."""
@@ -226,14 +233,23 @@ class MemoryAccount:
 
     @cached_property
     def _forward(self) -> list[list[SavedStorage]]:
-        """What the forward pass saves, for both `PROBES`."""
+        """What the forward pass saves, for both `_probes`."""
         runs = []
-        for sequences in PROBES:
+        for sequences in self._probes(self.chunked):
             with self._fake_device(), SavedTensorRecorder(self.model) as recorder:
-                loss = self._loss(sequences)
+                loss = self._loss(sequences, self.chunked)
                 runs.append(recorder.alive())
             del loss
         return runs
+
+    def _is_chunked(self, sequences: int) -> bool:
+        """Whether the loss of so many sequences is computed by chunks."""
+        return 0 < self.loss_chunk < sequences * self.block_size
+
+    def _probes(self, chunked: bool) -> tuple[int, int]:
+        """Sequences in the two runs: `PROBES`, or with two whole chunks at least."""
+        first = max(PROBES[0], -(-2 * self.loss_chunk // self.block_size)) if chunked else PROBES[0]
+        return first, first + 1
 
     @contextlib.contextmanager
     def _fake_device(self) -> Iterator[None]:
@@ -245,12 +261,17 @@ class MemoryAccount:
                 stack.enter_context(CudaOperators(autocast=self.dtype != torch.float32))
             yield
 
-    def _loss(self, sequences: int) -> torch.Tensor:
+    def _loss(self, sequences: int, chunked: bool) -> torch.Tensor:
         """The loss of a batch, computed as in the training loop."""
         idx = torch.zeros(sequences, self.block_size, dtype=torch.long)
         autocast = self.dtype != torch.float32
-        with torch.autocast("cpu", dtype=self.dtype) if autocast else contextlib.nullcontext():
-            return self.model(idx, idx, idx)
+        with torch.autocast("cpu", dtype=self.dtype) if autocast else contextlib.nullcontext(), first_chunks_only(2):
+            head: Any = self.model.lm_head
+            head.loss_chunk = self.loss_chunk if chunked else 0
+            try:
+                return self.model(idx, idx, idx)
+            finally:
+                head.loss_chunk = self.loss_chunk
 
     @cached_property
     def saved(self) -> list[SavedTensor]:
@@ -258,7 +279,7 @@ class MemoryAccount:
         tensors = []
         for first, second in zip(*self._forward, strict=True):
             assert first[:-1] == second[:-1], "the forward pass depends on the number of sequences"
-            size = LinearBytes.fit(first.bytes, second.bytes)
+            size = LinearBytes.fit(first.bytes, second.bytes, self._probes(self.chunked))
             tensors.append(SavedTensor(first.module, first.category, first.stage, size,
                                        weight_copy=first.requires_grad and not size.per_sequence))
         return tensors
@@ -306,7 +327,7 @@ class MemoryAccount:
             accumulating: whether all gradients exist from an earlier micro-batch.
             weight_copies: whether autocast makes low-precision copies of the blocks' weights.
         """
-        trace = self._trace(checkpointing, accumulating)
+        trace = self._trace(checkpointing, accumulating, self._is_chunked(sequences))
         recomputes = checkpointing != "none"
         saved = [trace.in_block[b.signature](sequences) if recomputes else
                  b.saved(sequences) + b.weight_copies * weight_copies for b in self.blocks]
@@ -324,23 +345,24 @@ class MemoryAccount:
         yield PhaseBytes("embeddings", gradients, alive + trace.working_peak("embeddings", sequences), 0)
         yield PhaseBytes("optimizer", self.gradient_bytes, 0, 0)
 
-    def _trace(self, checkpointing: str, accumulating: bool) -> StepTrace:
+    def _trace(self, checkpointing: str, accumulating: bool, chunked: bool) -> StepTrace:
         """The `StepTrace` of such a step, computed at its first use."""
-        key = checkpointing, accumulating
+        key = checkpointing, accumulating, chunked
         if key not in self._traces:
             self._traces[key] = self._run_probes(*key)
         return self._traces[key]
 
-    def _run_probes(self, checkpointing: str, accumulating: bool) -> StepTrace:
+    def _run_probes(self, checkpointing: str, accumulating: bool, chunked: bool) -> StepTrace:
         traced = sorted({block.signature: i for i, block in enumerate(self.blocks)}.values())  # the last of each
+        probes = self._probes(chunked)
         (events, allocated), (events_2, allocated_2) = (
-            self._run(sequences, traced, checkpointing, accumulating) for sequences in PROBES)
+            self._run(sequences, traced, checkpointing, accumulating, chunked) for sequences in probes)
 
         if checkpointing == "none":
             outside_blocks, in_block = self.outside_blocks, {i: self.blocks[i].saved_with_copies for i in traced}
             copies = LinearBytes()  # in_block includes them
         else:
-            by_stage = {stage: LinearBytes.fit(size, allocated_2[stage]) for stage, size in allocated.items()}
+            by_stage = {stage: LinearBytes.fit(size, allocated_2[stage], probes) for stage, size in allocated.items()}
             outside_blocks = by_stage.get("before", LinearBytes())
             in_block = {i: by_stage.get(i, LinearBytes()) for i in traced}
             copies = total(LinearBytes(self.blocks[i].weight_copies) for i in traced)
@@ -350,7 +372,7 @@ class MemoryAccount:
         for (phase, first), (phase_2, second) in zip(events, events_2, strict=True):
             assert phase == phase_2, "the backward pass depends on the number of sequences"
             name = phase if isinstance(phase, str) else self.blocks[phase].signature
-            working.setdefault(name, set()).add(LinearBytes.fit(first, second) - expected[phase])
+            working.setdefault(name, set()).add(LinearBytes.fit(first, second, probes) - expected[phase])
         return StepTrace(outside_blocks, {self.blocks[i].signature: size for i, size in in_block.items()}, working)
 
     def _expected(self, traced: Sequence[int], outside_blocks: LinearBytes, in_block: dict[int, LinearBytes],
@@ -364,8 +386,8 @@ class MemoryAccount:
         expected["embeddings"] = alive if accumulating else alive + gradients
         return expected
 
-    def _run(self, sequences: int, traced: Sequence[int], checkpointing: str,
-             accumulating: bool) -> tuple[list[tuple[Phase, int]], Counter[Stage]]:
+    def _run(self, sequences: int, traced: Sequence[int], checkpointing: str, accumulating: bool,
+             chunked: bool) -> tuple[list[tuple[Phase, int]], Counter[Stage]]:
         """Run a forward and backward pass through the `traced` blocks.
 
         Returns:
@@ -378,7 +400,7 @@ class MemoryAccount:
             existing = [t for p in self.parameter_sizes for t in (p, p.grad) if t is not None]
             recompute(self.model, checkpointing)
             with LiveBytes(existing) as live, run_only_blocks(self.model, traced, live):
-                loss = self._loss(sequences)
+                loss = self._loss(sequences, chunked)
                 live.phase, allocated = "head", live.by_stage()
                 # Function modes such as CudaOperators do not see the blocks run again within loss.backward().
                 torch.autograd.Variable._execution_engine.run_backward(

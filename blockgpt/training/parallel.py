@@ -40,6 +40,10 @@ def wrap(model: nn.Module, config: Any, runtime: Runtime) -> nn.Module:
 
     Read parameters and their names from `model`: the wrappers change the names.
     """
+    if config.model.kernels == "auto" and runtime.device.type == "cuda" and runtime.tp_size == 1:
+        from blockgpt.kernels.choose import choose_kernels  # other devices have nothing to choose from
+
+        choose_kernels(model, config, runtime)
     if config.use_fsdp or runtime.tp_size > 1:
         return model
     wrapped: Any = torch.compile(model) if runtime.compile else model

@@ -168,6 +168,15 @@ def test_the_bytes_of_modules_add_up_to_those_of_their_parent(name):
     assert sum((b.saved_with_copies for b in account.blocks), account.outside_blocks + after) == model_total
 
 
+@pytest.mark.parametrize("name, dtype", itertools.product(("gpt2", "gemma2"), DTYPES), ids=str)
+@pytest.mark.parametrize("chunk", [9, 32, 50])  # shorter than a sequence of 32, one, longer
+def test_saved_bytes_of_a_loss_by_chunks_equal_those_that_autograd_saves(name, dtype, chunk):
+    config = get_preset(name, **SIZES["usual"], loss_chunk=chunk)
+    for sequences in (1, 2, 5):
+        account = MemoryAccount(build_model, config, dtype, gpu=False, sequences=sequences)
+        assert account.saved_in()(sequences) == saved_by_autograd(config, dtype, sequences)
+
+
 def test_saved_bytes_of_a_known_block_equal_those_counted_by_hand():
     T, C, F, V = 8, 16, 40, 12
     config = get_preset("gpt2_openai", n_layer=2, n_head=2, n_embd=C, d_ff=F, block_size=T, vocab_size=V, bias=False)
@@ -215,6 +224,18 @@ def test_the_peak_equals_that_of_torchs_tracker(name, dtype, sequences, shape):
     for accumulating, checkpointing in itertools.product((False, True), CHECKPOINTING_MODES):
         measured = tracked_peak(config, dtype, sequences, accumulating, checkpointing)
         assert computed_peak(account, sequences, accumulating, checkpointing) == pytest.approx(measured, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, dtype", zip(("gpt2", "llama"), DTYPES, strict=True), ids=str)
+def test_the_peak_of_a_loss_by_chunks_equals_that_of_torchs_tracker(name, dtype):
+    """With chunks shorter and longer than a sequence, of batches that are cut and of one that is not."""
+    sizes = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=2048)
+    for chunk, sequences in ((10, 4), (40, 6), (40, 2)):
+        account = MemoryAccount(build_model, get_preset(name, **sizes, loss_chunk=chunk), dtype, gpu=False)
+        for accumulating in (False, True):
+            measured = tracked_peak(get_preset(name, **sizes, loss_chunk=chunk), dtype, sequences, accumulating)
+            assert computed_peak(account, sequences, accumulating) == pytest.approx(measured, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -44,6 +44,11 @@ def test_a_preset_compiles_into_one_graph(name):
     compare(name, "aot_eager", **windows)
 
 
+@pytest.mark.slow
+def test_a_loss_by_chunks_compiles_into_one_graph():
+    compare("gemma2", "aot_eager", loss_chunk=12)  # of 32 tokens
+
+
 @pytest.mark.long
 def test_a_preset_with_document_masks_compiles_into_one_graph():
     compare("modern", "aot_eager", mask_documents=True)
@@ -52,3 +57,4 @@ def test_a_preset_with_document_masks_compiles_into_one_graph():
 @pytest.mark.long
 def test_inductors_code_computes_the_same():
     compare("llama", "inductor")
+    compare("llama", "inductor", loss_chunk=12)

@@ -86,7 +86,8 @@ RUNS = [
     ["--position_encoding=alibi", "--qk_norm=projection", "--attn_gate=headwise", "--value_embeddings=1", "--bias=True",
      "--n_kv_head=2", "--attention_backend=manual", "--norm_position=sandwich", "--ffn_type=standard"],
     ["--arch_preset=gemma3", "--qk_norm=head", "--attn_gate=elementwise", "--value_embeddings=1", "--x0_mix=True",
-     "--weight_tying=True", "--init=mup", "--qkv_bias=True", "--gradient_accumulation_steps=4"],
+     "--weight_tying=True", "--init=mup", "--qkv_bias=True", "--gradient_accumulation_steps=4",
+     "--loss_chunk=20"],
     ["--gradient_log_interval=1", "--packing=documents", "--grad_clip=0.1"],
     ["--dropout=0.3", "--gradient_accumulation_steps=4"],
 ]
