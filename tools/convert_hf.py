@@ -253,8 +253,8 @@ def tiny_config(family: Family) -> ModelConfig:
     keys, _ = read_keys(family, only_rope)
     full = ModelConfig(**keys).resolve()
     heads = 1 if full.n_kv_head == 1 else 4 if full.n_kv_head == full.n_head else 2
-    return ModelConfig(**{**keys, "n_layer": 2, "n_head": 4, "n_kv_head": heads, "n_embd": 48, "d_ff": 192,
-                          "head_dim": 12, "block_size": 64, "vocab_size": 61, "init_std": 0.2}).resolve()
+    return ModelConfig(**{**keys, "n_layer": 2, "n_head": 4, "n_kv_head": heads, "n_embd": 64, "d_ff": 256,
+                          "head_dim": 16, "block_size": 64, "vocab_size": 61, "init_std": 0.2}).resolve()
 
 
 def measure_family(family: Family) -> list[str]:

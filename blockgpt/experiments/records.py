@@ -463,6 +463,7 @@ def describe_run(document: dict[str, Any], upgrade: Upgrade, renamed: dict[str, 
     # The hardware of the newest launch is a section of its own, also in run.json files without launches.
     newest = {**(launches[-1] if isinstance(launches[-1], dict) else {}), "hardware": document.get("hardware")}
     digest = weights.get("sha256")
+    step = "" if weights.get("step") is None else f"@{printable(weights['step'])}"  # of a checkpoint of transformers
     tokens, val_digest = read_val_data(document.get("val_data") or {})
     return {"architecture": printable(document["arch_name"]), "created_at": printable(document["created_at"]),
             "command": launch_command(launches[0]),
@@ -470,7 +471,7 @@ def describe_run(document: dict[str, Any], upgrade: Upgrade, renamed: dict[str, 
             "config": plain_values(config), "model": plain_values(model),
             "data": plain_values(document["data"]), "hardware": plain_values(document.get("hardware") or {}),
             "environment": launch_environment(newest),
-            "initial_weights": f"{printable(digest)[:12]}@{printable(weights.get('step'))}" if digest else None,
+            "initial_weights": f"{printable(digest)[:12]}{step}" if digest else None,
             "changes": changes,
             "flops_per_token": numeric_value(document.get("flops_per_token") or {}, "train"),
             "unique_tokens": numeric_value(document["data"], "train_tokens"),

@@ -45,15 +45,17 @@ def checkpoint_directory(value: str, weights: bool = False) -> Path:
 def download_checkpoint(name: str, revision: str | None, weights: bool) -> Path:
     """The folder of a revision in the hub's cache, complete as `weights` says."""
     hub = require_package("huggingface_hub")
-    patterns = list(SMALL_FILES)
+    patterns, skipped = list(SMALL_FILES), ["*/*", "consolidated*"]  # the same weights in other formats
     try:
         if weights:
-            # Many names have both formats: the second is asked for only where the first is missing.
-            folder = Path(hub.snapshot_download(name, revision=revision, allow_patterns=[*patterns, "*.safetensors"]))
+            # Many names have pickles, too: they are asked for only where there are no safetensors.
+            patterns.append("*.safetensors")
+            folder = Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns,
+                                                ignore_patterns=skipped))
             if list_dir(folder, "*.safetensors"):
                 return folder
             patterns.append("pytorch_model*.bin")
-        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=skipped))
     except Exception as error:  # offline, no such name, gated, no space: the library raises many types
         label = name if revision is None else f"{name}@{revision}"
         raise UserError(f"{PREFIX}{label}: cannot be had from the Hugging Face hub: {type(error).__name__}: "

@@ -199,8 +199,8 @@ def test_every_rule_that_is_broken_is_caught(tmp_path, in_float64, monkeypatch, 
         # No valid checkpoint has another value: then another value must be refused, or be another model.
         monkeypatch.setitem(FAMILIES, family, original)
         default = original.defaults[key]
-        wrong = (not default if isinstance(default, bool) else default + 1 if isinstance(default, (int, float))
-                 else "nonsense")
+        wrong = (not default if isinstance(default, bool) else "nonsense" if not isinstance(default, (int, float))
+                 else 2 if default == 1 else 1)
         source = sources.entries[0][0]
         before = read.architecture(with_value(source, tmp_path / f"before{n}"))[0]
         try:

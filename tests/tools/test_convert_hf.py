@@ -10,6 +10,7 @@ import tiny_checkpoints as tiny
 import tokenizers
 import torch
 import transformers
+from conftest import ROOT
 from safetensors.torch import load_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -18,6 +19,7 @@ from blockgpt.data.tokenizer import ByteTokenizer, CharTokenizer, TiktokenTokeni
 from blockgpt.errors import UserError
 from blockgpt.files import FolderLock
 from blockgpt.huggingface import tokenizer_files, write
+from blockgpt.huggingface.families import FAMILIES
 from blockgpt.huggingface.parity import Parity, check_parity
 from model_builder import build_model
 from model_config import ModelConfig, get_preset
@@ -201,3 +203,17 @@ def test_a_model_that_sees_later_tokens_is_refused(tmp_path):
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(UserError, match="is not a folder"):
         convert_hf.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--no-verify"])
+
+
+def test_the_table_in_the_docs_lists_every_family(capsys):
+    out, _ = convert(capsys, "table")
+    docs = (ROOT / "docs/HUGGING_FACE.md").read_text()
+    rows = [line for line in out.splitlines() if line.startswith("| ") and "model_type" not in line]
+    assert len(rows) == len(FAMILIES)
+    assert all(row.removesuffix(" |") in docs for row in rows)
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon"])
+def test_a_measured_row_says_that_a_family_is_equal(family):
+    difference, tokens, back = convert_hf.measure_family(FAMILIES[family])
+    assert float(difference) < 1e-4 and (tokens, back) == ("32 of 32", "bit for bit")
