@@ -33,7 +33,7 @@ import blockgpt.startup  # noqa: F401
 
 # isort: split
 from blockgpt.checkpoints.resume import FORMER_INIT_FROM, present_value
-from blockgpt.console import ArgumentParser, align_columns, check_ranges, terminal_width
+from blockgpt.console import ArgumentParser, align_columns, check_ranges, script_path, terminal_width
 from blockgpt.errors import UserError, exit_on_user_error
 from blockgpt.experiments.arms import arms_without_baseline, study_of_runs
 from blockgpt.experiments.comparison import Comparison, compare, shorten_middle
@@ -59,7 +59,6 @@ WIDTH = terminal_width()  # of the terminal table
 # The columns that a narrow terminal has no space for, in the order in which they are left out.
 LEAST_WORTH = ("step_ms", "peak_memory", "mfu", "tokens_per_sec", "val_bpb", "parameters", "tokens")
 MANY_RUNS, MAX_READERS = 1000, 8  # reading fewer takes no longer than to start processes
-HOW_TO_START = ["python", "train.py", "config/arch_llama.py", "config/size_demo.py"]
 MODEL_KEYS = frozenset(f.name for f in dataclasses.fields(ModelConfig))
 TRAINING_DEFAULTS = {name: f.default for name, f in KEYS.items() if name not in MODEL_KEYS}
 
@@ -213,36 +212,46 @@ def render_with_judgement(comparison: Comparison, judgement: Judgement, format: 
 
 # ---- the command ----
 
-def find_directories(pattern: str) -> list[str]:
-    return [str(path) for path in matching(pattern) if is_dir(path)]
+def unless_unreadable(lookup: Callable[[str | Path], bool], path: str | Path) -> bool:
+    """The answer of a lookup; True where it cannot tell: what cannot be read is listed as broken, with the reason."""
+    try:
+        return lookup(path)
+    except UserError:
+        return True
+
+
+def directories_in(paths: Sequence[Path]) -> list[str]:
+    return [str(path) for path in paths if unless_unreadable(is_dir, path)]
 
 
 def run_directories(path: str) -> list[str]:
     """The run directory itself, or the run directories in a directory of runs."""
-    if exists(os.path.join(path, "run.json")):
+    if unless_unreadable(exists, os.path.join(path, "run.json")):
         return [path]
-    return [str(run) for run in list_dir(path) if exists(run / "run.json")] or [path]
+    return [str(run) for run in list_dir(path) if unless_unreadable(exists, run / "run.json")] or [path]
 
 
 def select_runs(patterns: list[str], out_dir: str) -> list[str]:
     """The run directories that the patterns name, each once; without patterns all in `out_dir`."""
-    found = [] if patterns else [str(path) for path in list_dir(out_dir) if is_dir(path)]
+    found = [] if patterns else directories_in(list_dir(out_dir))
     for pattern in patterns:
-        matches = [pattern] if is_dir(pattern) else find_directories(pattern)
+        matches = [pattern] if unless_unreadable(is_dir, pattern) else directories_in(matching(pattern))
         if not matches:
             raise UserError(f"no such run directory: {pattern}")
         found += [run for path in matches for run in run_directories(path)]
     if not found:
         problem = "no runs in" if is_dir(out_dir) else "no such directory:"
-        command = HOW_TO_START if out_dir == "runs" else [*HOW_TO_START, f"--out_dir={out_dir}"]
+        command = ["python", *map(script_path, ("train.py", "config/arch_llama.py", "config/size_demo.py")),
+                   *([] if out_dir == "runs" else [f"--out_dir={out_dir}"])]
         raise UserError(f"{problem} {out_dir} (train one: {shlex.join(command)})")
     return list({os.path.realpath(path): path for path in found}.values())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="compare_architectures.py", description="Compare training runs: an ablation table.")
-    parser.add_argument("runs", nargs="*", help="run directories or globs (default: all in --out_dir)")
-    parser.add_argument("--out_dir", default="runs", help="directory of the runs")
+    parser.add_argument("runs", nargs="*", type=os.path.expanduser,
+                        help="run directories or globs (default: all in --out_dir)")
+    parser.add_argument("--out_dir", type=os.path.expanduser, default="runs", help="directory of the runs")
     parser.add_argument("--latest", type=int, metavar="N", help="only the newest N of them")
     parser.add_argument("--format", choices=FORMATS, default="table", help="output format")
     parser.add_argument("--sort", metavar="KEY", help="one of " + ", ".join(c.key for c in COLUMNS) + " (default: the "
@@ -256,8 +265,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "between evaluations")
     parser.add_argument("--last", type=int, default=0, metavar="K", help="judge the mean of the last K evaluations "
                         "(0: the best one)")
-    parser.add_argument("--plot", metavar="FILE", help="draw the learning curves, the mean over seeds and their range, "
+    parser.add_argument("--plot", type=os.path.expanduser, metavar="FILE",
+                        help="draw the learning curves, the mean over seeds and their range, "
                         "to this .png, .svg or .pdf")
+    parser.add_argument("--report", type=os.path.expanduser, metavar="FILE",
+                        help="write verdicts, curves, configurations and commands to this .html, one page that needs "
+                        "no network")
     args = parser.parse_args(argv)
     check_ranges(args, {"latest": (args.latest is None or args.latest >= 1, "at least 1"),
                         "margin": (args.margin is None or 0 < args.margin < math.inf, "positive"),
@@ -269,11 +282,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--{name}: has no effect without --baseline")
     if args.plot is not None:
         check_plot(args.plot)
+    if args.report is not None:  # imported where it is asked for: the table shall not wait for it
+        from blockgpt.experiments.report.page import check_report
+
+        check_report(args.report)
     reading = Reading(parse_at(args.at) if args.at else None, args.last)
     runs = sorted(load_runs(select_runs(args.runs, args.out_dir)), key=lambda run: run["created_at"], reverse=True)
     comparison = compare(runs[:args.latest], args.sort)
     comparable = [run for run in comparison["runs"] if run["criterion"] == comparison["criterion"]]
     warnings = list(comparison["warnings"])
+    judgement = None
     if args.baseline is None:
         study, baseline = arms_without_baseline(comparable, reading), None
         arms = arms_of(study, args.level)
@@ -285,6 +303,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         warnings += judgement.warnings
     if args.plot is not None:
         save_plot(args.plot, study, baseline)
+    if args.report is not None:
+        from blockgpt.experiments.report.page import save_report
+        from blockgpt.experiments.report.results import report_of_comparison
+
+        command = ["python", script_path("compare_architectures.py"), *(sys.argv[1:] if argv is None else argv)]
+        save_report(args.report, report_of_comparison(comparison, study, judgement, command))
     print(text, flush=True)  # flushed here, so that a closed pipe is handled below
     if args.format in ("csv", "json"):  # stdout is read by a program, stderr by people
         for warning in warnings:

@@ -396,6 +396,7 @@ def key_fields() -> dict[str, Field]:
 
 KEYS = key_fields()
 TYPES = key_types(ModelConfig) | key_types(Config)
+PATHS = {"out_dir", "init_from", "data_dir", "tokenizer"}  # keys that are paths, or may be
 # Keys of earlier versions: {old name: new name}. Recorded runs that have them are read as they are.
 RENAMED_KEYS = {"fsdp_replicas": "dp_replicate", "keep_checkpoints": "keep_last", "peer_timeout": "rank_timeout",
                 "wandb_log": "tracker", "wandb_project": "tracker_project"}
@@ -481,6 +482,9 @@ def source_model_config(init_from: str) -> ModelConfig:
         return ModelConfig(**values)
 
 
+NEAR_KEY = 0.7  # a key that is less like the word would do something else
+
+
 def unknown_key(location: str, name: str, text: str | None = None) -> UserError:
     """The `UserError` for a key that does not exist, or no longer under this name.
 
@@ -498,11 +502,15 @@ def unknown_key(location: str, name: str, text: str | None = None) -> UserError:
     elif plain in NOT_KEYS:
         message = f"no such key: {NOT_KEYS[plain]}"
     else:
-        target, _, setting = ALIASES.get(plain, nearest(plain, KEYS) or "").partition("=")
+        target, _, setting = ALIASES.get(plain, nearest(plain, KEYS, NEAR_KEY) or "").partition("=")
         if setting and BOOLEANS.get((text or "").lower()) is False:  # not what the alias stands for
             text = setting = ""
-        hint = flag_text(target, setting or text) if is_flag else f"{target} = {setting!r}" if setting else target
-        message = f"no such key (did you mean {hint}?)"
+        hint = target
+        if target and is_flag:
+            hint = flag_text(target, setting or text)
+        elif setting:
+            hint = f"{target} = {setting!r}"
+        message = f"no such key (did you mean {hint}?)" if target else "no such key (--help lists all keys)"
         message += "" if is_flag else f", or _{name} for a variable of your own"
     return ConfigError(name, message).at(location)
 
@@ -528,7 +536,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, str],
     files, flags = split_arguments(argv)
     given: dict[str, Any] = {}
     explicit: dict[str, str] = {}
-    for path in files:
+    for path in map(os.path.expanduser, files):
         for name, value in read_config_file(path, ROOT).items():
             if name not in KEYS:
                 raise unknown_key(path, name)
@@ -541,6 +549,8 @@ def read_arguments(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, str],
         given[name], explicit[name] = values[-1], f"--{name}"
         replaced += [f"--{name} is given more than once: {short_repr(values[-1])} counts, not {short_repr(value)}"
                      for value in values[:-1] if value != values[-1]]
+    for name in PATHS & given.keys():  # a shell leaves the ~ of --out_dir=~/runs
+        given[name] = os.path.expanduser(given[name]) if type(given[name]) is str else given[name]
     return given, explicit, tuple(replaced)
 
 

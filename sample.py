@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the project's folder
 import blockgpt.startup  # noqa: F401
 
 # isort: split
-from blockgpt.console import ArgumentParser, check_ranges
+from blockgpt.console import ArgumentParser, check_ranges, script_path
 from blockgpt.errors import CheckpointError, DataError, UserError, exit_on_user_error
-from blockgpt.files import exists, is_dir
+from blockgpt.files import exists, is_dir, user_path
 
 if TYPE_CHECKING:  # torch is imported after the flags are checked
     import torch
@@ -29,7 +29,7 @@ CACHE_BYTES = 2**30  # of the samples that are generated at once
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The parsed command line; `UserError` for a value out of range."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--run", required=True, help="run directory")
+    parser.add_argument("--run", type=user_path, required=True, help="run directory")
     parser.add_argument("--checkpoint", choices=("best", "latest"), default="best",
                         help="best: the best evaluation of those that were saved; latest: the newest")
     parser.add_argument("--prompt", default="\n", help="text to continue")
@@ -74,7 +74,8 @@ def load_model(run_dir: Path, which: str, device: "torch.device") -> "tuple[GPT,
 
     if not is_dir(run_dir):
         is_default = run_dir.parent == Path("runs") or not is_dir(run_dir.parent)
-        words = ["python", "compare_architectures.py", *([] if is_default else [f"--out_dir={run_dir.parent}"])]
+        out_dir = [] if is_default else [f"--out_dir={run_dir.parent}"]
+        words = ["python", script_path("compare_architectures.py"), *out_dir]
         raise UserError(f"--run: {run_dir} is not a run directory ({shlex.join(words)} lists them)")
     try:
         source = checkpoint.find_best(run_dir) if which == "best" else checkpoint.find_newest(run_dir)
@@ -125,7 +126,7 @@ def main(argv: list[str]) -> None:
 
     device = choose_device(args.device, local_rank=0)
     dtype = choose_dtype(args.dtype, device)
-    model, tokenizer = load_model(Path(args.run), args.checkpoint, device)
+    model, tokenizer = load_model(args.run, args.checkpoint, device)
     model.to(dtype)
     try:
         ids = list(tokenizer.encode(args.prompt))

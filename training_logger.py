@@ -94,7 +94,8 @@ def lock_run_directory(run_dir: Path, wait: float = 1.0) -> None:
     try:
         FolderLock(run_dir, "trains in it", wait)
     except OSError as error:
-        raise UserError(f"{run_dir}: cannot be written: {error.strerror} (--out_dir=…)") from None
+        fix = "make it writable, or start a new run with another --run_name" if exists(run_dir) else "--out_dir=…"
+        raise UserError(f"{run_dir}: cannot be written: {error.strerror} ({fix})") from None
 
 
 def find_restarted_run(config: Config, runtime: Runtime) -> str | None:

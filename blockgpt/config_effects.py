@@ -96,6 +96,9 @@ SITUATIONS = (  # the first row that applies gives the reason
     Situation("min_lr lr_decay_iters", lambda s: s.config.lr_schedule == "constant", "lr_schedule is constant"),
     Situation("lr_schedule min_lr lr_decay_iters", lambda s: (s.config.warmup_iters or 0) >= s.config.max_iters,
               "the run ends during the warm-up"),
+    Situation("warmup_iters", lambda s: s.config.lr_schedule == "constant"
+              and s.config.warmup_iters is not None and s.step >= max(1, s.config.warmup_iters),
+              "the warm-up is over at step {s.step}"),
     # steps
     Situation("eval_interval", lambda s: s.config.eval_interval > s.config.max_iters,
               "max_iters is {s.config.max_iters}, and the last step always has an evaluation"),

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn, TextIO
 
 from blockgpt.errors import UserError, did_you_mean
-from blockgpt.startup import redirect_to_devnull
+from blockgpt.startup import ROOT, redirect_to_devnull
 
 COLOURS = {"bold": 1, "dim": 2, "green": 32, "yellow": 33, "cyan": 36}
 
@@ -186,6 +186,12 @@ def python_command() -> str:
         return "python"
     here = os.path.relpath(sys.executable)
     return sys.executable if here.startswith("..") else here
+
+
+def script_path(script: str) -> str:
+    """How a script of the project, such as train.py, is named in the current folder; elsewhere its absolute path."""
+    path = os.path.join(ROOT, script)
+    return script if os.path.abspath(script) == path else path
 
 
 def align_columns(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:

@@ -6,6 +6,7 @@ is a new subclass. This module imports of the project only startup.py, so that e
 
 import contextlib
 import difflib
+import errno
 import functools
 import importlib
 import json
@@ -18,6 +19,9 @@ from types import ModuleType
 from typing import Any
 
 from blockgpt.startup import give_up_broken_streams, open_streams
+
+# Of what the user can fix, wherever a library raises them.
+DISK_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(ValueError):
@@ -90,10 +94,15 @@ class OutOfMemoryError(UserError):
     on_all_ranks = False
 
 
-def nearest(word: object, names: Iterable[object]) -> str | None:
-    """The name that is most like a word; None if there are fewer than 20 and none is near."""
+def nearest(word: object, names: Iterable[object], cutoff: float | None = None) -> str | None:
+    """The name that is most like a word; None if no similarity (0 to 1) reaches the cutoff.
+
+    Args:
+        cutoff: None: 0.6 for fewer than 20 names, else 0.
+    """
     by_lowercase = {str(name).lower(): str(name) for name in names}
-    cutoff = 0.6 if len(by_lowercase) < 20 else 0.0
+    if cutoff is None:
+        cutoff = 0.6 if len(by_lowercase) < 20 else 0.0
     near = difflib.get_close_matches(str(word).lower()[:100], by_lowercase, n=1, cutoff=cutoff)
     return by_lowercase[near[0]] if near else None
 
@@ -118,14 +127,22 @@ def short_repr(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:60]}…{text[-10:]}"
 
 
+def message_of(error: BaseException) -> str:
+    """str(error); empty if that fails, as it can for an exception that a user has defined."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of the message of a library's exception, or its type if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (message_of(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def error_text(error: Exception) -> str:
+def error_text(error: BaseException) -> str:
     """The system's message of an OSError, else the error's own message or type; on one line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    text = str(getattr(error, "strerror", None) or message_of(error) or type(error).__name__)
     return " ".join(text.split())[:200]
 
 
@@ -160,6 +177,11 @@ def exit_on_user_error(exit_process: Callable[[int], Any] = sys.exit) -> Iterato
         sys.exit(141)
     except OSError as error:
         if give_up_broken_streams(probe=True) is None:
+            if error.errno in DISK_ERRORS and isinstance(error.filename, str):  # such as a library's cache
+                report_error(UserError(f"{error.filename}: {error_text(error)} (free disk space, or make it "
+                                       "accessible; TMPDIR and TORCHINDUCTOR_CACHE_DIR name scratch folders)"))
+                exit_process(UserError.exit_code)
+                return
             record_for_torchrun(traceback.format_exc())
             raise
         report_error(UserError(f"the output cannot be written: {error_text(error)}"))

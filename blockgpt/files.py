@@ -30,6 +30,11 @@ CHUNK_BYTES = 1 << 20  # bytes read or written at a time
 File = TypeVar("File", bound="PreallocatedFile")
 
 
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path that a user wrote, its ~ expanded: a shell leaves it as it is in --flag=~/x."""
+    return Path(os.path.expanduser(path))
+
+
 def sha256_of(path: str | Path) -> str:
     """Hex digest of a file, read in chunks."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))

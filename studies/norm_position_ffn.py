@@ -14,6 +14,6 @@ sizes = {  # 0.51M tokens each
     "2L-64": ["config/size_tiny.py", "--max_iters=1000", "--eval_interval=250"],
     "4L-128": ["config/size_demo.py", "--max_iters=250", "--eval_interval=50"],
 }
-seeds = 6  # with three, the adjustment for the family would leave only very large differences
+seeds = 4
 horizons = [0.5, 2]  # of the baseline, for the worth of a difference in tokens
 margin = 0.01  # nats per byte

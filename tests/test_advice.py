@@ -74,6 +74,42 @@ def test_a_flag_or_command_that_does_not_exist_is_found():
         "trian.py", "tools/nothing.py"]
 
 
+# What flags are called or expect that are paths, and those of them whose use expands a ~.
+PATHS = {"FILE", "DIR", "IMAGE", "out_dir", "data_dir", "folder", "output", "plot", "plan", "run", "runs", "path",
+         "directory", "source", "input", "tokenizer", "nanogpt"}
+EXPANDED = {"input", "data_dir", "tokenizer"}
+
+
+def test_every_flag_that_is_a_path_takes_a_tilde():
+    """A shell leaves it as it is in --out_dir=~/runs: a folder named ~ would be made."""
+    found = set()
+    for path in SOURCES:
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_argument" and call.args):
+                continue
+            keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
+            name = ast.unparse(call.args[0]).strip("'-")
+            is_path = PATHS & {name, keywords.get("metavar", "").strip("'")} and "action" not in keywords
+            if is_path and keywords.get("type") not in ("user_path", "os.path.expanduser", "int"):
+                found.add(f"{path.relative_to(ROOT)}: {name}")
+    assert {entry for entry in found if entry.split(": ")[1] not in EXPANDED} <= {
+        "blockgpt/data/commands.py: source"}  # of read_source, which expands it
+
+
+def test_every_key_and_config_file_takes_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text("max_iters = 7\nout_dir = '~/others'\n")
+    run = tmp_path / "runs/a"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text('{"config": {"n_layer": 3}}')
+    assert load_config(["~/mine.py"]).flat() | {"max_iters": 7, "out_dir": f"{tmp_path}/others"} == (
+        load_config(["~/mine.py"]).flat())
+    assert load_config(["--out_dir=~/runs", "--run_name=a", "--resume=must"]).model.n_layer == 3
+    assert load_config(["--init_from=~/runs/a"]).model.n_layer == 3
+    assert load_config(["--data_dir=~/d"]).data_dir == f"{tmp_path}/d"
+    assert sample.parse_args(["--run=~/runs/a"]).run == run
+
+
 def test_no_message_names_a_former_key():
     found = [(path.name, line) for path in SOURCES if path.name != "configurator.py"
              for line, text in messages(path.read_text()) if any(f"--{name}" in text for name in RENAMED_KEYS)]

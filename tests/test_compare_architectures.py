@@ -1,9 +1,11 @@
 """compare_architectures: its formats and its command."""
 
+import ast
 import csv
 import glob
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from run_helpers import VAL_DATA, compared, main, make_run
+from unprivileged import run_unprivileged
 
 import compare_architectures as tool
 from blockgpt.errors import UserError
@@ -132,9 +135,9 @@ def test_latest_takes_the_newest_by_created_at_among_those_selected(tmp_path, ca
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--out_dir", "nowhere"], "no such directory: nowhere (train one: python train.py config/arch_llama.py"),
-    (["--out_dir", "empty"], "no runs in empty (train one: python train.py config/arch_llama.py config/size_demo.py "
-                             "--out_dir=empty)"),
+    (["--out_dir", "nowhere"], f"no such directory: nowhere (train one: python {ROOT}/train.py {ROOT}/config/arch_"),
+    (["--out_dir", "empty"], f"no runs in empty (train one: python {ROOT}/train.py {ROOT}/config/arch_llama.py "
+                             f"{ROOT}/config/size_demo.py --out_dir=empty)"),
     ([], "no such directory: runs"),
     (["nowhere"], "no such run directory: nowhere"),
     (["no*where"], "no such run directory: no*where"),
@@ -287,3 +290,25 @@ def test_a_mistake_in_a_flag_of_the_judge_is_named(tmp_path, argv, message):
     with pytest.raises(UserError) as error:
         tool.main(["--out_dir", str(tmp_path), *argv])
     assert message in str(error.value)
+
+
+def disconnect(run):
+    """Its disk is not mounted any more."""
+    shutil.rmtree(run)
+    run.symlink_to("/no/such/disk/a")
+
+
+CLOSED = [lambda run: run.chmod(0o000), lambda run: (run / "run.json").chmod(0o000), disconnect]
+
+
+@pytest.mark.parametrize("close", CLOSED)
+@pytest.mark.parametrize("named", ["{}", "{}/*", "{}/a {}/b"])
+def test_a_run_that_cannot_be_read_is_listed_as_broken_however_it_is_named(tmp_path, close, named):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    close(tmp_path / "a")
+    names = named.replace("{}", str(tmp_path)).split()
+    text = run_unprivileged(lambda: [(run["name"], run["status"])
+                                     for run in tool.load_runs(tool.select_runs(names, ""))])
+    found = dict(ast.literal_eval(text))
+    assert found["b"] == "finished" and found["a"].startswith("broken: run.json "), found

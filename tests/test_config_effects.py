@@ -49,6 +49,10 @@ CASES = [
     (["--tf32"], {"device": "cuda", "dtype": "bfloat16"}, "tf32"),
     (["--min_lr=0", "--lr_decay_iters=9", "--lr_schedule=constant"], {}, "lr_decay_iters min_lr"),
     (["--warmup_iters=9", "--max_iters=9", "--min_lr=0"], {}, "min_lr"),
+    (["--warmup_iters=5", "--lr_schedule=constant"], {"step": 5}, "warmup_iters"),  # a resumed run
+    (["--warmup_iters=0", "--lr_schedule=constant"], {"step": 1}, "warmup_iters"),
+    (["--warmup_iters=0", "--lr_schedule=constant"], {}, ""),
+    (["--warmup_iters=5", "--lr_schedule=constant"], {"step": 4}, ""), (["--warmup_iters=5"], {"step": 5}, ""),
     (["--eval_interval=10", "--checkpoint_interval=10", "--log_interval=10", "--gradient_log_interval=10",
       "--max_iters=9"], {}, "checkpoint_interval eval_interval gradient_log_interval log_interval"),
     (["--eval_interval=9", "--checkpoint_interval=9", "--log_interval=9", "--gradient_log_interval=9",

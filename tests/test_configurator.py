@@ -283,6 +283,15 @@ def test_no_renamed_key_is_a_key_and_every_new_name_is():
     (["--no_compile=True"], "--no_compile: takes no value (--no_compile, or --compile=…)"),
     (["--no-compiler"], "--no-compiler: no such key (did you mean --compile?)"),
     (["--n-layer"], "--n_layer: needs a value (--n_layer=…)"),
+    (["--cpu"], "--cpu: no such key (did you mean --device=cpu?)"),
+    (["--gradient_clip_val=1"], "--gradient_clip_val: no such key (did you mean --grad_clip=1?)"),
+    (["--num-workers=4"], "--num-workers: no such key: batches are read without worker processes"),
+    (["--momentum", "0.9"], "--momentum: no such key: the optimizer is AdamW (--beta1=…)"),
+    # what no key is like gets no advice that would do something else
+    (["--label_smoothing=0.1"], "--label_smoothing: no such key (--help lists all keys)"),
+    (["--ema=0.9"], "--ema: no such key (--help lists all keys)"),
+    (["--verbose"], "--verbose: no such key (--help lists all keys)"),
+    (["--x"], "--x: no such key (--help lists all keys)"),
 ])
 def test_a_name_that_is_no_key_is_answered_with_the_flag_to_type(argv, message):
     assert config_error(*argv) == message
@@ -296,6 +305,7 @@ def test_an_alias_in_a_file_is_answered_without_dashes(config_file):
     path = config_file("mine.py", "lr = 1e-3")
     assert config_error(path).startswith("mine.py: lr: no such key (did you mean learning_rate?)")
     assert "(did you mean dtype = 'bfloat16'?)" in config_error(config_file("mine.py", "bf16 = True"))
+    assert config_error(config_file("mine.py", "ema = 0.9")).startswith("mine.py: ema: no such key (--help lists all")
 
 
 @pytest.mark.grid(6)

@@ -20,6 +20,7 @@ from blockgpt.console import (
     in_columns,
     is_terminal,
     percentages,
+    script_path,
 )
 from blockgpt.errors import UserError
 
@@ -130,3 +131,12 @@ def test_help_shows_the_defaults_and_exits_with_0(parser, capsys):
         parser.parse_args(["--help"])
     out = capsys.readouterr().out
     assert left.value.code == 0 and "how many (default: 3)" in out and "does something" in out
+
+
+def test_a_script_is_named_as_it_can_be_typed_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert script_path("data/pycode/prepare.py") == "data/pycode/prepare.py"
+    monkeypatch.chdir(tmp_path)
+    assert script_path("data/pycode/prepare.py") == f"{ROOT}/data/pycode/prepare.py"
+    (tmp_path / "train.py").touch()  # another program of that name
+    assert script_path("train.py") == f"{ROOT}/train.py"

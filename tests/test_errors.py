@@ -1,5 +1,7 @@
 """Errors: one line on stderr, one exit code, printed by one process of those that raise it."""
 
+import errno
+import os
 import pickle
 import subprocess
 import sys
@@ -86,7 +88,17 @@ def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(statement, code, stder
     assert (done.returncode, done.stderr) == (code, stderr)
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT])
+def test_a_scratch_folder_that_cannot_be_written_is_one_line_that_names_it(capsys, code):
+    with pytest.raises(SystemExit) as left, exit_on_user_error():
+        raise OSError(code, os.strerror(code), "/scratch/x")
+    assert left.value.code == 2
+    assert capsys.readouterr().err.strip().startswith(f"error: /scratch/x: {os.strerror(code)} (free disk space, or")
+
+
 def test_a_bug_of_ours_keeps_its_traceback():
+    with pytest.raises(FileNotFoundError), exit_on_user_error():
+        raise FileNotFoundError(errno.ENOENT, "No such file", "x")
     with pytest.raises(AssertionError), exit_on_user_error():
         raise AssertionError("ours")
 

@@ -25,7 +25,9 @@ import blockgpt.startup  # noqa: F401
 from blockgpt.console import ArgumentParser, check_ranges, echo
 from blockgpt.data.dataset import ensure_prepared, open_dataset
 from blockgpt.errors import UserError, error_text, exit_on_user_error
+from blockgpt.experiments.report.page import check_report, save_report
 from blockgpt.experiments.report.plots import check_plot, save_plot
+from blockgpt.experiments.report.studies import report_of_plan
 from blockgpt.experiments.sweeps.control import write_shuffled
 from blockgpt.experiments.sweeps.identity import Program, code_version, source_stamp
 from blockgpt.experiments.sweeps.launchers import LAUNCHERS, Launcher, LocalLauncher, RayLauncher, SlurmLauncher
@@ -68,7 +70,8 @@ def build_parser() -> ArgumentParser:
                             formatter_class=argparse.RawDescriptionHelpFormatter,
                             usage="%(prog)s [config/*.py ...] [--key=value ...] [options]")
     declare = parser.add_argument_group("declare")
-    declare.add_argument("--plan", metavar="FILE", help="a Python file with fields of the study")
+    declare.add_argument("--plan", type=os.path.expanduser, metavar="FILE",
+                         help="a Python file with fields of the study")
     declare.add_argument("--study", metavar="NAME", help="name of the study (default: of the plan file, else of the "
                          "config files)")
     declare.add_argument("--question", help="what the study asks, in words")
@@ -106,9 +109,14 @@ def build_parser() -> ArgumentParser:
     run.add_argument("--threads", type=int, help="of a run on a CPU (default: OMP_NUM_THREADS, else 1)")
     run.add_argument("--retry_failed", action="store_true", help="try runs again that have failed, diverged or been "
                      "refused")
-    run.add_argument("--plot", metavar="FILE", help="when all runs have ended, draw the learning curves to this .png, "
+    run.add_argument("--plot", type=os.path.expanduser, metavar="FILE",
+                     help="when all runs have ended, draw the learning curves to this .png, "
                      ".svg or .pdf")
-    run.add_argument("--out_dir", default="ablations", metavar="DIR", help="folder of the studies (default: ablations)")
+    run.add_argument("--report", type=os.path.expanduser, metavar="FILE",
+                     help="when all runs have ended, write verdicts, curves, configurations and commands to this "
+                     ".html, one page that needs no network")
+    run.add_argument("--out_dir", type=os.path.expanduser, default="ablations", metavar="DIR",
+                     help="folder of the studies (default: ablations)")
     return parser
 
 
@@ -263,6 +271,8 @@ def own_and_rest(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
                         for name in ("workers", "threads", "judge")})
     if args.plot is not None:
         check_plot(args.plot)
+    if args.report is not None:
+        check_report(args.report)
     if args.judge and not args.halving:
         raise UserError("--judge: needs --halving")
     if args.halving and not (args.judge or args.budget):
@@ -271,7 +281,8 @@ def own_and_rest(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, words = own_and_rest(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args, words = own_and_rest(argv)
     budget = parse_budget(args.budget) if args.budget else None
     stamp = source_stamp(ROOT)
     program = Program(load_config, KEYS, TYPES, code_version(ROOT))
@@ -321,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
             write_plan(folder, plan, sweep.planned())
             echo("")
-            runs, outcomes = sweep.run_all()
+            runs, outcomes = sweep.run_all(lambda runs: write_plan(folder, plan, runs))
     if sweep.stopped:
         signum = received[0] if received else signal.SIGINT
         states = [read_outcome(folder / run.name).state for run in sweep.planned()]
@@ -329,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
              "finished, what ran has saved; the same command continues")
         return 128 + signum
     write_plan(folder, plan, [*sweep.stages, *runs])
-    return print_results(sweep, runs, outcomes, args.plot)
+    return print_results(sweep, runs, outcomes, args.plot, args.report, ["python", "-m", "tools.ablate", *argv])
 
 
 @contextlib.contextmanager
@@ -357,8 +368,14 @@ def stop_on_signals(runners: Sequence[SweepRunner]) -> Iterator[list[int]]:
 
 
 def print_results(sweep: Sweep, runs: Sequence[PlannedRun], outcomes: Mapping[str, RunOutcome],
-                  plot: str | None = None) -> int:
-    """Print what has failed, and the verdicts, and draw the curves to `plot`; returns the exit code."""
+                  plot: str | None = None, report: str | None = None, command: Sequence[str] = ()) -> int:
+    """Print what has failed, and the verdicts, and write `plot` and `report`; returns the exit code.
+
+    Args:
+        plot: file of the curves.
+        report: file of the page.
+        command: that gives these results, for the page.
+    """
     states = [outcome.state for outcome in outcomes.values()]
     for run in runs:
         outcome = outcomes[run.id]
@@ -369,7 +386,7 @@ def print_results(sweep: Sweep, runs: Sequence[PlannedRun], outcomes: Mapping[st
         echo(f"divergence rate: {diverged} of {len(states)} runs ({diverged / len(states):.0%})")
     for line in incomplete_blocks(runs, outcomes):
         echo(f"warning: {line}")
-    plan, passed = sweep.plan, True
+    plan, passed, look = sweep.plan, True, None
     if "finished" in states:
         look = record_look(sweep.folder, runs, outcomes)
         study = study_of_plan(plan, runs, outcomes, sweep.folder, load_run)
@@ -381,6 +398,8 @@ def print_results(sweep: Sweep, runs: Sequence[PlannedRun], outcomes: Mapping[st
                 echo(line)
         if plot is not None:
             save_plot(plot, study, plan.baseline)
+    if report is not None:
+        save_report(report, report_of_plan(plan, runs, outcomes, sweep.folder, load_run, look, command))
     return 0 if passed and all(state == "finished" for state in states) else 1
 
 

@@ -5,6 +5,7 @@
 Takes the config files and flags of train.py and opens the datasets, but trains nothing.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import TypedDict
@@ -93,7 +94,8 @@ def plot(path: str, config: Config, mixture: Mixture) -> None:
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(description=__doc__, usage="%(prog)s [FILE.py …] [--key=value …] [--plot IMAGE]",
                             epilog="The other arguments are those of train.py (python train.py --help).")
-    parser.add_argument("--plot", metavar="IMAGE", help="write the plot to this file, such as mixture.png")
+    parser.add_argument("--plot", type=os.path.expanduser, metavar="IMAGE",
+                        help="write the plot to this file, such as mixture.png")
     args, config_args = parser.parse_known_args(argv)
     if args.plot == "":
         raise UserError("--plot: needs a file, such as mixture.png")

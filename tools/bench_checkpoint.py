@@ -49,7 +49,8 @@ def model_and_optimizer(config: Config) -> "tuple[torch.nn.Module, torch.optim.O
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", help="a folder on the disk to measure; default: that of temporary files")
+    parser.add_argument("--folder", type=os.path.expanduser,
+                        help="a folder on the disk to measure; default: that of temporary files")
     parser.add_argument("--repeat", type=int, default=3)
     args, keys = parser.parse_known_args(argv)
     config = load_config([*(keys or GPT2), "--device=cpu"])

@@ -26,7 +26,7 @@ import blockgpt.startup  # noqa: F401
 # isort: split
 from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.errors import exit_on_user_error
-from blockgpt.files import exists
+from blockgpt.files import exists, user_path
 from configurator import KEYS
 from model_config import get_preset
 
@@ -83,7 +83,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=10, help="runs to compare")
     parser.add_argument("--seeds", type=int, default=5, help="runs that differ in the seed alone")
     parser.add_argument("--repeats", type=int, default=3, help="comparisons; the fastest is printed")
-    parser.add_argument("--out_dir", default=None, help="directory of the synthetic runs (default: a temporary one)")
+    parser.add_argument("--out_dir", type=user_path, default=None,
+                        help="directory of the synthetic runs (default: a temporary one)")
     args = parser.parse_args(argv)
     check_ranges(args, {name: (getattr(args, name) >= 1, "at least 1") for name in ("runs", "seeds", "repeats")})
     return args

@@ -22,7 +22,7 @@ import blockgpt.startup  # noqa: F401
 # isort: split
 from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.errors import UserError, exit_on_user_error
-from blockgpt.files import is_file
+from blockgpt.files import is_file, user_path
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
@@ -50,7 +50,7 @@ def time_training(command: Sequence[str], cwd: Path, loss_pattern: str) -> tuple
 
 def main(argv: Sequence[str]) -> None:
     parser = ArgumentParser(description="Compare the time of nanoGPT's CPU recipe with nanoGPT and with blockGPT.")
-    parser.add_argument("--nanogpt", type=Path, required=True, help="a nanoGPT checkout with its data prepared")
+    parser.add_argument("--nanogpt", type=user_path, required=True, help="a nanoGPT checkout with its data prepared")
     parser.add_argument("--pairs", type=int, default=3, help="how often each is run")
     args = parser.parse_args(argv)
     if not is_file(args.nanogpt / "data/shakespeare_char/train.bin"):

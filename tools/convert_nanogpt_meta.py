@@ -20,10 +20,9 @@ import blockgpt.startup  # noqa: F401
 # isort: split
 from blockgpt.console import ArgumentParser
 from blockgpt.data.dataset import SPLITS, is_bare, open_bare
-from blockgpt.data.losses import user_path
 from blockgpt.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from blockgpt.errors import DataError, exit_on_user_error, first_line, short_repr
-from blockgpt.files import FolderLock, write_json
+from blockgpt.files import FolderLock, user_path, write_json
 
 MAX_BYTES = 2**24  # of a meta.pkl: a vocabulary of all Unicode characters is smaller
 

@@ -37,6 +37,7 @@ import blockgpt.startup  # noqa: F401
 # isort: split
 from blockgpt.console import ArgumentParser
 from blockgpt.errors import DataError, UserError, did_you_mean, exit_on_user_error
+from blockgpt.files import user_path
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -426,7 +427,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT, tests: dict[str, tupl
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--minutes", type=float, help="stop after this time; the same command continues")
     parser.add_argument("--slow", action="store_true", help="run the tests marked slow too, for a mutant that survives")
-    parser.add_argument("--output", type=Path, default=Path("mutants.jsonl"), help="file of results, one per line")
+    parser.add_argument("--output", type=user_path, default=Path("mutants.jsonl"), help="file of results, one per line")
     parser.add_argument("--report", action="store_true", help="print the score and the survivors of --output, and stop")
     options = parser.parse_args(argv)
     for module in options.module or ():

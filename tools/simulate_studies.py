@@ -11,6 +11,7 @@ that no two seeds are equal and nothing pairs (Welch's t).
 
 import dataclasses
 import math
+import os
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -172,7 +173,7 @@ SCENARIOS = {
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m tools.simulate_studies", description="Rates of wrong and right verdicts.")
     parser.add_argument("--studies", type=int, default=1000, help="of each scenario")
-    parser.add_argument("--runs", metavar="GLOB", help="judge these real runs instead")
+    parser.add_argument("--runs", type=os.path.expanduser, metavar="GLOB", help="judge these real runs instead")
     parser.add_argument("--seeds", type=int, default=3, help="with --runs: of each side of a comparison")
     args = parser.parse_args(argv)
     check_ranges(args, {"studies": (args.studies >= 1, "at least 1"), "seeds": (args.seeds >= 3, "at least 3")})

@@ -23,11 +23,11 @@ import blockgpt.startup  # noqa: F401
 # isort: split
 from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.data.commands import add_input, add_max_loss, input_partitions
-from blockgpt.data.losses import MAX_LOSS, Skipped, user_path
+from blockgpt.data.losses import MAX_LOSS, Skipped
 from blockgpt.data.sources import Partition
 from blockgpt.data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, Tokenizer, pack_bytes, to_ranks
 from blockgpt.errors import DataError, UserError, exit_on_user_error, first_line, require_package
-from blockgpt.files import write_bytes
+from blockgpt.files import user_path, write_bytes
 
 SENTENCE_BYTES = 4000  # documents are split at line ends: the trainer's memory grows with its longest sentence
 HELD_OUT_EVERY = 50  # one sentence in 50 is held out of training, for the measurement

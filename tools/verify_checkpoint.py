@@ -17,7 +17,7 @@ import blockgpt.startup  # noqa: F401
 from blockgpt.checkpoints.resume import last_recorded_save
 from blockgpt.console import ArgumentParser
 from blockgpt.errors import CheckpointError, UserError, exit_on_user_error
-from blockgpt.files import exists, is_dir, list_dir
+from blockgpt.files import exists, is_dir, list_dir, user_path
 
 
 def check_and_print(path: Path, check: Callable[[], object]) -> bool:
@@ -45,7 +45,7 @@ def no_checkpoint(run_dir: Path) -> None:
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("path", type=Path, help="a checkpoint, or the directory of a run")
+    parser.add_argument("path", type=user_path, help="a checkpoint, or the directory of a run")
     path = parser.parse_args(argv).path
     from blockgpt.checkpoints import checkpoint
 

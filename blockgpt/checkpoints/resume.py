@@ -80,6 +80,9 @@ def recorded_config(path: Path, location: str, keys: Mapping[str, Field], accept
         try:
             recorded = json.loads(path.read_bytes())["config"].items()
         except FileNotFoundError:
+            if run_exists(path.parent):
+                raise ConfigError("run_name", f"{path} is missing, though the folder has checkpoints or a log: the run "
+                                              "cannot be resumed without it (restore it, or start another)") from None
             existing = [p.name for p in list_dir(path.parent.parent) if p != path.parent]
             raise ConfigError("run_name", f"there is no run {path.parent} to resume"
                               + did_you_mean(path.parent.name, existing)) from None
@@ -133,6 +136,9 @@ def initial_architecture(init_from: str, location: str, given: Mapping[str, Any]
         try:
             recorded = dict(json.loads(path.read_bytes())[section].items())
         except FileNotFoundError:
+            if run_exists(path.parent):
+                raise ConfigError("run_name", f"{path} is missing, though the folder has checkpoints or a log: the run "
+                                              "cannot be resumed without it (restore it, or start another)") from None
             existing = [p.name for p in list_dir(run_dir.parent) if p != run_dir]
             raise ConfigError("init_from", f"there is no run {run_dir}"
                               + did_you_mean(run_dir.name.partition("@")[0], existing)) from None

@@ -36,6 +36,7 @@ from blockgpt.console import echo, human_bytes
 from blockgpt.errors import CheckpointError, UserError
 from blockgpt.files import drop_page_cache, exists, fsync_path, is_dir, list_dir, sha256_of, write_json
 from blockgpt.training.background import BackgroundThread
+from blockgpt.training.device import is_out_of_memory
 from blockgpt.training.launch import Runtime, run_on_all_ranks
 
 RANDOM = "random numbers are functions of (seed, step, rank, sequence id): there is no generator state to save"
@@ -107,6 +108,10 @@ class CheckpointSaver:
             thread.check()
         except OSError as error:
             return self.saving, str(error)
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if not is_out_of_memory(error):
+                raise
+            return self.saving, "out of memory (--checkpoint_async=False keeps no second copy of the weights)"
         return self.saving, None
 
     def join(self) -> None:

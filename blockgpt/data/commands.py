@@ -11,12 +11,13 @@ from typing import Any
 from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.data.filters import parse_filters
 from blockgpt.data.hub import hub_partitions
-from blockgpt.data.losses import MAX_LOSS, Skipped, user_path
+from blockgpt.data.losses import MAX_LOSS, Skipped
 from blockgpt.data.prepare import check_separable, prepare, write_dataset
 from blockgpt.data.readers import READERS
 from blockgpt.data.sources import SHAKESPEARE, FilePartition, Partition, file_partitions, read_or_download
 from blockgpt.data.tokenizer import CharTokenizer, load_tokenizer
 from blockgpt.data.writer import SHARD_TOKENS, Recipe
+from blockgpt.files import user_path
 
 
 def command_parser(description: str | None, out_dir: Path | None, tokenizer: str = "gpt2",

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from blockgpt.console import echo
-from blockgpt.data.losses import user_path
+from blockgpt.console import echo, script_path
+from blockgpt.data.formats import read_file
 from blockgpt.data.token_files import (
     check_bare_file,
     check_bare_ids,
@@ -33,7 +33,7 @@ from blockgpt.data.token_files import (
 )
 from blockgpt.data.tokenizer import UNNAMED, Tokenizer, describe_tokenizer, load_tokenizer
 from blockgpt.errors import DataError, did_you_mean
-from blockgpt.files import exists, list_dir, sha256_of
+from blockgpt.files import exists, list_dir, sha256_of, user_path
 
 ROOT = Path(__file__).resolve().parents[2]  # the project's folder, which has data/<dataset>/prepare.py
 EMBEDDED = "pycode"  # the dataset that needs no download: its text is Python's standard library
@@ -98,9 +98,9 @@ def dataset_dir(dataset: str, data_dir: str | Path | None = None) -> Path:
 
 
 def prepare_command(dataset: str, data_dir: str | Path | None = None) -> str:
-    """The command that prepares a dataset, as typed in the project's folder."""
-    out_dir = f" --out_dir {shlex.quote(str(dataset_dir(dataset, data_dir)))}" if data_dir else ""
-    return f"python data/{dataset}/prepare.py{out_dir}"
+    """The command that prepares a dataset, to be typed here."""
+    out_dir = ["--out_dir", str(dataset_dir(dataset, data_dir))] if data_dir else []
+    return shlex.join(["python", script_path(f"data/{dataset}/prepare.py"), *out_dir])
 
 
 def prepare_again(dataset: str, data_dir: str | Path | None = None) -> str:
@@ -208,8 +208,8 @@ def open_bare(dataset: str, directory: Path, tokenizer: Tokenizer | None = None,
         vocab_size = tokenizer.vocab_size
     elif vocab_size is None:
         raise DataError(f"{directory}: has train.bin and val.bin and no meta.json: give --tokenizer=gpt2 "
-                        "or --vocab_size=N (python -m tools.convert_nanogpt_meta "
-                        f"{shlex.quote(str(directory))} writes meta.json)")
+                        "or --vocab_size=N (python " + shlex.join([script_path("tools/convert_nanogpt_meta.py"),
+                                                                   str(directory)]) + " writes meta.json)")
     assert vocab_size is not None
     dtype, hint = DTYPES[dtype_for(vocab_size)], "(another --tokenizer or --vocab_size?)"
     shards, splits = {}, {}
@@ -242,9 +242,9 @@ def open_bare(dataset: str, directory: Path, tokenizer: Tokenizer | None = None,
 def read_meta(path: Path) -> dict[str, Any]:
     """The content of a meta.json. `DataError` if a field is missing, has another type, or contradicts another field."""
     try:
-        meta = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        meta = json.loads(read_file(path))
+    except DataError:
+        raise
     except (ValueError, RecursionError):
         raise DataError(f"{path}: is not JSON") from None
     version = meta.get("schema_version") if type(meta) is dict else SCHEMA_VERSION

@@ -4,18 +4,21 @@ To add one: a function of (text, value) that returns whether the text stays, and
 flag --filter, its validation and the counts in meta.json read that table.
 """
 
+import ast
 import importlib
+import importlib.util
 import inspect
 import os
 import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from blockgpt.data.losses import library_errors
 from blockgpt.errors import DataError, UserError, did_you_mean, short_repr
-from blockgpt.files import sha256_of
+from blockgpt.files import is_file, sha256_of
 
 CompiledFilter = tuple[str, Callable[[str, Any], bool], Any]  # (name, filter function, its value)
 
@@ -93,7 +96,6 @@ def call_filter(function: Callable[[str], Any], text: str) -> bool:
         return bool(function(text))
 
 
-
 def parse_filters(settings: Iterable[str] | None) -> dict[str, Any]:
     """Parse the values of --filter.
 
@@ -145,26 +147,82 @@ def import_function(function: str | Callable[[str], Any]) -> Callable[[str], Any
         raise UserError(f"--filter callable={function}: {error} (module:function, importable from here)") from None
     if not callable(imported):
         raise UserError(f"--filter callable={function}: {short_repr(imported)} is no function")
+    if inspect.iscoroutinefunction(imported) or inspect.isgeneratorfunction(imported):
+        raise UserError(f"--filter callable={function}: what it returns is always true (a plain function, without "
+                        "async and yield)")
     return imported
 
 
 def source_digests(filters: dict[str, Any]) -> dict[str, str]:
-    """{module: sha256 of its source} of the functions that filters name, and of the user's modules that these use.
+    """{module or file: sha256} of the functions that filters name, and of what belongs to the user that these use.
 
-    An edited function then makes another dataset: nothing is continued from what the old one kept.
+    These are the modules that a module imports, at its top, in functions or by a name as text, those of the objects
+    that it has, and the files whose names it contains, if it does not open them to write. An edited function or list
+    of words then makes another dataset: nothing is continued from what the old one kept.
     """
     digests: dict[str, str] = {}
-    queue: list[Any] = [import_function(filters["callable"])] if "callable" in filters else []
+    queue: list[str] = []
+    if "callable" in filters:
+        queue = modules_of([import_function(filters["callable"])])
     if type(filters.get("callable")) is str:
-        queue.append(sys.modules[filters["callable"].partition(":")[0]])
+        queue.append(filters["callable"].partition(":")[0])
     while queue:
-        module = inspect.getmodule(queue.pop())
-        path = getattr(module, "__file__", None)
-        if module is None or path is None or module.__name__ in digests or is_installed(path):
+        name = queue.pop()
+        path = module_path(name)
+        if path is None or name in digests or is_installed(path):
             continue
-        digests[module.__name__] = sha256_of(path)
-        queue += [value for value in vars(module).values() if inspect.ismodule(value) or hasattr(value, "__module__")]
+        queue += [name.rpartition(".")[0], *modules_of(vars(sys.modules.get(name, object)).values())]
+        with library_errors(f"--filter callable={filters['callable']}: it uses {name}, which cannot be read"):
+            digests[name] = sha256_of(path)
+            if path.endswith(".py"):
+                tree = ast.parse(Path(path).read_bytes())
+                queue += imported_modules(tree, name if path.endswith("__init__.py") else name.rpartition(".")[0])
+                digests |= {f"{name}: {text}": sha256_of(file) for text, file in named_files(tree, Path(path).parent)}
     return dict(sorted(digests.items()))
+
+
+def modules_of(values: Iterable[Any]) -> list[str]:
+    """The names of the modules among the values, and of those in which the others were defined."""
+    modules = [inspect.getmodule(v) for v in values if inspect.ismodule(v) or hasattr(v, "__module__")]
+    return [module.__name__ for module in modules if module is not None]
+
+
+def module_path(name: str) -> str | None:
+    """The file of a module, imported or not; None if there is none, as for a folder without an __init__.py."""
+    if name in sys.modules:
+        return getattr(sys.modules[name], "__file__", None)
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, AttributeError, ValueError):  # its package cannot be imported, or it is none
+        return None
+    return spec.origin if spec is not None and spec.has_location else None
+
+
+def imported_modules(tree: ast.AST, package: str) -> list[str]:
+    """What may be modules in the imports of a source, also in its functions; `package` is that of its file."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[:len(package.split(".")) + 1 - node.level] if node.level else []
+            origin = ".".join([*parents, *filter(None, [node.module])])
+            names += [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Call) and re.search(r"\b(import_module|__import__)$", ast.unparse(node.func)):
+            names += [a.value for a in node.args[:1] if isinstance(a, ast.Constant) and type(a.value) is str]
+    return [name for name in names if name]
+
+
+def named_files(tree: ast.AST, folder: Path) -> list[tuple[str, Path]]:
+    """(text, file) of the texts in a source that name an existing file, from here or from the source's folder."""
+    opened_to_write = {id(constant) for call in ast.walk(tree) if isinstance(call, ast.Call)
+                       and re.search(r"\bopen\(.*'[rbt]*[wax+]+[bt+]*'", ast.unparse(call))
+                       for constant in ast.walk(call)}
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and type(node.value) is str
+             and id(node) not in opened_to_write and node.value.isprintable() and 0 < len(node.value) < 256}
+    files = {text: next((p for p in (Path(text).expanduser(), folder / text) if is_file(p)), None)
+             for text in sorted(texts)}
+    return [(text, path) for text, path in files.items() if path is not None]
 
 
 def is_installed(path: str) -> bool:

@@ -124,6 +124,17 @@ def recognize(path: str | Path, format: str | None = None) -> FileFormat:
     return FileFormat(format or text_format(head, by_suffix, Path(stem).suffix), compression, encoding)
 
 
+def read_file(path: Path) -> bytes:
+    """The content of a file; `DataError` if it cannot be read, or is a pipe, which would be waited for."""
+    try:
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise file_type_error(str(path), mode)
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error_text(error)}") from None
+
+
 def read_ends(path: str | Path) -> tuple[bytes, bytes]:
     """The first HEAD_BYTES of a file and its last four bytes."""
     try:
@@ -186,16 +197,20 @@ def describe(head: bytes) -> tuple[str, bool]:
 
 
 def text_format(head: bytes, by_suffix: str | None, suffix: str) -> str:
-    """The format of a text file by its suffix, and by its content where the suffix does not say."""
+    """The format of a text file by its suffix, and by its content where the suffix does not say: JSON in a .txt."""
     if by_suffix and by_suffix != "json":
         return by_suffix
+    lines = [line for line in head.split(b"\n", 64)[:64] if line.strip()]
+    n_objects = sum(line.startswith(b"{") and is_json_object(line) for line in lines)
     if by_suffix == "json" or not suffix or any(c.isdigit() for c in suffix):  # such as part-00000, or a hub's blob
-        lines = [line for line in head.split(b"\n", 64)[:64] if line.strip()]
-        n_objects = sum(line.startswith(b"{") and is_json_object(line) for line in lines)
         if n_objects > (0 if by_suffix else 1) or (by_suffix and len(lines) == 1 and head.startswith(b"{")):
             return "jsonl"
         if by_suffix or (head.lstrip()[:1] == b"[" and head.lstrip()[1:].lstrip()[:1] in (b"{", b'"')):
             return "json"
+    elif n_objects > 1 and n_objects >= len(lines) - 1:  # the last line may be cut off
+        return "jsonl"
+    elif re.match(rb'\s*\[\s*\{\s*"[^"\\]*"\s*:', head):
+        return "json"
     return "text"
 
 

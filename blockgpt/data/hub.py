@@ -1,7 +1,7 @@
 """Datasets on the Hugging Face hub, streamed by the package `datasets`, as partitions: one per file of the dataset."""
 
 import hashlib
-import os
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import Any
 from blockgpt.data.losses import Skipped
 from blockgpt.data.readers import no_column
 from blockgpt.errors import DataError, UserError, first_line, require_package
-from blockgpt.files import exists
+from blockgpt.files import below, exists, find
 
 ATTEMPTS = 5  # network failures in a row before an error
 RETRY_SECONDS = 2.0  # the wait before the first retry; it doubles before each further one
@@ -100,9 +100,13 @@ def hub_partitions(path: str, name: str | None = None, split: str = "train", tex
 
     Raises:
         DataError: the dataset cannot be opened.
+        UserError: a part of a local copy cannot be read, which `datasets` would leave out.
     """
+    data_files = more.get("data_files", ())
+    data_files = (data_files,) if type(data_files) is str else tuple(data_files)
     try:
         revision = None if "data_files" in more else hub_revision(path, more.get("revision"))
+        version = local_version((path, *data_files) if revision is None else ())
         if revision:
             more["revision"] = revision
         arguments = tuple(sorted({"path": path, "name": name, "split": split, **more}.items()))
@@ -113,9 +117,6 @@ def hub_partitions(path: str, name: str | None = None, split: str = "train", tex
         problem = f"{type(error).__name__}: {first_line(error)}"
         words = " ".join(filter(None, (path, name, split)))
         raise DataError(f"{words}: cannot be opened: {problem} (--source accepts a local copy too)") from None
-    data_files = more.get("data_files", ())
-    data_files = (data_files,) if type(data_files) is str else tuple(data_files)
-    version = local_version((path, *data_files) if revision is None else ())
     return [HubPartition(arguments, text_key, i, count, into, version) for i in range(count)]
 
 
@@ -130,9 +131,14 @@ def hub_revision(path: str, revision: str | None) -> str | None:
 
 
 def local_version(paths: Iterable[str]) -> str:
-    """A digest of size and time of the local files and of those in the local folders; others are left out."""
-    files = [p for path in paths for p in (sorted(Path(path).rglob("*")) if os.path.isdir(path) else [Path(path)])]
-    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()]
+    """A digest of size and time of the local files and of those in the local folders; others are left out.
+
+    Raises:
+        UserError: a file or folder cannot be read.
+    """
+    files = sorted({p for path in paths for p in (Path(path), *below(Path(path)))})
+    found = [(p, status) for p in files if (status := find(p)) is not None and stat.S_ISREG(status.st_mode)]
+    stats = [(str(p), status.st_size, status.st_mtime_ns) for p, status in found]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16] if stats else ""
 
 

@@ -5,17 +5,15 @@ whether too much of it was lost (`check`). To add a reason: a new word in a call
 """
 
 import contextlib
-import os
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from blockgpt.errors import DataError, UserError, error_text, first_line
+from blockgpt.errors import DataError, UserError, error_text, first_line, message_of
 
 MAX_LOSS = 0.5  # of the records of a file; --max_loss
 ADVICE = {  # by reason: how to fix it
-    "not_utf8": "convert it: iconv -f LATIN1 -t UTF-8",
+    "not_utf8": "convert it: iconv -f ENCODING -t UTF-8, ENCODING being LATIN1, GB18030, …",
     "bad_quotes": "if quotes are part of the text: --no_quotes",
     "cut_by_separator": "put cells that contain the separator in quotes",
     "not_encodable": "choose another --tokenizer",
@@ -31,6 +29,7 @@ class Skipped(Counter[str]):
             document or one that a filter rejects is none.
         markers: documents that contain an end-of-text marker as letters.
         max_loss: the fraction of the records of a file that may be lost.
+        file_first: reason and words of the first loss since `begin`.
         position: (path, unit, number) of the record that is being read, such as ("a.jsonl", "line", 3).
         n_lost: all losses so far.
     """
@@ -41,7 +40,7 @@ class Skipped(Counter[str]):
         self.markers = self.n_lost = 0
         self.max_loss = max_loss
         self.position: tuple[str, str, int] = ("", "document", 0)
-        self._file_first = ("", "")  # reason and words of the first loss since `begin`
+        self.file_first = ("", "")
 
     def where(self) -> str:
         """The position as text: "a.jsonl line 3"."""
@@ -56,16 +55,22 @@ class Skipped(Counter[str]):
         """
         self[reason] += 1
         self.n_lost += 1
-        if reason not in self.first or not self._file_first[0]:
+        if reason not in self.first or not self.file_first[0]:
             words = f"{self.where()}: {seen}"
             self.first.setdefault(reason, words)
-            if not self._file_first[0]:
-                self._file_first = (reason, words)
+            if not self.file_first[0]:
+                self.file_first = (reason, words)
 
     def begin(self) -> int:
         """Begin a file, or another group of records; the argument of its `check`."""
-        self._file_first = ("", "")
+        self.file_first = ("", "")
         return self.n_lost
+
+    def note_empty(self, n_empty: int, documents: int) -> None:
+        """Warn if more than max_loss of the records of a file are empty; such records are no error."""
+        if n_empty > self.max_loss * documents:
+            path = self.position[0]
+            self.first.setdefault("empty", f"{path}: {n_empty:,} of its {documents:,} records have no text")
 
     def check_encoded(self, lost: int, documents: int) -> None:
         """`DataError` if more than max_loss of the documents could not be encoded."""
@@ -85,7 +90,7 @@ class Skipped(Counter[str]):
         lost = self.n_lost - before
         total = lost + documents
         if lost > self.max_loss * total:
-            reason, words = self._file_first
+            reason, words = self.file_first
             advice = f"; {ADVICE[reason]}" if reason in ADVICE else ""
             raise DataError(f"{what}: {lost:,} of {total:,} records are lost, the first ({reason}) is {words} (fix "
                             f"them{advice}; --max_loss={loss_fraction(lost, total):g} leaves them out)")
@@ -118,20 +123,14 @@ def loss_fraction(lost: int, total: int) -> float:
 def library_errors(what: str) -> Iterator[None]:
     """Turn whatever a library or a user's function raises into a `DataError` that begins with `what`.
 
-    Libraries raise bare Exceptions, and those in Rust a PanicException, which is not even an Exception.
+    Libraries raise bare Exceptions, those in Rust a PanicException and asyncio a CancelledError, which are not even
+    Exceptions. Ctrl-C and the end of a generator pass.
     """
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:
-        if not isinstance(error, (Exception, SystemExit)) and type(error).__name__ != "PanicException":
-            raise
-        own_words = isinstance(error, (OSError, EOFError)) and str(error)  # which need no type to be understood
-        words = error_text(error) if own_words else f"{type(error).__name__}: {first_line(error)}"  # type: ignore[arg-type]
+        own_words = isinstance(error, (OSError, EOFError)) and message_of(error)  # which need no type
+        words = error_text(error) if own_words else f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"{what}: {words}") from None
-
-
-def user_path(path: str | os.PathLike[str]) -> Path:
-    """A path that a user wrote, its ~ expanded: a shell leaves it as it is in --flag=~/x."""
-    return Path(os.path.expanduser(path))

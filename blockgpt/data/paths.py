@@ -143,7 +143,7 @@ def match_below(folder: str, components: Sequence[str], seen: set[tuple[int, int
         if {"blobs", "refs", "snapshots"} <= set(names):  # a hub's cache: its snapshots are links to its blobs
             names = ["snapshots"]
         for name in names:
-            if os.path.isdir(os.path.join(folder, name)):
+            if stat.S_ISDIR(stat_input(os.path.join(folder, name)).st_mode):
                 yield from match_below(os.path.join(folder, name), components, seen)
     elif not glob.has_magic(component) or os.path.lexists(os.path.join(folder, component)):
         if exists(os.path.join(folder, component)):
@@ -155,10 +155,10 @@ def match_below(folder: str, components: Sequence[str], seen: set[tuple[int, int
 
 
 def list_folder(folder: str) -> list[str]:
-    """The names in a folder, sorted; of what is no folder, none."""
+    """The names in a folder, sorted; of what is no folder, none. `DataError` if that cannot be told."""
+    if not stat.S_ISDIR(stat_input(folder or ".").st_mode):
+        return []
     try:
         return sorted(os.listdir(folder or "."))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed: {error_text(error)}") from None

@@ -46,8 +46,8 @@ from blockgpt.data.writer import (
     sum_partition_stats,
     write_splits,
 )
-from blockgpt.errors import DataError, error_text
-from blockgpt.files import FolderLock
+from blockgpt.errors import DataError, UserError, error_text
+from blockgpt.files import FolderLock, list_dir
 from blockgpt.startup import n_cores
 
 CONTINUES = "(the finished partitions are saved: the same command continues)"
@@ -162,7 +162,10 @@ def writing_to(out_dir: Path, work: Path | None = None, wait: float = 1.0) -> It
             remove_stale(out_dir, keep=work)
             yield
     except OSError as error:
-        saved = "; the finished partitions are saved: the same command continues" if work else ""
+        saved = ""
+        with contextlib.suppress(UserError):
+            if work and list_dir(work, "*.json"):
+                saved = "; the finished partitions are saved: the same command continues"
         path = error.filename if isinstance(error.filename, str) else str(out_dir)
         if not Path(path).absolute().is_relative_to(out_dir.absolute()):  # such as a cache, or a temporary folder
             raise DataError(f"{path}: {error_text(error)} (free disk space, or make it accessible{saved})") from None

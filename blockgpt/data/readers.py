@@ -262,7 +262,8 @@ def table_documents(span: FileSpan, options: ReadOptions, skipped: Skipped) -> I
             elif len(row) <= column:
                 skipped.lose(f"no_{options.text_key}", f"{len(row)} cells, {len(columns)} columns")
             elif swallows_rows(row, column, columns, separator):
-                raise DataError(f"{skipped.where()}: a quote takes in the rows after it: {seen(row[column])} (if "
+                quoted = next(cell for cell in row if "\n" in cell)
+                raise DataError(f"{skipped.where()}: a quote takes in the rows after it: {seen(quoted)} (if "
                                 "quotes are part of the text: --no_quotes)")
             elif len(row[column]) > MAX_DOCUMENT:
                 skipped.lose("too_long", f"more than {MAX_DOCUMENT:,} characters")
@@ -310,20 +311,16 @@ def table_rows(reader: Any, span: FileSpan, skipped: Skipped, n_above: int) -> I
 
 
 def swallows_rows(row: list[str], column: int, columns: list[str], separator: str) -> bool:
-    """Whether the lines of a cell look like rows of the table: an opening quote that is text takes them in."""
-    if "\n" not in row[column] or len(columns) < 2:
+    """Whether the lines of a row look like rows of the table: an opening quote that is text takes them in."""
+    if len(columns) < 2 or not any("\n" in cell for cell in row):
         return False
-    others = [cell for i, cell in enumerate(row) if i != column]
-    if separator != "\t" and not any(cell.isdigit() for cell in others):
+    others = [(i, cell) for i, cell in enumerate(row[:len(columns)]) if i != column and "\n" not in cell]
+    if separator != "\t" and not any(cell.isdigit() for _, cell in others):
         return False  # a comma is common in text
-    for line in row[column].split("\n")[1:]:
-        cells = line.split(separator)
-        if len(cells) != len(columns):
-            return False
-        cells.pop(column)
-        if not all(b.isdigit() if a.isdigit() else b for a, b in zip(others, cells, strict=True)):
-            return False
-    return True
+    first, *lines = (line.split(separator) for line in separator.join(row[:len(columns)]).split("\n"))
+    return len(first) >= len(columns) and all(
+        len(cells) == len(columns) and all(cells[i].isdigit() if cell.isdigit() else cells[i] for i, cell in others)
+        for cells in lines)
 
 
 def has_surrogates(text: str) -> bool:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from blockgpt.console import echo
-from blockgpt.data.formats import UnknownFormat, recognize
-from blockgpt.data.losses import Skipped, library_errors, user_path
+from blockgpt.data.formats import UnknownFormat, read_file, recognize
+from blockgpt.data.losses import Skipped, library_errors
 from blockgpt.data.paths import InputFile, matching_files
 from blockgpt.data.readers import READERS, FileSpan, ReadOptions, parquet_file
-from blockgpt.errors import DataError, error_text
+from blockgpt.errors import DataError
+from blockgpt.files import user_path
 
 PARTITION_BYTES = 32 * 2**20  # of files: what a process reads at a time, and the most that is lost when it is killed
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -53,8 +54,9 @@ class FilePartition:
     def documents(self, skipped: Skipped) -> Iterator[tuple[None, str]]:
         """Yield the texts. `DataError` if most of a file, or most of the partition's text files, is lost."""
         n_text_files = n_lost_text_files = 0
+        first_lost = ("", "")  # of the text files
         for span in self.spans:
-            n, before = 0, skipped.begin()
+            n, n_empty, before = 0, 0, skipped.begin()
             with library_errors(f"{span.path}: cannot be read"):  # a compression library, a decoder
                 for text in READERS[span.format.name](span, self.options, skipped):
                     n += 1
@@ -62,10 +64,14 @@ class FilePartition:
                         yield None, text
                     else:
                         skipped["empty"] += 1
+                        n_empty += 1
             if span.format.name == "text":
                 n_text_files, n_lost_text_files = n_text_files + n, n_lost_text_files + skipped.n_lost - before
+                first_lost = first_lost if first_lost[0] else skipped.file_first
             else:
                 skipped.check(before, n, span.path)
+                skipped.note_empty(n_empty, n)
+        skipped.file_first = first_lost
         skipped.check(skipped.n_lost - n_lost_text_files, n_text_files, "text files")
 
 
@@ -170,11 +176,16 @@ def download(url: str, sha256: str, timeout: float = 30) -> bytes:
     return data
 
 
+def read_source(source: Path) -> bytes:
+    try:
+        return read_file(user_path(source))
+    except DataError as error:
+        raise DataError(f"--source {error}") from None
+
+
 def read_or_download(source: Path | None, url: str, sha256: str) -> str:
     """The text of the local file `source`, or of the download if source is None."""
     try:
-        return (download(url, sha256) if source is None else user_path(source).read_bytes()).decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"--source {source}: cannot be read: {error_text(error)}") from None
+        return (download(url, sha256) if source is None else read_source(source)).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"--source {source}: is not UTF-8 text (byte {error.start})") from None

@@ -17,14 +17,16 @@ from pathlib import Path
 
 import numpy as np
 
-from blockgpt.data.formats import COMPRESSIONS, file_type_error, is_text, signature
+from blockgpt.console import script_path
+from blockgpt.data.formats import COMPRESSIONS, MARKS, file_type_error, is_text, signature
 from blockgpt.errors import DataError, error_text
 from blockgpt.files import exists
 
+PRINTABLE = frozenset(b"\t\n\r") | frozenset(range(32, 127))  # characters of ASCII
 # Of formats.SIGNATURES, those that are too long to be token ids by chance are looked for.
 MIN_SIGNATURE = 4
-PICKLE = re.compile(rb"\x80[\x02-\x05]\x95.{4}\0{4}", re.DOTALL)
-ARRAY_FUNCTIONS = "np.fromfile(FILE, '<{}').astype('<{}').tofile(FILE)"
+PICKLE = re.compile(rb"\x80[\x04\x05]\x95.{4}\0{4}|\x80[\x02\x03]([]}]q|c[a-z_]{2}|\x8a\nl\xfc\x9cF\xf9)", re.DOTALL)
+ARRAY_FUNCTIONS = "np.fromfile(FILE, '{}').astype('{}').tofile(FILE)"
 
 
 @functools.cache
@@ -105,12 +107,12 @@ def check_bare_file(path: Path, dtype: np.dtype) -> None:
     index = path.with_suffix(".idx")
     if exists(index):
         raise DataError(f"{path}: belongs to {index.name}, as Megatron and fairseq write it, {wanted}")
-    if is_utf8_text(head):
-        raise DataError(f"{path}: is text, {wanted} (python data/files/prepare.py --name NAME "
-                        f"--input {shlex.quote(str(path))})")
+    if is_text_file(head):
+        command = shlex.join(["python", script_path("data/files/prepare.py"), "--name=NAME", f"--input={path}"])
+        raise DataError(f"{path}: is text, {wanted} ({command})")
     if wide := wide_dtype(head, dtype):
-        raise DataError(f"{path}: has {wide.name} ids, {wanted} "
-                        f"(numpy: {ARRAY_FUNCTIONS.format(wide.str[1:], dtype.str[1:])})")
+        raise DataError(f"{path}: has {'big-endian ' * (wide.str[0] == '>')}{wide.name} ids, {wanted} "
+                        f"(numpy: {ARRAY_FUNCTIONS.format(wide.str, dtype.str)})")
 
 
 def foreign_format(head: bytes) -> str | None:
@@ -124,22 +126,38 @@ def foreign_format(head: bytes) -> str | None:
     return known[0] if known and known[1] else None
 
 
-def is_utf8_text(head: bytes) -> bool:
-    """Whether a head of a file, of 16 bytes or more, is text: nearly impossible for token ids."""
-    if len(head) < 16 or not is_text(head):
+def is_text_file(head: bytes) -> bool:
+    """Whether a head of a file, of 16 bytes or more, is text: nearly impossible for token ids.
+
+    UTF-8, UTF-16 with its mark, or, in a longer file, another encoding of mostly ASCII characters.
+    """
+    if len(head) < 16:
         return False
+    for mark, encoding in MARKS:
+        if head.startswith(mark):
+            return can_decode(head, encoding)
+    if not is_text(head):
+        return False
+    n_printable = len(head.translate(None, bytes(set(range(256)) - PRINTABLE)))
+    return can_decode(head, "utf-8") or (len(head) >= 512 and n_printable >= 0.8 * len(head))
+
+
+def can_decode(head: bytes, encoding: str) -> bool:
+    """Whether bytes are the beginning of a text in an encoding."""
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
+        codecs.getincrementaldecoder(encoding)().decode(head)
         return True
-    except UnicodeDecodeError:
+    except UnicodeError:
         return False
 
 
 def wide_dtype(head: bytes, dtype: np.dtype) -> np.dtype | None:
     """The wider dtype that the first ids of a file have, if only their low words are used."""
-    for wide in (np.dtype("<i8"), np.dtype("<i4")):
+    for wide in map(np.dtype, ("<i8", "<i4", ">i8", ">i4")):
         n = wide.itemsize // dtype.itemsize
         words = np.frombuffer(head[:len(head) // wide.itemsize * wide.itemsize], dtype).reshape(-1, n)
+        if wide.str[0] == ">":
+            words = words[:, ::-1].byteswap()
         if n == 1 or len(words) < 8 or np.mean(words[:, 0] != 0) < 0.5:
             continue
         rest = words[:, 1:]
@@ -150,6 +168,9 @@ def wide_dtype(head: bytes, dtype: np.dtype) -> np.dtype | None:
 
 def check_bare_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
     """`check_token_ids` of a whole file, with a guess at what the file is instead."""
+    if vocab_size > 1024 and len(ids) >= 16 and np.isin(ids[:2**15], list(PRINTABLE)).all():  # a BPE's ids are others
+        raise DataError(f"{path}: is text in UTF-{8 * ids.itemsize}, not token ids (iconv -f UTF-{8 * ids.itemsize}LE "
+                        "-t UTF-8, then data/files/prepare.py)")
     beyond = ids >= vocab_size
     if not beyond.any():
         return

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from blockgpt.data.losses import library_errors, user_path
-from blockgpt.errors import DataError, UserError, did_you_mean, error_text, first_line, require_package, short_repr
-from blockgpt.files import exists, is_dir, list_dir
+from blockgpt.data.formats import read_file
+from blockgpt.data.losses import library_errors
+from blockgpt.errors import DataError, UserError, did_you_mean, first_line, require_package, short_repr
+from blockgpt.files import exists, is_dir, list_dir, user_path
 
 ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")  # tiktoken's, downloaded once, then cached
 # How an exported SentencePiece BPE splits text before merging: before spaces, which its tokens do not cross.
@@ -272,8 +273,8 @@ class HFTokenizer(RoundTripTokenizer):
         self.tokenizer.encode_special_tokens = True
         self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         self.special = [t.content for _, t in sorted(self.tokenizer.get_added_tokens_decoder().items())]
-        self.eot_text = next((t for t in ((eot,) if eot else END_OF_TEXT) if self.is_separator(t)), None)
-        if eot and self.eot_text is None:
+        self.eot_text = next((t for t in (END_OF_TEXT if eot is None else (eot,)) if self.is_separator(t)), None)
+        if eot is not None and self.eot_text is None:
             raise no_eot(eot, self.special)
         self.eot = None if self.eot_text is None else self.tokenizer.token_to_id(self.eot_text)
 
@@ -346,9 +347,9 @@ def load_tokenizer(spec: str, eot: str | None = None) -> Tokenizer:
         return TiktokenTokenizer(spec, **more)
     path = tokenizer_file(spec)
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"tokenizer {path}: cannot be read: {error_text(error)}") from None
+        content = read_file(path)
+    except DataError as error:
+        raise DataError(f"tokenizer {error}") from None
     try:
         return TOKENIZER_FILES[path.suffix](content, more)
     except DataError as error:

@@ -80,7 +80,8 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise BrokenLogError(f"{path.name} is missing") from None
+        link = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "missing"
+        raise BrokenLogError(f"{path.name} is {link}") from None
     except OSError as error:
         raise BrokenLogError(f"{path.name} cannot be read: {error.strerror}") from None
 

@@ -175,6 +175,18 @@ def first_launch(document: dict[str, Any]) -> dict[str, Any]:
             **{key: document.get(key) for key in ("command", "git_commit", "versions", "hardware")}}
 
 
+def launch_command(launch: Any) -> tuple[str, ...]:
+    """The words that start what a launch started, with the variable that results depend on; none if not recorded."""
+    launch = launch if isinstance(launch, dict) else {}
+    words, threads, hardware = (launch.get(key) for key in ("command", "omp_num_threads", "hardware"))
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        return ()
+    processes = hardware.get("world_size") if isinstance(hardware, dict) else None
+    start = ["torchrun", f"--nproc_per_node={processes}"] if type(processes) is int and processes > 1 else ["python"]
+    variable = f"OMP_NUM_THREADS={threads}" if isinstance(threads, str) and re.fullmatch("[0-9,]+", threads) else ""
+    return (*filter(None, [variable]), *start, *words)
+
+
 def launch_environment(launch: dict[str, Any]) -> dict[str, Any]:
     """{what: value} of a launch: what a process computes with, but not where (the index of a GPU, the computer)."""
     versions, hardware = (section if isinstance(section := launch.get(key), dict) else {}
@@ -400,19 +412,17 @@ def read_run(directory: str | os.PathLike[str], upgrade: Upgrade, renamed: dict[
     Returns:
         A value or None for each column but rank and delta, which depend on the other runs; path, created_at, warnings,
         criterion; the sections model, config, data and hardware of run.json; environment (see `launch_environment`) of
-        the newest launch; initial_weights (text or None); changes ([`Change`]), val_data (`ValData`) and curve
-        ([`Point`]); flops_per_token (of training) and unique_tokens (of the training data), None if not recorded.
+        the newest launch; command (see `launch_command`) of the first; initial_weights (text or None); changes
+        ([`Change`]), val_data (`ValData`) and curve ([`Point`]); flops_per_token (of training) and unique_tokens (of
+        the training data), None if not recorded.
     """
     path = Path(directory)
     file, metrics = path / "run.json", path / "metrics.jsonl"
-    # A link is named by what it leads to. To look for links in the whole path takes longer.
-    name = path.name if path.name not in ("", "..") and not path.is_symlink() else os.path.basename(
-        os.path.realpath(path))
     run: Run = dict.fromkeys(column.key for column in COLUMNS)
-    run |= {"name": printable(name), "path": str(path), "warnings": [], "model": {},
+    run |= {"name": printable(os.path.basename(os.path.realpath(path))), "path": str(path), "warnings": [], "model": {},
             "config": {}, "data": {}, "hardware": {}, "environment": {}, "initial_weights": None, "changes": [],
             "val_data": ValData(None, None, ""), "criterion": Criterion(), "curve": [], "flops_per_token": None,
-            "unique_tokens": None,
+            "unique_tokens": None, "command": (),
             "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(modified_time(path)))}
     try:
         document = read_document(file)
@@ -422,7 +432,7 @@ def read_run(directory: str | os.PathLike[str], upgrade: Upgrade, renamed: dict[
         quiet_seconds = time.time() - max(modified_time(file), modified_time(metrics))
         if status == "running" and quiet_seconds > QUIET_SECONDS:
             status, reason = "running?", f"nothing written for {quiet_seconds / 3600:.1f} h, possibly killed"
-        just_begun = status == "running" and not modified_time(metrics)
+        just_begun = status == "running" and not os.path.lexists(metrics)
         metric = criterion.metric
         records, skipped = ({"eval": [], "step": []}, 0) if just_begun else read_metrics(metrics, metric)
         evals = on_final_val_data(records["eval"], run["changes"])
@@ -455,6 +465,7 @@ def describe_run(document: dict[str, Any], upgrade: Upgrade, renamed: dict[str, 
     digest = weights.get("sha256")
     tokens, val_digest = read_val_data(document.get("val_data") or {})
     return {"architecture": printable(document["arch_name"]), "created_at": printable(document["created_at"]),
+            "command": launch_command(launches[0]),
             "parameters": numeric_value(document["parameters"], "total"),
             "config": plain_values(config), "model": plain_values(model),
             "data": plain_values(document["data"]), "hardware": plain_values(document.get("hardware") or {}),

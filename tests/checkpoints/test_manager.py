@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -269,6 +270,20 @@ def test_a_last_background_save_that_failed_is_a_warning(tmp_path):
     with largest_file(1000), manager:
         manager.save()
     assert len(log.warnings) == 1 and "the checkpoint of step 5 failed: " in log.warnings[0]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_background_save_without_memory_is_a_failed_save_and_says_what_needs_less(tmp_path, monkeypatch, error):
+    def out_of_memory(*_, **__):
+        raise error
+
+    manager, log = make(tmp_path, checkpoint_async=True)
+    manager.progress.step = 5
+    monkeypatch.setattr(saver_module, "commit_checkpoint", out_of_memory)
+    with manager:
+        manager.save()
+    assert len(log.warnings) == 1 and re.search(
+        r"the checkpoint of step 5 failed: out of memory \(--checkpoint_async=False ", log.warnings[0])
 
 
 def test_the_last_save_of_training_exports_the_weights(tmp_path):

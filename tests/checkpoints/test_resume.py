@@ -83,7 +83,7 @@ def test_auto_resumes_an_existing_run_and_otherwise_starts_it(recorded, tmp_path
     (tmp_path / "runs/mine/run.json").unlink()  # killed before it was written
     assert not load_config([*AUTO, "--seed=4"]).resuming
     (tmp_path / "runs/mine/checkpoints/step_00000001").mkdir(parents=True)
-    assert config_error(*AUTO).startswith("--run_name: there is no run runs/mine to resume")
+    assert config_error(*AUTO).startswith("--run_name: runs/mine/run.json is missing, though the folder has")
     assert config_error("--resume=auto").startswith("--resume: 'auto' needs --run_name=NAME")
     assert load_config(["--resume_force"]).keys_without_effect() == {"resume_force": "nothing is resumed"}
 

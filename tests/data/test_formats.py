@@ -1,5 +1,6 @@
 """What people bring: each kind of file is read, or refused by name; nothing is taken for text that is none."""
 
+import asyncio
 import base64
 import bz2
 import gzip
@@ -8,7 +9,9 @@ import json
 import lzma
 import os
 import pickle
+import re
 import resource
+import shutil
 import struct
 import zipfile
 
@@ -23,6 +26,7 @@ from hypothesis import strategies as st
 from prepare_helpers import MemoryPartition, run_prepare
 from test_sources import read, write_csv
 from test_tokenizer import hf_json
+from unprivileged import run_unprivileged
 
 from blockgpt.data import filters, readers
 from blockgpt.data.commands import add_input, command_parser
@@ -31,7 +35,7 @@ from blockgpt.data.filters import parse_filters
 from blockgpt.data.formats import COMPRESSIONS, SIGNATURES, UnknownFormat, recognize
 from blockgpt.data.hub import hub_partitions
 from blockgpt.data.losses import Skipped
-from blockgpt.data.sources import file_partitions
+from blockgpt.data.sources import file_partitions, read_or_download
 from blockgpt.data.token_files import memory_map
 from blockgpt.data.tokenizer import HFTokenizer, load_tokenizer, pack_bytes
 from blockgpt.errors import DataError, UserError
@@ -50,7 +54,9 @@ COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.c
 @pytest.mark.parametrize("compression", COMPRESS)
 @pytest.mark.parametrize("name, content", [*((f"{kind}.json", text) for kind, text in JSON.items()),
                                            *((f"x{s}", LINES) for s in (".jsonl", ".jsonlines", ".jl", ".ndjson")),
-                                           ("0f9a8b", LINES), ("part-00000", LINES)])
+                                           ("0f9a8b", LINES), ("part-00000", LINES), ("x.txt", LINES),
+                                           ("x.bak", LINES), ("x.ldjson", LINES), ("x.geojson", JSON["array"]),
+                                           ("x.txt", JSON["indented"])])
 def test_json_is_read_whatever_its_form(tmp_path, name, content, compression):
     (tmp_path / (name + compression)).write_bytes(COMPRESS[compression](content.encode()))
     assert read([tmp_path]) == (TEXTS, {})
@@ -160,6 +166,11 @@ TABLES = {  # name: (content, flags, texts or words of the error)
                             "line 3: a quote opens a cell that does not end"),
     "x.tsv quote that ends later": ('id\ttext\n1\t"a\n2\tb\n3\tc"\n4\td\n', {}, "line 2: a quote takes in the rows"),
     "x.csv quote that ends later": ('id,text\n1,"a\n2,b\n3,c"\n4,d\n', {}, "line 2: a quote takes in the rows"),
+    "x.tsv quote in another column": ('id\ttitle\ttext\n1\t"a\tA\n2\tb"\tB\n3\tc\tC\n', {},
+                                      "line 2: a quote takes in the rows"),
+    "x.csv quote in another column": ('id,title,text\n1,"a,A\n2,b",B\n3,c,C\n', {}, "line 2: a quote takes in the"),
+    "x.tsv quote in the first column": ('text\tid\n"a\t1\nb\t2\nc"\t3\nd\t4\n', {}, "line 2: a quote takes in the"),
+    "x.csv lines in another column": ('id,title,text\n1,"a\nb",A\n2,"c, d\n3",B\n', {}, ["A", "B"]),
     "x.tsv quotes": ('id\ttext\n1\ta\n2\t"b\n3\t"c"\n', {"quotes": False}, ["a", '"b', '"c"']),
     "x.csv two columns": ("text,text\na,b\n", {}, "has 2 columns 'text'"),
     "x.csv blank lines": ("\n\n\nid,text\n1,a\n\n2,b\n", {}, ["a", "b"]),
@@ -216,6 +227,22 @@ def test_a_file_that_is_mostly_lost_is_an_error_with_the_first_line(tmp_path, lo
         assert f"warning: {lost} lost (not_json), the first: {tmp_path}/x.jsonl line 1" in capsys.readouterr().err
 
 
+def test_text_files_of_which_most_are_lost_name_the_first(tmp_path):
+    for i in range(10):  # the last is not lost
+        (tmp_path / f"{i}.txt").write_bytes(b"caf\xc3\xa9" if i in (0, 9) else b"caf\xe9")
+    message = refusal(run_prepare, tmp_path / "out", file_partitions([str(tmp_path)]))
+    assert "8 of 10 records are lost, the first (not_utf8) is " in message and "1.txt: byte 3 (line 1)" in message
+    assert "iconv" in message
+
+
+@pytest.mark.parametrize("empty, warns", [(10, False), (90, True)])
+def test_a_file_whose_records_are_mostly_empty_is_a_warning(tmp_path, capsys, empty, warns):
+    lines = [json.dumps({"text": f"text {i}" * (i >= empty)}) for i in range(100)]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    run_prepare(tmp_path / "out", file_partitions([str(tmp_path / "x.jsonl")]), val_fraction=0.5)
+    assert (f"x.jsonl: {empty} of its 100 records have no text" in capsys.readouterr().err) == warns
+
+
 def test_the_fields_that_a_record_has_are_named(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"content": "a", "id": 1}\n')
     message = refusal(run_prepare, tmp_path / "out", file_partitions([str(tmp_path / "x.jsonl")]))
@@ -257,18 +284,33 @@ def test_what_is_no_file_is_an_error_and_never_left_out(tmp_path, make, words, p
     assert "odd.txt" in message and words in message
 
 
-@pytest.mark.parametrize("pattern", ["", "**/*.txt", "*/*.txt"])
-def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch, pattern):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "a.txt").write_text("a")
-    real = os.listdir
+@pytest.mark.parametrize("read_it", [
+    lambda path: load_tokenizer(f"{path}.json"), lambda path: read_or_download(path, "", ""),
+    lambda path: open_dataset("d", path.parent)])
+def test_no_pipe_is_waited_for(tmp_path, read_it):
+    (tmp_path / "d").mkdir()
+    for name in ("x", "x.json", "d/meta.json"):
+        os.mkfifo(tmp_path / name)
+    assert "is a pipe" in refusal(read_it, tmp_path / "x")
 
-    def listdir(path):  # root may list any folder, so that a mode of 000 does not show it
-        if path.endswith("sub"):
-            raise PermissionError(13, "Permission denied")
-        return real(path)
-    monkeypatch.setattr(os, "listdir", listdir)
-    assert "sub: cannot be listed: Permission denied" in refusal(file_partitions, [str(tmp_path / pattern)])
+
+@pytest.mark.parametrize("closed, words", [
+    (0o000, "sub: cannot be listed: Permission denied"), (0o444, "sub/deep: cannot be .*: Permission denied"),
+    (0o111, "sub: cannot be listed: Permission denied"), ("/no/such/disk", "sub: is a link to /no/such/disk, which"),
+    ("sub", "sub: is a link to sub, which cannot be read: Too many")])
+@pytest.mark.parametrize("pattern", ["", "**", "**/*.txt", "*/*", "*/*/*.txt", "s*/**/*.txt"])
+def test_a_folder_that_cannot_be_read_is_an_error_and_its_files_are_never_left_out(tmp_path, closed, words, pattern):
+    """As soon as a pattern could match something below it, whatever its own name is."""
+    for name in ("open/deep/a.txt", "sub/deep/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    if isinstance(closed, str):
+        shutil.rmtree(tmp_path / "sub")
+        (tmp_path / "sub").symlink_to(closed)
+    else:
+        (tmp_path / "sub").chmod(closed)
+    message = run_unprivileged(lambda: file_partitions([str(tmp_path / pattern)]))
+    assert message.startswith("DataError: ") and re.search(words, message), message
 
 
 def test_a_dataset_is_no_input_of_itself_or_of_another(tmp_path, capsys):
@@ -308,6 +350,9 @@ BARE = {"int32": IDS.astype("<i4").tobytes(), "int64": IDS.astype("<i8").tobytes
         "llm.c": struct.pack("<256i", 20240520, 1, *[0] * 254),
         "gzip": gzip.compress(b"text"), "zip": archive(), "a pickle": pickle.dumps(list(range(9999)), 4),
         "big-endian": IDS.astype(">u2").tobytes(),
+        "big-endian int32": IDS.astype(">i4").tobytes(), "big-endian int64": IDS.astype(">i8").tobytes(),
+        "pickle": pickle.dumps(list(range(9999)), 2), "is a pickle": pickle.dumps(IDS.astype("<u2"), 2),
+        "is text": ("plus tard, très bien, " * 98).encode("latin-1"), "is text, ": ("words and " * 99).encode("utf-16"),
         "a header?": struct.pack("<128H", *[60000] * 128) + IDS.astype("<u2").tobytes()}
 
 
@@ -318,6 +363,14 @@ def test_what_is_no_file_of_token_ids_is_told_at_a_glance(tmp_path, name):
         (tmp_path / f"x/{split}.bin").write_bytes(BARE[name])
     message = refusal(open_dataset, "x", tmp_path, vocab_size=257)
     assert "x/train.bin: " in message and name in message
+
+
+def test_text_in_utf_16_is_no_file_of_token_ids_of_a_large_vocabulary(tmp_path):
+    (tmp_path / "x").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / f"x/{split}.bin").write_bytes(b"To be, or not to be.\n".decode().encode("utf-16-le"))
+    assert "train.bin: is text in UTF-16" in refusal(open_dataset, "x", tmp_path, vocab_size=50257)
+    assert open_dataset("x", tmp_path, "byte").tokens("train") == 21  # the ids of bytes are the same
 
 
 @given(st.lists(st.integers(0, 50256), min_size=1, max_size=300))
@@ -379,25 +432,43 @@ def test_documents_that_cannot_be_separated_are_an_error(tmp_path):
     assert "--eot names one, such as <the end>" in message and "--no_separator" in message
     assert run_prepare(tmp_path / "x", documents, tokenizer("<the end>", "<the end>"))["eot"] == 0
     assert "is no special token" in refusal(tokenizer, "<x>", "d")  # of the vocabulary, but text contains it
+    assert "is no special token" in refusal(tokenizer, "<x>", "")
 
 
 class Choking:
-    """A library that fails on one document, as those in Rust do."""
+    """A library or a function that fails on one document."""
+
+    def __init__(self, error):
+        self.error = error
 
     def __call__(self, text):
         if text == "7":
-            raise type("PanicException", (BaseException,), {})("two\nlines")
+            raise self.error
         return True
 
 
-def test_a_document_on_which_a_function_fails_is_counted_and_named(tmp_path, capsys):
-    meta = run_prepare(tmp_path, [MemoryPartition(tuple(map(str, range(40))))], filters={"callable": Choking()})
-    assert meta["skipped"]["filter_failed"] == 1 and "PanicException: two" in capsys.readouterr().err
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("error, words", [
+    (type("PanicException", (BaseException,), {})("two\nlines"), "PanicException: two"),  # of a library in Rust
+    (asyncio.CancelledError(), "CancelledError"), (type("Stop", (BaseException,), {})("x"), "Stop: x"),
+    (SystemExit(3), "SystemExit: 3"), (Unprintable(), "Unprintable: Unprintable"), (OSError(), "OSError"),
+    (ValueError(), "ValueError"), (StopIteration(), "StopIteration"), (RecursionError("deep"), "RecursionError: deep"),
+    (MemoryError(), "MemoryError"), (FileNotFoundError(2, "No such file"), "No such file")])
+def test_a_document_on_which_a_function_fails_is_counted_and_named(tmp_path, capsys, error, words):
+    meta = run_prepare(tmp_path, [MemoryPartition(tuple(map(str, range(40))))], filters={"callable": Choking(error)})
+    assert meta["skipped"]["filter_failed"] == 1 and f"fails on it: {words}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source, words", [("raise RuntimeError('no')", "cannot be imported: RuntimeError: no"),
                                            ("import sys; sys.exit()", "cannot be imported: SystemExit"),
-                                           ("f = 3", "3 is no function"), ("f(", "SyntaxError")])
+                                           ("raise BaseException('b')", "cannot be imported: BaseException: b"),
+                                           ("f = 3", "3 is no function"), ("f(", "SyntaxError"),
+                                           ("async def f(text): return False", "always true"),
+                                           ("def f(text): yield False", "is always true")])
 def test_a_module_that_fails_is_one_line(tmp_path, monkeypatch, source, words):
     name = f"user_{abs(hash(words))}"
     (tmp_path / f"{name}.py").write_text(source)
@@ -410,17 +481,54 @@ def test_a_repeated_filter_is_refused(flags):
     assert "is given twice" in refusal(parse_filters, flags, error=UserError)
 
 
-def test_the_source_of_a_function_and_of_what_it_uses_is_part_of_the_recipe(tmp_path, monkeypatch):
+USES = {  # {what a filter uses: (its source, {file that is edited: its content})}
+    "itself": ("def f(text): return True", {}),
+    "a function": ("from NAME_helper import keep\ndef f(text): return keep(text)", {"NAME_helper.py": "keep = len"}),
+    "a constant": ("from NAME_helper import N\ndef f(text): return len(text) > N", {"NAME_helper.py": "N = 3"}),
+    "all of a module": ("from NAME_helper import *\ndef f(text): return len(text) > N", {"NAME_helper.py": "N = 3"}),
+    "a module's module": ("import NAME_a\ndef f(text): return NAME_a.N", {"NAME_a.py": "from NAME_b import N",
+                                                                        "NAME_b.py": "N = 3"}),
+    "an import in a function": ("def f(text):\n from NAME_helper import N\n return N", {"NAME_helper.py": "N = 3"}),
+    "a name as text": ("import importlib\ndef f(text): return importlib.import_module('NAME_helper').N",
+                       {"NAME_helper.py": "N = 3"}),
+    "a folder without __init__": ("import NAME_p.helper\ndef f(text): return NAME_p.helper.N",
+                                  {"NAME_p/helper.py": "N = 3"}),
+    "a package": ("from NAME_p.helper import N\ndef f(text): return N",
+                  {"NAME_p/__init__.py": "", "NAME_p/helper.py": "from .sizes import N", "NAME_p/sizes.py": "N = 3"}),
+    "a file of words": ("def f(text): return text in open('NAME_words.txt').read()", {"NAME_words.txt": "a b"}),
+    "a file next to it": ("from pathlib import Path\nW = (Path(__file__).parent / 'NAME_w.txt').read_text()\n"
+                          "def f(text): return text in W", {"NAME_w.txt": "a b"})}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_what_a_function_uses_is_part_of_the_recipe(tmp_path, monkeypatch, name):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "helper_a.py").write_text("def keep(text): return True\n")
-    (tmp_path / "filter_a.py").write_text("from helper_a import keep\nimport json\ndef f(text): return keep(text)\n")
-    settings = {"callable": "filter_a:f"}
+    module = "user_" + name.replace(" ", "_").replace("'", "")
+    source, files = USES[name]
+    files = {f"{module}.py": source + "\nimport json\n", **files}
+    files = {path.replace("NAME", module): text.replace("NAME", module) + "\n" for path, text in files.items()}
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    settings = {"callable": f"{module}:f"}
     before = filters.source_digests(settings)
-    assert sorted(before) == ["filter_a", "helper_a"]
-    for module in before:
-        (tmp_path / f"{module}.py").write_text((tmp_path / f"{module}.py").read_text() + "# edited\n")
+    assert filters.source_digests(settings) == before and not any("json" in key for key in before)
+    for path in files:
+        (tmp_path / path).write_text((tmp_path / path).read_text() + "# edited\n")
         after = filters.source_digests(settings)
-        assert after[module] != before[module]
+        assert after != before, path
+        before = after
+
+
+def test_a_file_that_a_function_writes_is_no_part_of_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user_log.py").write_text("def f(text): print(text, file=open('log.txt', mode='a')); return True\n")
+    digests = []
+    for text in ("a", "b"):
+        (tmp_path / "log.txt").write_text(text)
+        digests.append(filters.source_digests({"callable": "user_log:f"}))
+    assert digests[0] == digests[1]
 
 
 def test_a_version_of_a_hub_dataset_is_part_of_its_identity(tmp_path):

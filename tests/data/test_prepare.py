@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, environment, run_python
 from dataset_helpers import refusal
-from prepare_helpers import contents, partitions_of, run_prepare
+from prepare_helpers import MemoryPartition, contents, partitions_of, run_prepare
 
 from blockgpt.data import prepare as prepare_module
 from blockgpt.data import sources as sources_module
@@ -160,6 +160,7 @@ def test_a_full_disk_is_a_one_line_error_and_leaves_nothing(tmp_path):
 def test_a_folder_that_cannot_be_created_is_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refusal(write, tmp_path / "file" / "x")
+    assert "are saved" not in refusal(run_prepare, tmp_path / "file" / "x", [MemoryPartition(("text",))])
 
 
 def start(*command, cwd=None):

@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import threading
 
 import pyarrow
@@ -13,6 +14,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unprivileged import run_unprivileged
 
 from blockgpt.data import hub, readers, sources
 from blockgpt.data.hub import hub_partitions
@@ -235,6 +237,23 @@ def test_a_hub_dataset_has_a_partition_per_file(tmp_path):
     assert sorted(texts) == sorted(("val", f"{i}{c}") for i in range(3) for c in "ab") and skipped["empty"] == 3
     partitions = hub_partitions("json", data_files=f"{tmp_path}/0.jsonl", text_key="body")
     assert "no column 'body'" in refusal(hub_texts, partitions)
+
+
+@pytest.mark.parametrize("closed, words", [
+    (0o000, "data/b: cannot be read: Permission denied"), (0o444, "data/b/0.jsonl: cannot be read: Permission denied"),
+    ("/no/such/disk", "data/b: is a link to /no/such/disk, which does not exist")])
+def test_a_closed_folder_of_a_local_copy_is_an_error_and_its_files_are_never_left_out(tmp_path, closed, words):
+    for folder in "ab":
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        (tmp_path / "data" / folder / "0.jsonl").write_bytes(as_jsonl(["text"]))
+    if isinstance(closed, str):
+        shutil.rmtree(tmp_path / "data/b")
+        (tmp_path / "data/b").symlink_to(closed)
+    else:
+        (tmp_path / "data/b").chmod(closed)
+    for more in ({}, {"path": "json", "data_files": (f"{tmp_path}/data/a", f"{tmp_path}/data")}):
+        message = run_unprivileged(lambda more=more: hub_partitions(**{"path": str(tmp_path)} | more))
+        assert message.startswith(f"UserError: {tmp_path}/{words}"), message
 
 
 class InterruptedHandler(http.server.BaseHTTPRequestHandler):

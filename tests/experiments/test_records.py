@@ -217,6 +217,12 @@ def as_circular_link(file):
     return lambda path: ((path / file).unlink(), (path / file).symlink_to(path / file))
 
 
+def as_link_to_nowhere(file, **sections):
+    """As of a disk that is not mounted."""
+    return lambda path: (with_sections(**sections)(path), (path / file).unlink(),
+                         (path / file).symlink_to("/no/such/disk"))
+
+
 BROKEN = {
     "no run.json": (missing("run.json"), "run.json is missing"),
     "empty run.json": (with_content("run.json", b" \n"), "run.json is empty"),
@@ -232,6 +238,10 @@ BROKEN = {
     "an empty object": (with_content("run.json", b"{}"), "schema_version is missing"),
     "run.json a directory": (as_directory("run.json"), "run.json cannot be read"),
     "run.json a circle of links": (as_circular_link("run.json"), "run.json cannot be read"),
+    "run.json a link to nowhere": (as_link_to_nowhere("run.json"), "run.json is a link to /no/such/disk, which"),
+    "metrics a link to nowhere": (as_link_to_nowhere("metrics.jsonl"), "metrics.jsonl is a link to /no/such/disk"),
+    "metrics of a running run a link to nowhere": (as_link_to_nowhere(
+        "metrics.jsonl", status="running", results={"best_val_loss": 0.1}), "metrics.jsonl is a link to /no/such/disk"),
     "newer schema": (with_sections(schema_version=2), "schema_version 2 is newer"),
     "schema a string": (with_sections(schema_version="1"), "schema_version"),
     "schema null": (with_sections(schema_version=None), "schema_version is not a number"),

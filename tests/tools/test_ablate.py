@@ -137,8 +137,12 @@ def test_a_study_is_shown_run_and_not_run_again(tmp_path, data_dir, capfd, monke
     assert "none with 1 seeds: a verdict takes 3" in shown
     assert not run_dirs(tmp_path / "ablations")
 
-    assert ablate.main(argv) == 0
+    assert ablate.main([*argv, "--plot=a.svg", "--report=a b.html"]) == 0
     out = capfd.readouterr().out
+    assert (tmp_path / "a.svg").exists()
+    page = (tmp_path / "a b.html").read_text()
+    assert f"python -m tools.ablate {' '.join(argv)} --plot=a.svg &#x27;--report=a b.html&#x27;" in page
+    assert '<span class="badge none">no verdict</span>' in page and "norm_position" in page
     assert "pre seed 1: finished" in out and "post seed 1: finished" in out and "no verdict" in out
     directories = run_dirs(tmp_path / "ablations")
     assert len(directories) == 2

@@ -33,6 +33,7 @@ import blockgpt.startup  # noqa: F401
 # isort: split
 from blockgpt.console import ArgumentParser
 from blockgpt.errors import did_you_mean, exit_on_user_error
+from blockgpt.files import user_path
 from tools.torture.files import damage, malicious
 from tools.torture.lookups import lookups, shared
 from tools.torture.network import network
@@ -325,7 +326,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=1, help="seed of the trials")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the number of trials")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trials at the same time")
-    parser.add_argument("--folder", type=Path, default=None, help="where the trials run; default: a temporary folder")
+    parser.add_argument("--folder", type=user_path, default=None,
+                        help="where the trials run; default: a temporary folder")
     parser.add_argument("--modes", default=",".join(DEFAULT_MODES), help=f"of {', '.join(MODES)}")
     parser.add_argument("--phases", default=",".join(PHASES), help="phases of a save, for kills and full disks")
     parser.add_argument("--no_torchrun", action="store_true", help="fork all ranks, a second per run")

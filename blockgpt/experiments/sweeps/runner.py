@@ -351,22 +351,42 @@ def record_look(folder: Path, runs: Iterable[PlannedRun], outcomes: Mapping[str,
     Another look at the same finished runs is none: it can show nothing new. The study's looks.jsonl has one line for
     each, {look, at, runs, seeds: {"size/variant": finished runs}, digest of the finished runs}.
     """
-    finished = sorted((run for run in runs if run.purpose == "judge" and outcomes[run.id].state == "finished"),
-                      key=lambda run: run.id)
-    digest = hashlib.sha256(" ".join(run.id for run in finished).encode()).hexdigest()[:16]
+    finished = judged_and_finished(runs, outcomes)
+    digest = runs_digest(finished)
     seeds = Counter(f"{run.size}/{run.variant}" for run in finished)
     try:
         with FolderLock(folder, "records a look at the verdicts", wait=60):
             looks = read_looks(folder)
-            for i, look in enumerate(looks, 1):
-                if look.get("digest") == digest:
-                    return i
+            before = look_at(looks, digest)
+            if before is not None:
+                return before
             append_line(folder / "looks.jsonl", {"look": len(looks) + 1, "at": utc_seconds(), "runs": len(finished),
                                                  "seeds": seeds, "digest": digest})
             return len(looks) + 1
     except OSError as error:
         raise UserError(f"{folder}: a look at the verdicts cannot be recorded: {error_text(error)} (no verdict without "
                         "a record of it)") from None
+
+
+def recorded_look(folder: Path, runs: Iterable[PlannedRun], outcomes: Mapping[str, RunOutcome]) -> int | None:
+    """Which recorded look was at exactly the runs that have finished now; None if none was."""
+    return look_at(read_looks(folder), runs_digest(judged_and_finished(runs, outcomes)))
+
+
+def judged_and_finished(runs: Iterable[PlannedRun], outcomes: Mapping[str, RunOutcome]) -> list[PlannedRun]:
+    """What a look is at: the judged runs that have finished, by id."""
+    return sorted((run for run in runs if run.purpose == "judge" and outcomes[run.id].state == "finished"),
+                  key=lambda run: run.id)
+
+
+def runs_digest(finished: Iterable[PlannedRun]) -> str:
+    """The digest of the finished runs of a look."""
+    return hashlib.sha256(" ".join(run.id for run in finished).encode()).hexdigest()[:16]
+
+
+def look_at(looks: Iterable[Mapping[str, Any]], digest: str) -> int | None:
+    """The index, from 1, of the look at the finished runs that a digest names."""
+    return next((i for i, look in enumerate(looks, 1) if look.get("digest") == digest), None)
 
 
 def read_looks(folder: Path) -> list[dict[str, Any]]:

@@ -195,8 +195,14 @@ class Sweep:
 
     # ---- the runs
 
-    def run_all(self) -> tuple[list[PlannedRun], dict[str, RunOutcome]]:
-        """Run all stages; returns (the runs of the last one, {id: outcome}). `stopped` says whether it was stopped."""
+    def run_all(self, declare: Callable[[Sequence[PlannedRun]], None] = lambda runs: None
+                ) -> tuple[list[PlannedRun], dict[str, RunOutcome]]:
+        """Run all stages; returns (the runs of the last one, {id: outcome}). `stopped` says whether it was stopped.
+
+        Args:
+            declare: called with the runs of all stages before the last one starts: the stages before it have chosen
+                which runs it has.
+        """
         rates: dict[Cell, float] | None = None
         if self.plan.lr_sweep:
             rates = self.tune()
@@ -206,6 +212,7 @@ class Sweep:
         if self.stopped:
             return [], {}
         runs = self.planner.judged(variants, rates)
+        declare([*self.stages, *runs])
         outcomes = self.run_stage(runs)
         return runs, outcomes
 
