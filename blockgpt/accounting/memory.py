@@ -174,7 +174,8 @@ class MemoryAccount:
         self.dtype, self.gpu, self.block_size = dtype, gpu, config.block_size
         self.fake_mode = FakeTensorMode()
         self.model = self._build_fake(build_model, config)
-        self.loss_chunk: int = self.model.lm_head.loss_chunk  # type: ignore[assignment, union-attr] # of an OutputHead
+        head: Any = self.model.lm_head
+        self.loss_chunk: int = head.loss_chunk
         self.chunked = self._is_chunked(sequences)
         self.parameter_sizes = {p: p.numel() * p.element_size() for p in self.model.parameters()}
         with torch.device("meta"):

@@ -92,3 +92,14 @@ def modified_time(path: Path) -> float:
         return os.stat(path).st_mtime
     except OSError:
         return 0.0
+
+
+def is_missing(path: Path) -> bool:
+    """Whether nothing has this name. A link to nowhere, and what cannot be told, is not missing."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    return False

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 from blockgpt.errors import did_you_mean
 from blockgpt.experiments.log_values import (
     BrokenLogError,
+    is_missing,
     modified_time,
     numeric_value,
     parse_object,
@@ -432,7 +433,7 @@ def read_run(directory: str | os.PathLike[str], upgrade: Upgrade, renamed: dict[
         quiet_seconds = time.time() - max(modified_time(file), modified_time(metrics))
         if status == "running" and quiet_seconds > QUIET_SECONDS:
             status, reason = "running?", f"nothing written for {quiet_seconds / 3600:.1f} h, possibly killed"
-        just_begun = status == "running" and not os.path.lexists(metrics)
+        just_begun = status == "running" and is_missing(metrics)
         metric = criterion.metric
         records, skipped = ({"eval": [], "step": []}, 0) if just_begun else read_metrics(metrics, metric)
         evals = on_final_val_data(records["eval"], run["changes"])
