@@ -116,7 +116,7 @@ def import_checkpoint(source: str, out: Path, verify: bool) -> None:
     if verify:
         from blockgpt.huggingface.parity import check_parity
 
-        outcome = compare(open_source(out)[0], config, directory)
+        outcome = compare_with_transformers(open_source(out)[0], config, directory)
         print(f"{source} against {out}: {outcome}")
         check_parity(outcome, str(out))
 
@@ -196,7 +196,7 @@ def export_checkpoint(source: Path, out: Path, dtype_name: str | None, custom: b
     if verify:
         from blockgpt.huggingface.parity import check_parity
 
-        outcome = compare(index, config, out, trust=native is None)
+        outcome = compare_with_transformers(index, config, out, trust_remote_code=native is None)
         print(f"{source} against {out}: {outcome}")
         check_parity(outcome, str(out))
 
@@ -209,19 +209,20 @@ def numel(shape: Sequence[int]) -> int:
     return n
 
 
-def compare(index: Any, config: ModelConfig, directory: Path, trust: bool = False) -> "Parity":
+def compare_with_transformers(index: Any, config: ModelConfig, directory: Path,
+                              trust_remote_code: bool = False) -> "Parity":
     """Compare the model whose tensors are in `index` with a checkpoint of transformers, in float32 on the CPU."""
     import torch
 
     from blockgpt.huggingface.parity import compare_models, open_reference
 
-    model = load_model(index, config)
-    reference = open_reference(directory, torch.float32, trust)
+    model = filled_model(index, config)
+    reference = open_reference(directory, torch.float32, trust_remote_code)
     return compare_models(model, reference, lambda prompt, n: model.generate(prompt, n, temperature=0.0),
                           config.vocab_size, config.block_size)
 
 
-def load_model(index: Any, config: ModelConfig) -> "GPT":
+def filled_model(index: Any, config: ModelConfig) -> "GPT":
     """The model with the weights of an index, in float32 on the CPU, in eval mode."""
     import torch
 
@@ -237,7 +238,7 @@ def load_model(index: Any, config: ModelConfig) -> "GPT":
 # ---------------------------------------------------------------- the families
 
 
-def table(measure: bool) -> list[str]:
+def family_table(measure: bool) -> list[str]:
     """The supported families, as lines of Markdown; with `measure` what `measure_family` finds."""
     columns = ["model_type", "models", "class", *(["logits", "greedy tokens", "tensors back"] if measure else [])]
     lines = ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -283,7 +284,7 @@ def measure_family(family: Family) -> list[str]:
         theirs = write.native_json(family, write_keys(family, {**keys, "dropout": 0.0}))
         write.write_checkpoint(Path(folder), theirs, tensors, keys, state.__getitem__, lambda name: torch.float32, {})
         weights = Weights(Path(folder), family, config.flat(), shapes)
-        outcome = compare(weights, config, Path(folder))
+        outcome = compare_with_transformers(weights, config, Path(folder))
         equal = all(torch.equal(weights.read(name), tensor) for name, tensor in state.items())
     return [f"{outcome.difference:.0e}", f"{outcome.same_tokens} of 32", "bit for bit" if equal else "differ"]
 
@@ -291,7 +292,7 @@ def measure_family(family: Family) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     if args.command == "table":
-        print("\n".join(table(args.measure)))
+        print("\n".join(family_table(args.measure)))
     elif args.command == "import":
         import_checkpoint(args.source, args.out, args.verify)
     else:

@@ -408,10 +408,11 @@ class BlockGPTModel(BlockGPTPreTrainedModel):
         masks = {window: create[window](**arguments) for window in windows}
         rotations = {window: self.position.cos_sin(position_ids, window == "sliding_attention", x.dtype)
                      for window in windows}
-        slopes, tables = self.position.alibi_slopes(x.device), [table(input_ids) for table in self.value_embeddings]
+        alibi_slopes = self.position.alibi_slopes(x.device)
+        tables = [table(input_ids) for table in self.value_embeddings]
         x0 = x
         for block, window in zip(self.blocks, config.layer_types, strict=True):
-            x = block(x, x0, rotations[window], masks[window], slopes, tables, cache, **kwargs)
+            x = block(x, x0, rotations[window], masks[window], alibi_slopes, tables, cache, **kwargs)
         if config.norm_position != "post":
             x = self.final_norm(x)
         return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})

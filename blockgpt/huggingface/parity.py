@@ -42,12 +42,12 @@ class Parity(NamedTuple):
         return self.difference <= self.bound and (self.same_tokens == NEW_TOKENS or self.is_tie)
 
 
-def open_reference(directory: Path, dtype: torch.dtype, trust: bool = False) -> Any:
-    """The model of transformers in a folder. `trust` runs the modeling file in it."""
+def open_reference(directory: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """The model of transformers in a folder. `trust_remote_code` runs the modeling file in it."""
     transformers = require_package("transformers")
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation="eager", trust_remote_code=trust)
+        directory, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code)
     return model.eval()
 
 

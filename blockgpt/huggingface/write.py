@@ -66,8 +66,8 @@ def native_json(family: Family, theirs: Mapping[str, Any]) -> dict[str, Any]:
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """The keys whose values differ by more than the rounding of a float."""
     def same(x: Any, y: Any) -> bool:
-        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (x, y))
-        return math.isclose(x, y, rel_tol=1e-12) if numbers else x == y
+        are_numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (x, y))
+        return math.isclose(x, y, rel_tol=1e-12) if are_numbers else x == y
 
     return sorted(name for name in a.keys() | b.keys() if not same(a.get(name), b.get(name)))
 
@@ -212,12 +212,12 @@ def model_card(name: str, config: Mapping[str, Any], keys: Mapping[str, Any], pa
             ("bits per byte", f"{results['val_bpb']:.4f}" if results.get("val_bpb") else None),
             ("started from", source.get("name") or source.get("path"))]
     table = [f"| {label} | {value} |" for label, value in rows if value]
-    trust = ", trust_remote_code=True" if "auto_map" in config else ""
+    remote_code = ", trust_remote_code=True" if "auto_map" in config else ""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {name}", "",
              "Trained with blockGPT. License: to be chosen by whoever publishes this model.", "",
              "| | |", "|---|---|", *table, "", "```python",
              "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-             f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})',
+             f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{remote_code})',
              'tokenizer = AutoTokenizer.from_pretrained("FOLDER")', "```", ""]
     if limits:
         lines += ["## What other programs can do with it", "", *(f"- {line}" for line in limits), ""]
