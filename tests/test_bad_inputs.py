@@ -159,6 +159,8 @@ COMMANDS = [
     ("train.py --norm_position=post --parallel_block=two_norms", 2, "--parallel_block: .*one_norm, or another"),
     ("train.py --value_embeddings=3", 2, r"--value_embeddings: .*n_layer=4 \(at most 2\)"),
     ("train.py --embedding_scale=root", 2, r"--embedding_scale: .*'root' is unknown \(a number, or sqrt"),
+    ("train.py --loss_chunk=some", 2, r"--loss_chunk: 'some' is unknown \(a number of tokens, or auto"),
+    ("train.py --loss_chunk=-1", 2, "--loss_chunk: .*-1"),
     ("train.py --min_lr=1", 2, "--min_lr: 1 is above learning_rate=0.001"),
     ("train.py --warmup_iters=9 --lr_decay_iters=8", 2, "--lr_decay_iters: .*8 ends before warmup_iters=9 .*raise it"),
     ("WORLD_SIZE=3 train.py --gradient_accumulation_steps=4", 2, "--gradient_accumulation_steps: 4 .*steps=3 or 6\\)"),
@@ -176,6 +178,7 @@ COMMANDS = [
     ("WORLD_SIZE=2 train.py --tensor_parallel=2 --use_zero1", 2, "--tensor_parallel: 2 is incompatible with use_zero1"),
     ("WORLD_SIZE=4 train.py --tensor_parallel=2", 2, "--tensor_parallel: 2 of 4 processes .* only use_fsdp=True"),
     ("WORLD_SIZE=2 train.py --tensor_parallel=2 --compile", 2, "--compile: True is incompatible with tensor_parallel"),
+    ("WORLD_SIZE=2 train.py --tensor_parallel=2 --kernels=triton", 2, "--kernels: 'triton' is incompatible with tens"),
     ("WORLD_SIZE=2 train.py --tensor_parallel=2 --attention_backend=flex", 2, "--attention_backend: 'flex' is incomp"),
     ("WORLD_SIZE=4 train.py --use_fsdp --dp_replicate=3 --gradient_accumulation_steps=4", 2,
      "--dp_replicate: 3 does not divide the 4 data-parallel processes"),
@@ -207,6 +210,7 @@ COMMANDS = [
     ("$ CUDA_VISIBLE_DEVICES= train.py tiny.py --device=cuda", 2, "--device: 'cuda': .*--device=cpu"),
     ("train.py tiny.py --device=cuda:999", 2, "--device: 'cuda:999'"),
     ("train.py tiny.py --dtype=float16", 2, "--dtype: 'float16' .*cpu .*--dtype=bfloat16"),
+    ("train.py tiny.py --kernels=triton", 2, r"--kernels: 'triton'.* \(.*--kernels=auto\)"),
     ("train.py tiny.py --attention_backend=flex", 2, r"--attention_backend: 'flex' has no "
      r"backward pass on cpu, only on cuda \(use sdpa or manual here\)"),
     # a dry run

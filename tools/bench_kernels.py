@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     echo(f"{name}, torch {torch.__version__}, {args.tokens:,} tokens; copy {bandwidth / 1e9:,.1f} GB/s, products "
          + ", ".join(f"{rate / 1e12:,.2f} TFLOP/s ({dtype})" for dtype, rate in speed.items()))
     measurements = [m for case in cases for m in bench.time_case(case, device, args.rounds)]
-    echo("\n".join(align_columns(bench.table_of_times(measurements, bandwidth, speed), left=(0, 1, 2, 3, 4))))
+    echo("\n".join(align_columns(bench.timing_table(measurements, bandwidth, speed), left=(0, 1, 2, 3, 4))))
 
 
 if __name__ == "__main__":

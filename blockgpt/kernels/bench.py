@@ -46,7 +46,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class KernelTime:
+class KernelTimes:
     """A candidate's median seconds in one row."""
 
     case: Case
@@ -118,7 +118,7 @@ def loss_case(device: torch.device, dtype: torch.dtype, tokens: int, width: int,
                 with_compiled(functions, device.type == "cuda"), (0, 0), (product, 3 * product))
 
 
-def time_case(case: Case, device: torch.device, rounds: int) -> Iterator[KernelTime]:
+def time_case(case: Case, device: torch.device, rounds: int) -> Iterator[KernelTimes]:
     """Forward, then forward and backward."""
     sets = [case.inputs() for _ in range(INPUT_SETS)]
     for backward in (False, True):
@@ -129,7 +129,7 @@ def time_case(case: Case, device: torch.device, rounds: int) -> Iterator[KernelT
                 seconds = time_pass(case.functions[name], sets[(i + j) % len(sets)], backward, device)
                 if i >= warm_up:
                     times[name].append(seconds)
-        yield KernelTime(case, backward, {name: statistics.median(values) for name, values in times.items()})
+        yield KernelTimes(case, backward, {name: statistics.median(values) for name, values in times.items()})
 
 
 def time_pass(function: Function, inputs: list[torch.Tensor], backward: bool, device: torch.device) -> float:
@@ -167,8 +167,7 @@ def product_speed(device: torch.device, dtype: torch.dtype, rounds: int = 10) ->
     return 2 * n**3 / statistics.median(time_pass(torch.mm, [a, a], False, device) for _ in range(rounds))
 
 
-def table_of_times(measurements: list[KernelTime], bandwidth: float, speed: dict[torch.dtype, float]
-                   ) -> list[list[str]]:
+def timing_table(measurements: list[KernelTimes], bandwidth: float, speed: dict[torch.dtype, float]) -> list[list[str]]:
     """Rows of text: one a candidate."""
     rows = [["operation", "dtype", "size", "pass", "candidate", "ms", "GB/s or TFLOP/s", "share", "of eager"]]
     for m in measurements:

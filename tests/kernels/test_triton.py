@@ -39,13 +39,13 @@ def layouts(shape, dtype, layout, generator, device=DEVICE):
     return x.requires_grad_()
 
 
-def close(found, exact, dtype, terms=1, magnitude=1e-3):
+def close(found, exact, dtype, terms=1, magnitude=4.0):
     """Within the rounding of the result, and of sums in float32 of `terms` numbers of up to this magnitude."""
     found, exact = found.detach().double().cpu(), exact.detach().cpu()
     assert found.isfinite().all()
-    tolerance = 2 * torch.finfo(dtype).eps + 4 * terms**0.5 * torch.finfo(torch.float32).eps
-    scale = exact.abs().max().clamp(min=magnitude) if exact.numel() else 1.0
-    assert ((found - exact).abs() <= tolerance * (exact.abs() + scale)).all()
+    largest = max(magnitude, exact.abs().max().item() if exact.numel() else 0.0)
+    rounding = torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).smallest_normal
+    assert ((found - exact).abs() <= rounding + 4 * terms**0.5 * torch.finfo(torch.float32).eps * largest).all()
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ cases = dict(rows=SHAPES, width=WIDTHS, dtype=st.sampled_from(DTYPES), weight_dt
              layout=st.sampled_from(["plain", "gaps", "columns"]), seed=st.integers(0, 9))
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(**cases, offset=st.sampled_from([0.0, 1.0]))
 def test_rms_norm_and_its_gradients(rows, width, dtype, weight_dtype, layout, seed, offset):
     generator = torch.Generator().manual_seed(seed)
@@ -88,11 +88,11 @@ def test_rms_norm_and_its_gradients(rows, width, dtype, weight_dtype, layout, se
     inputs = (x, weight)
     found, expected = (torch.autograd.grad(out, inputs, grad.to(out.dtype)) for out in (y, exact))
     close(found[0], expected[0], dtype, width, largest_term(x, weight, 1e-5, offset, grad))
-    close(found[1], expected[1], weight_dtype, max(x.numel() // width, 1))
+    close(found[1], expected[1], weight_dtype, max(x.numel() // width, 1), 4 * width**0.5)
     assert [g.dtype for g in found] == [dtype, weight_dtype]
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(**cases, other=st.sampled_from(DTYPES))
 def test_the_fused_addition_and_its_gradients(rows, width, dtype, weight_dtype, layout, seed, other):
     generator = torch.Generator().manual_seed(seed)
@@ -112,14 +112,14 @@ def test_the_fused_addition_and_its_gradients(rows, width, dtype, weight_dtype, 
     for gradient, t in zip(found, (x, residual), strict=False):
         assert gradient.dtype == t.dtype
         close(gradient, into_sum, t.dtype, width, largest_term(rounded, weight, 1e-5, 0.0, grads[1]))
-    close(found[2], into_weight, weight_dtype, max(x.numel() // width, 1))
+    close(found[2], into_weight, weight_dtype, max(x.numel() // width, 1), 4 * width**0.5)
 
 
 def gated_reference(gate, up, activation):
     return gated.gated_torch(gate.double(), up.double(), activation)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(**{name: cases[name] for name in ("rows", "width", "dtype", "layout", "seed")},
        activation=st.sampled_from(sorted(gated.ACTIVATIONS)))
 def test_the_gates_and_their_gradients(rows, width, dtype, layout, seed, activation):
