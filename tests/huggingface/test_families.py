@@ -144,7 +144,8 @@ def mutations_of_keys(family):
 WITHOUT_EFFECT = {
     ("bloom", "seq_length"): "the context of the file; BLOOM has no largest position",
     ("phi3", "original_max_position_embeddings"): "read only for a scaling of RoPE, and Phi 3's is refused",
-    ("qwen2", "sliding_window"): "", ("smollm3", "max_window_layers"): "the layers are listed in layer_types",
+    **{(family, "max_window_layers"): "transformers 5 writes layer_types, which list the layers with a window"
+       for family in ("qwen2", "qwen3", "smollm3")},
 }
 
 
