@@ -122,8 +122,9 @@ def mutations_of_tensors(family):
             yield (f"{rule.theirs} in another order",
                    changed((i, rule._replace(ours=(rule.ours[1], rule.ours[0], *rule.ours[2:])))))
         else:
-            other = next(j for j in range(i + 1, i + len(family.tensors)) if j % len(family.tensors) != i
-                         and len(family.tensors[j % len(family.tensors)].ours) == 1) % len(family.tensors)
+            indices = [*range(i + 1, len(family.tensors)), *range(i)]
+            other = next(j for j in indices if len(family.tensors[j].ours) == 1
+                         and family.tensors[j].ours != rule.ours and family.tensors[j].when == rule.when)
             swapped = family.tensors[other]
             yield (f"{rule.theirs} and {swapped.theirs} exchanged",
                    changed((i, rule._replace(ours=swapped.ours)), (other, swapped._replace(ours=rule.ours))))
