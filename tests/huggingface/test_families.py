@@ -123,8 +123,8 @@ def mutations_of_tensors(family):
                    changed((i, rule._replace(ours=(rule.ours[1], rule.ours[0], *rule.ours[2:])))))
         else:
             indices = [*range(i + 1, len(family.tensors)), *range(i)]
-            other = next(j for j in indices if len(family.tensors[j].ours) == 1
-                         and family.tensors[j].ours != rule.ours and family.tensors[j].when == rule.when)
+            indices.sort(key=lambda j, when=rule.when: family.tensors[j].when != when)  # one that the same models have
+            other = next(j for j in indices if len(family.tensors[j].ours) == 1 and family.tensors[j].ours != rule.ours)
             swapped = family.tensors[other]
             yield (f"{rule.theirs} and {swapped.theirs} exchanged",
                    changed((i, rule._replace(ours=swapped.ours)), (other, swapped._replace(ours=rule.ours))))
