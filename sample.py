@@ -150,8 +150,12 @@ def samples_at_once(config: "ModelConfig", tokens: int, bytes_per_value: int) ->
     return max(1, CACHE_BYTES // (values_per_token * min(tokens, full.block_size) * bytes_per_value))
 
 
-def text_of(tokenizer: "Tokenizer", ids: list[int], prompt_length: int, stops: Sequence[int]) -> str:
-    """The text of a prompt and its continuation, up to the first token of the continuation that ends a text."""
+def text_of(tokenizer: "Tokenizer", ids: list[int], prompt_length: int, stops: Sequence[int] | None = None) -> str:
+    """The text of a prompt and its continuation, up to the first token of the continuation that ends a text.
+
+    stops: the tokens that end one; None: the tokenizer's own.
+    """
+    stops = [tokenizer.eot] if stops is None and tokenizer.eot is not None else stops or []
     end = next((i for i in range(prompt_length, len(ids)) if ids[i] in stops), len(ids))
     return tokenizer.decode(ids[:end])
 

@@ -10,6 +10,7 @@ second, and their share of what this machine's own copy or matrix product reache
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder, however this is started
 import blockgpt.startup  # noqa: F401
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--operations: {name!r} is unknown (of {', '.join(OPERATIONS)})")
         if args.operations and lacks and name in NEED_TRITON:
             raise UserError(f"--operations: {name} needs {lacks}")
-    dtypes = [getattr(torch, name, None) for name in (args.dtypes or (
+    dtypes: list[Any] = [getattr(torch, name, None) for name in (args.dtypes or (
         "float32" if device.type == "cpu" else "float32,bfloat16,float16")).split(",")]
     if not all(isinstance(dtype, torch.dtype) for dtype in dtypes):
         raise UserError(f"--dtypes: {args.dtypes!r} is not a list of torch's dtypes (float32,bfloat16)")

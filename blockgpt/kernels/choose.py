@@ -31,20 +31,21 @@ def load_kernels(family: str) -> Any:
 
 def set_kernels(model: torch.nn.Module, chosen: Mapping[str, str]) -> None:
     """Let the components of each family use "triton" or "torch", as `chosen` says."""
-    for module in model.modules():
-        family = getattr(module, "kernel_family", None)
+    component: Any
+    for component in model.modules():
+        family = getattr(component, "kernel_family", None)
         if family in chosen:
-            module.kernel = load_kernels(family) if chosen[family] == "triton" else None
+            component.kernel = load_kernels(family) if chosen[family] == "triton" else None
 
 
 def families_of(model: torch.nn.Module) -> list[str]:
     """The kernel families that a model's components have."""
-    return sorted({module.kernel_family for module in model.modules() if hasattr(module, "kernel_family")})
+    return sorted({str(module.kernel_family) for module in model.modules() if hasattr(module, "kernel_family")})
 
 
 def used_kernels(model: torch.nn.Module) -> dict[str, str]:
     """{family: "triton" or "torch"} of a model, as its components are."""
-    return {module.kernel_family: "torch" if module.kernel is None else "triton"
+    return {str(module.kernel_family): "torch" if module.kernel is None else "triton"
             for module in model.modules() if hasattr(module, "kernel_family")}
 
 
@@ -86,27 +87,24 @@ def candidates(family: str, tokens: int, config: Any, device: torch.device, dtyp
                compiled: bool) -> dict[str, tuple[Candidate, list[torch.Tensor]]]:
     """{name: (function, its inputs)} of a family at the shapes of a micro-batch of `tokens` tokens."""
     kernels = load_kernels(family)
-    torch_function: Candidate
     if family == "rms_norm":
         # The residual stream is float32, also under autocast.
         inputs = [torch.randn(tokens, config.n_embd, device=device), torch.randn(config.n_embd, device=device)]
 
-        def triton_function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            return kernels.rms_norm(x, weight, config.norm_eps)
-
-        def torch_function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            return kernels.rms_norm_torch(x, weight, config.norm_eps)
+        last = config.norm_eps
+        operators = {"torch": kernels.rms_norm_torch, "triton": kernels.rms_norm}
     else:
         inputs = list(torch.randn(tokens, 2 * config.d_ff, device=device, dtype=dtype).chunk(2, dim=-1))
 
-        def triton_function(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-            return kernels.gated(gate, up, config.activation)
+        last = config.activation
+        operators = {"torch": kernels.gated_torch, "triton": kernels.gated}
 
-        def torch_function(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-            return kernels.gated_torch(gate, up, config.activation)
-    functions = {"torch": torch_function, "triton": triton_function}
-    if compiled:
-        functions = {name: torch.compile(function) for name, function in functions.items()}
+    def with_last(operator: Callable[..., torch.Tensor]) -> Candidate:
+        def function(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+            return operator(first, second, last)
+        return torch.compile(function) if compiled else function
+
+    functions = {name: with_last(operator) for name, operator in operators.items()}
     return {name: (function, [t.detach().requires_grad_() for t in inputs]) for name, function in functions.items()}
 
 

@@ -61,7 +61,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             x, y = h[tokens].to(dtype), targets[tokens, None]  # (n, C), (n, 1)
             z = x @ w.T  # (n, V)
             tanh = None if cap is None else torch.tanh(z / cap)
-            s = z if tanh is None else tanh * cap
+            s = z if tanh is None or cap is None else tanh * cap
             log_p = torch.log_softmax(s.to(losses.dtype), dim=-1)
             del z, s
             has_target, column = y != IGNORED, y.clamp(min=0)

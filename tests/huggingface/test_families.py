@@ -122,8 +122,9 @@ def mutations_of_tensors(family):
             yield (f"{rule.theirs} in another order",
                    changed((i, rule._replace(ours=(rule.ours[1], rule.ours[0], *rule.ours[2:])))))
         else:
-            other = next(j for j in range(i + 1, i + len(family.tensors)) if j % len(family.tensors) != i
-                         and len(family.tensors[j % len(family.tensors)].ours) == 1) % len(family.tensors)
+            indices = [*range(i + 1, len(family.tensors)), *range(i)]
+            indices.sort(key=lambda j, when=rule.when: family.tensors[j].when != when)  # one that the same models have
+            other = next(j for j in indices if len(family.tensors[j].ours) == 1 and family.tensors[j].ours != rule.ours)
             swapped = family.tensors[other]
             yield (f"{rule.theirs} and {swapped.theirs} exchanged",
                    changed((i, rule._replace(ours=swapped.ours)), (other, swapped._replace(ours=rule.ours))))
@@ -144,7 +145,8 @@ def mutations_of_keys(family):
 WITHOUT_EFFECT = {
     ("bloom", "seq_length"): "the context of the file; BLOOM has no largest position",
     ("phi3", "original_max_position_embeddings"): "read only for a scaling of RoPE, and Phi 3's is refused",
-    ("qwen2", "sliding_window"): "", ("smollm3", "max_window_layers"): "the layers are listed in layer_types",
+    **{(family, "max_window_layers"): "transformers 5 writes layer_types, which list the layers with a window"
+       for family in ("qwen2", "qwen3", "smollm3")},
 }
 
 
