@@ -33,7 +33,7 @@ def set_kernels(model: torch.nn.Module, chosen: Mapping[str, str]) -> None:
     """Let the components of each family use "triton" or "torch", as `chosen` says."""
     component: Any
     for component in model.modules():
-        family = getattr(component, "kernel_family", None)
+        family: Any = getattr(component, "kernel_family", None)
         if family in chosen:
             component.kernel = load_kernels(family) if chosen[family] == "triton" else None
 
