@@ -44,7 +44,6 @@ from blockgpt.config_fields import (
 )
 from blockgpt.errors import ConfigError, UserError, nearest, short_repr
 from blockgpt.huggingface.hub import checkpoint_directory, is_checkpoint_name
-from blockgpt.huggingface.source import check_tokenizer, check_unchanged, checkpoint_notes
 from blockgpt.training.tracker import check_installed, tracker_names
 from model_config import LazyModule, ModelConfig
 
@@ -320,6 +319,8 @@ class Config:
         """The objective of the run, with its data; raises what would stop the run at its start."""
         objective = OBJECTIVES[self.objective].load_class()(self, runtime)
         if self.init_from and is_checkpoint_name(self.init_from) and not self.resuming:
+            from blockgpt.huggingface.source import check_tokenizer  # it needs numpy, which --help does not
+
             name, datasets = self.init_from, list(self.phases()[0][1])
             runtime.on_rank_zero(lambda: check_tokenizer(name, checkpoint_directory(name), objective.tokenizer,
                                                          datasets, self.data_dir))
@@ -453,12 +454,16 @@ def load_config(argv: Sequence[str], restarted: str | None = None) -> Config:
         location = explicit["init_from"]
         inherited = initial_architecture(given["init_from"], location, given, KEYS, TYPES, RENAMED_KEYS)
         if is_checkpoint_name(given["init_from"]):
+            from blockgpt.huggingface.source import checkpoint_notes
+
             remarks += checkpoint_notes(given["init_from"])
         explicit.setdefault("vocab_size", location)
         default_location = location
     try:
         config = make_config({**recorded, **inherited, **given}, explicit, remarks)
         if inherited and is_checkpoint_name(given["init_from"]):
+            from blockgpt.huggingface.source import check_unchanged
+
             preset = model_config.PRESETS[given.get("arch_preset", "custom")][1]
             check_unchanged(given["init_from"], given, config.model.resolve().flat(),
                             ModelConfig(**inherited).resolve().flat(), preset)

@@ -505,4 +505,5 @@ def test_presets_in_config_are_the_presets():
     for name in PRESETS:
         assert load_config([f"config/arch_{name}.py"]).model.arch_preset == name
     for path in sorted((ROOT / "config").glob("*.py")):
-        load_config([str(path)])
+        if path.name != "finetune_hf.py":  # it names a checkpoint on the hub: tests/huggingface/test_source.py
+            load_config([str(path)])

@@ -14,7 +14,6 @@ from blockgpt.config_fields import Field, Types, coerce, located, with_location
 from blockgpt.errors import ConfigError, UserError, did_you_mean, first_line
 from blockgpt.files import exists, find, is_dir, list_dir, unreadable
 from blockgpt.huggingface.hub import checkpoint_directory, is_checkpoint_name
-from blockgpt.huggingface.read import architecture
 
 NOT_INHERITED = ("run_name", "out_dir", "resume", "resume_force", "eval_only", "profile")  # and the group "dry run"
 EXPERIMENT_GROUPS = ("architecture", "size")  # except attention_backend, which is the same function
@@ -133,6 +132,8 @@ def initial_architecture(init_from: str, location: str, given: Mapping[str, Any]
         UserError: there is no such run, or its record cannot be used.
     """
     if is_checkpoint_name(init_from):
+        from blockgpt.huggingface.read import architecture  # the families take longer to import than all the rest
+
         with located(location):
             found, _ = architecture(checkpoint_directory(init_from))
             defaults = {name: f.default for name, f in keys.items()

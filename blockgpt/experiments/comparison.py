@@ -58,6 +58,8 @@ REPEATS_MAY_DIFFER = {  # {what is shown where runs differ in it: why such runs 
     "dp_replicate": ROUNDING,
     "tensor_parallel": ROUNDING,
     "activation_checkpointing": ROUNDING,
+    "loss_chunk": ROUNDING,
+    "kernels": ROUNDING,
     "mfu_peak": "decides the column MFU alone",
     "world_size": ROUNDING,
     "hardware": ROUNDING,

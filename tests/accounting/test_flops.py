@@ -46,7 +46,8 @@ def test_flops_equal_torchs_count_for_all_pairs_of_options(eager_flex, residue):
     combinations = architectures.covering(at_least=200)[0]
     assert len(combinations) >= 200 and {"sdpa", "manual", "flex"} <= {c["attention_backend"] for c in combinations}
     for options in combinations[residue::8]:
-        model = build_model(ModelConfig(**architectures.TINY | options))
+        # The counter does not know addmm_, with which the chunked loss adds up the gradient of W in its forward pass.
+        model = build_model(ModelConfig(**architectures.TINY | options | {"loss_chunk": 0}))
         computed = sum(forward_flops(model, 12).values()) * 2 * 12
         assert count(model, 12) == (computed, 2 * computed), options
 
