@@ -35,7 +35,8 @@ CACHE_BYTES = 2**30  # of the samples that are generated at once
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The parsed command line; `UserError` for a value out of range."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=os.path.expanduser, required=True, help="run directory, or hf:FOLDER, hf:Org/Name, hf:Org/Name@REVISION")
+    parser.add_argument("--run", type=os.path.expanduser, required=True,
+                        help="run directory, or hf:FOLDER, hf:Org/Name, hf:Org/Name@REVISION")
     parser.add_argument("--checkpoint", choices=("best", "latest"), default="best",
                         help="best: the best evaluation of those that were saved; latest: the newest")
     parser.add_argument("--prompt", default="\n", help="text to continue")

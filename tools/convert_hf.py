@@ -68,7 +68,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     read = commands.add_parser("import", help="a checkpoint of transformers as one of this project")
-    read.add_argument("source", type=os.path.expanduser, help="a folder, or a name on the hub: Org/Name, Org/Name@REVISION")
+    read.add_argument("source", type=os.path.expanduser,
+                      help="a folder, or a name on the hub: Org/Name, Org/Name@REVISION")
     write = commands.add_parser("export", help="a run as a checkpoint of transformers")
     write.add_argument("source", type=user_path, help="a run, or what import wrote")
     write.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors; None: the source's")

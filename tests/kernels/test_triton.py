@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 
 @pytest.mark.slow
 def test_the_kernels_in_tritons_interpreter():
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider",
-                           ROOT / "tests/kernels/triton_cases.py"], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
-                          capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider",
+               ROOT / "tests/kernels/triton_cases.py"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:]
