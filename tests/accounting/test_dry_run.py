@@ -178,7 +178,7 @@ def test_the_proposed_batch_size_makes_the_run_fit(flags):
             == after.batch_size * after.gradient_accumulation_steps)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_if_no_batch_fits_another_mode_is_proposed_or_none():
     large = ["--n_layer=6", "--n_embd=4096", "--n_head=32", "--batch_size=1"]  # 1.3B parameters: 20 GiB of state
     code, text = run(*large, *EIGHT_GPUS)

