@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import TINY, environment
+from conftest import ROOT, TINY, environment
 from forked import run_train
 
 from blockgpt.accounting import dry_run as dry_run_module
@@ -223,7 +223,8 @@ def test_the_exit_code_says_whether_the_run_fits(dry_run_command, batch_size, co
 @pytest.mark.slow
 def test_the_embedded_dataset_is_not_prepared_for_a_dry_run(dry_run_command, tmp_path):
     done = dry_run_command(f"--data_dir={tmp_path}/data", "--device=cpu")
-    assert done.returncode == 2 and done.stderr.startswith("error: dataset 'pycode' is not prepared: run python ")
+    assert done.returncode == 2 and done.stderr.startswith(
+        f"error: dataset 'pycode' is not prepared: run python {ROOT}/data/pycode/prepare.py --out_dir ")
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def test_training_loses_as_much_as_that_of_transformers(tmp_path, in_float64, fa
     for trained, forward in ((model, lambda x: model(x)), (reference, lambda x: reference(x).logits)):
         optimizer, found = torch.optim.AdamW(trained.parameters(), lr=1e-3), []
         for step in range(20):
-            batch = tiny.tokens(step)
+            batch = tiny.tokens(step % 2)
             loss = F.cross_entropy(forward(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
             loss.backward()
             optimizer.step()
@@ -100,7 +100,7 @@ def test_training_loses_as_much_as_that_of_transformers(tmp_path, in_float64, fa
             found.append(loss.item())
         losses.append(found)
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
-    assert len(set(losses[0])) == 20  # it did train
+    assert losses[0][-2] < losses[0][0] and losses[0][-1] < losses[0][1]
 
 
 # ---------------------------------------------------------------- one mutation for each rule

@@ -101,9 +101,9 @@ def test_the_fused_addition_and_its_gradients(rows, width, dtype, weight_dtype, 
     total, y = rms.add_rms_norm(x, residual, weight, 1e-5)
     result = torch.promote_types(dtype, other)
     assert total.dtype == y.dtype == result
-    # One unit in the last place: the interpreter does not round to bfloat16 as torch does.
-    torch.testing.assert_close(total, (x.float() + residual.float()).to(result), rtol=torch.finfo(result).eps,
-                               atol=0, equal_nan=True)
+    # The interpreter cuts off where a conversion to bfloat16 should round; compiled code is exact.
+    rtol = torch.finfo(result).eps if DEVICE == "cpu" and result == torch.bfloat16 else 0.0
+    torch.testing.assert_close(total, (x.float() + residual.float()).to(result), rtol=rtol, atol=0.0, equal_nan=True)
     rounded = total.detach().double().requires_grad_()  # the norm is of the sum as it is returned
     exact = rms_reference(rounded, weight, 1e-5, 0.0)
     close(y, exact, result, width)
