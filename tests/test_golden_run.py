@@ -98,18 +98,19 @@ def plain_run(config, dtype=torch.float32, scale=1.0, skipped=()):
     return curve, {name: p.detach() for name, p in model.named_parameters()}, scale
 
 
-def check_run(run_dir, curve, weights, rel=1e-5):
+def check_run(run_dir, curve, weights, rel=1e-5, first_rel=None):
     """`run_dir` has this curve, to `rel`, and these weights, to `rel` of the norm of each tensor.
 
-    The default is four times the difference measured in float32: sums are in another order.
+    The default is four times the difference measured in float32: sums are in another order. first_rel: the tolerance
+    of the first two steps; in bfloat16 a last bit of a float32 weight rounds to another number later on some CPUs.
     """
     steps = records(run_dir)
     assert steps.keys() == curve.keys()
     for step, (lr, norm, loss) in curve.items():
-        found = steps[step]
+        found, rel_of_step = steps[step], first_rel or rel if step <= 2 else rel
         assert found["lr"] == pytest.approx(lr, rel=1e-12), step
-        assert found["loss"] == pytest.approx(loss, rel=rel), step
-        assert found["grad_norm"] == (norm and pytest.approx(norm, rel=rel)), step  # null where it is not finite
+        assert found["loss"] == pytest.approx(loss, rel=rel_of_step), step
+        assert found["grad_norm"] == (norm and pytest.approx(norm, rel=rel_of_step)), step  # null: not finite
     saved = load_file(run_dir / "model.safetensors")
     assert saved.keys() == weights.keys()
     for name, expected in weights.items():
@@ -125,7 +126,7 @@ def config_of(data_dir, *flags):
 @pytest.mark.parametrize("flags, rel", [
     (["--arch_preset=llama"], 1e-5),
     (["--arch_preset=gpt2_openai", "--gradient_accumulation_steps=3", "--dropout=0.1"], 1e-5),
-    (["--arch_preset=llama", "--dtype=bfloat16", "--grad_clip=0"], 1e-5),
+    (["--arch_preset=llama", "--dtype=bfloat16", "--grad_clip=0"], 2 ** -8),
     (["--arch_preset=llama", "--loss_chunk=50"], 1e-5),  # of 128 tokens
 ], ids=["float32", "accumulation-dropout", "bfloat16", "loss-chunk"])
 def test_a_run_is_a_plain_pytorch_loop(tmp_path, train, data_dir, flags, rel):
@@ -135,7 +136,7 @@ def test_a_run_is_a_plain_pytorch_loop(tmp_path, train, data_dir, flags, rel):
     curve, weights, _ = plain_run(config, torch.bfloat16 if config.dtype == "bfloat16" else torch.float32)
     norms = [norm for _, norm, _ in curve.values()]
     assert not config.grad_clip or min(norms) < config.grad_clip < max(norms)  # some steps are clipped, some are not
-    check_run(tmp_path / "runs/golden", curve, weights, rel)
+    check_run(tmp_path / "runs/golden", curve, weights, rel, first_rel=1e-5)
 
 
 @pytest.mark.parametrize("flags", [[], ["--keep_best"]], ids=["interval", "best"])
