@@ -18,7 +18,6 @@ import contextlib
 import csv
 import dataclasses
 import functools
-import gc
 import io
 import json
 import math
@@ -77,10 +76,8 @@ def load_runs(directories: Sequence[str]) -> list[Run]:
         return list(map(load_run, directories))
     from concurrent.futures import ProcessPoolExecutor
 
-    with ProcessPoolExecutor(min(n_cores(), MAX_READERS), initializer=gc.disable) as pool:
-        runs = list(pool.map(load_run, directories, chunksize=MANY_RUNS // 10))
-    gc.freeze()  # what stays to the end is not searched for garbage again and again
-    return runs
+    with ProcessPoolExecutor(min(n_cores(), MAX_READERS)) as pool:
+        return list(pool.map(load_run, directories, chunksize=MANY_RUNS // 10))
 
 
 def upgrade_config(config: dict[str, Any], model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
