@@ -271,7 +271,8 @@ class GPT(nn.Module):
 
     def _reports(self, method: str) -> list[Callable[..., Any]]:
         """The bound `method` of every component that has it."""
-        return [getattr(module, method) for module in self.modules() if module is not self and hasattr(module, method)]
+        return [getattr(module, method) for module in self.modules()  # not hasattr(module, …), which is slow
+                if module is not self and (hasattr(type(module), method) or method in module.__dict__)]
 
     def place_weights(self, device: torch.device) -> None:
         """Let the components move their parameters in memory as suits `device`, as they do when they are moved."""

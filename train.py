@@ -109,7 +109,7 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
 
             micro_losses, metrics, generator = [], MetricSums(), step_generator(config.seed, step, runtime)
             for micro_step, batch in enumerate(objective.micro_batches(step, wrapped, generator)):
-                parallel.seed_micro_batch(config.seed, step, micro_step * runtime.dp_size + runtime.dp_rank)
+                parallel.seed_micro_batch(config.seed, step, micro_step, runtime)
                 with parallel.gradient_sync(wrapped, now=micro_step == objective.micro_steps - 1):
                     with runtime.autocast():
                         micro_loss, micro_metrics = objective.loss(wrapped, batch)
