@@ -17,6 +17,7 @@ torch.
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -37,6 +38,7 @@ from blockgpt.console import ArgumentParser, align_columns, check_ranges, script
 from blockgpt.errors import UserError, exit_on_user_error
 from blockgpt.experiments.arms import arms_without_baseline, study_of_runs
 from blockgpt.experiments.comparison import Comparison, compare, shorten_middle
+from blockgpt.experiments.judgement import Arm, Judgement
 from blockgpt.experiments.log_values import printable
 from blockgpt.experiments.records import COLUMNS, Column, Run, columns, read_run
 from blockgpt.experiments.report.plots import check_plot, save_plot
@@ -49,7 +51,7 @@ from blockgpt.experiments.verdict_text import (
     latex_table,
     render_judgement,
 )
-from blockgpt.experiments.verdicts import TESTS, Arm, Judgement, arms_of, judge
+from blockgpt.experiments.verdicts import TESTS, arms_of, judge
 from blockgpt.files import exists, is_dir, list_dir, matching
 from blockgpt.startup import n_cores
 from configurator import KEYS, RENAMED_KEYS
@@ -101,7 +103,8 @@ def column_cells(runs: list[Run], column: Column) -> list[str]:
     return [column.header, *("-" if run[column.key] is None else column.format(run[column.key]) for run in runs)]
 
 
-def wrap_text(text: str, indent: str = "") -> list[str]:
+@functools.lru_cache  # thousands of runs have few architectures
+def wrap_text(text: str, indent: str = "") -> Sequence[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
 
 

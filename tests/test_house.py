@@ -214,7 +214,7 @@ def test_the_tables_name_modules_of_the_tree(tree):
      "blockgpt.data.loader imports blockgpt.data.writer of the other side"),  # through dataset
     ("blockgpt/data/sources.py", "from blockgpt.data.packing import PackedBatches",
      "blockgpt.data.sources imports blockgpt.data.packing of the other side"),
-    ("blockgpt/errors.py", "import blockgpt.console", "import cycle: blockgpt.console -> blockgpt.errors"),
+    ("blockgpt/errors.py", "import blockgpt.console", "blockgpt.console -> blockgpt.errors"),
     ("blockgpt/data/__init__.py", "import numpy", "blockgpt/data/__init__.py: is not empty"),
 ])
 def test_a_wrong_import_is_found(tree, path, statement, problem):

@@ -304,6 +304,17 @@ def test_auto_never_starts_again_where_it_cannot_tell(tmp_path, train, name, mak
     assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 4  # two steps, an evaluation, a save
 
 
+def test_auto_never_replaces_an_export_of_a_run_whose_records_say_nothing(tmp_path, train):
+    run_dir = tmp_path / "runs/mine"
+    train("mine", "--max_iters=2")
+    shutil.rmtree(run_dir / "checkpoints")
+    record = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps({**record, "status": "running", "results": {}}))
+    (run_dir / "metrics.jsonl").write_text("")
+    done = train("mine", "--resume=auto", "--max_iters=4")
+    assert done.returncode == 3 and done.stderr.startswith("error: runs/mine: has an export, model.safetensors, but no")
+
+
 @pytest.mark.slow
 def test_a_second_process_is_refused_in_one_line_and_changes_nothing(tmp_path, train):
     train("mine", "--max_iters=2")

@@ -24,9 +24,10 @@ import blockgpt.startup  # noqa: F401
 from blockgpt.console import ArgumentParser, check_ranges
 from blockgpt.errors import UserError, exit_on_user_error
 from blockgpt.experiments.arms import find_arms
+from blockgpt.experiments.judgement import Verdict
 from blockgpt.experiments.study import Study, StudyTrial
 from blockgpt.experiments.verdict_text import interval_text, outcome_text
-from blockgpt.experiments.verdicts import Verdict, judge
+from blockgpt.experiments.verdicts import judge
 from blockgpt.experiments.worth import fit_law, worth
 from compare_architectures import load_runs, select_runs
 

@@ -35,10 +35,13 @@ from blockgpt.accounting.requirements import (
     parallel_modes,
     tensor_parallel_config,
 )
+from blockgpt.checkpoints.initial_weights import checkpoint_weights
 from blockgpt.console import align_columns, echo, human_bytes, in_columns, percentages
 from blockgpt.data.dataset import dataset_dir, is_bare, not_prepared
 from blockgpt.errors import ConfigError, did_you_mean
-from blockgpt.files import exists
+from blockgpt.files import exists, list_dir
+from blockgpt.huggingface.hub import checkpoint_directory, is_checkpoint_name
+from blockgpt.huggingface.read import read_config
 from blockgpt.training.device import choose_device, choose_dtype
 from blockgpt.training.launch import Runtime
 
@@ -77,7 +80,8 @@ def dry_run(config: Any, build_model: Callable[[Any], nn.Module]) -> int:
                                  for model in (config.model, *frozen))
         per_process = MemoryAccount(build_model, model_config, target.dtype, target.gpu, frozen, config.batch_size)
     rows = memory_table(per_process, config, target.budget)
-    for name, text in (*model_lines(account), *run_lines(config, target, account, data)):
+    for name, text in (*model_lines(account), *weight_lines(config, account),
+                       *run_lines(config, target, account, data)):
         echo(in_columns(f"{name:<22} ", text))
     echo("\n" + "\n".join([*table_lines(config, rows), *table_notes(config, per_process)]) + "\n")
     row = next(row for row in rows if (row.mode, row.checkpointing) == chosen_mode(config))
@@ -283,6 +287,24 @@ def model_lines(account: MemoryAccount) -> list[tuple[str, str]]:
         ("", f"and {human_bytes(fixed)} at any batch size (weights in {dtype_name(account.dtype)} if that is not "
              "float32, masks and tables); eager: torch.compile saves less"),
     ]
+
+
+def weight_lines(config: Any, account: MemoryAccount) -> list[tuple[str, str]]:
+    """(name, text) of the weights that the run begins with, if `init_from` names some.
+
+    Raises:
+        UserError: the tensors of a checkpoint of transformers are not those of the model.
+    """
+    if config.init_from is None or config.resuming:
+        return []
+    text = "all parameters are trained"
+    if is_checkpoint_name(config.init_from):
+        directory = checkpoint_directory(config.init_from)
+        fit = "its tensors are not downloaded yet"  # a name on the hub
+        if any(list_dir(directory, pattern) for pattern in ("*.safetensors", "pytorch_model*.bin")):
+            fit = f"its {len(checkpoint_weights(directory, account.model).file_names)} tensors fit"
+        text = f"{read_config(directory)['model_type']}; {fit}; {text}"
+    return [("weights", f"{config.init_from}: {text}")]
 
 
 def run_lines(config: Any, target: Target, account: MemoryAccount, data: str) -> list[tuple[str, str]]:

@@ -45,11 +45,13 @@ def out_of_memory_error(error: Exception, config: Any, build_model: Callable[[An
     state, limit = None, memory_limit(watchdog.runtime if watchdog else None)
     with contextlib.suppress(MemoryError, RuntimeError, ValueError):  # there may be no memory for this either
         state = process_state(config, build_model)
-        sizes.append(f"a process needs {human_bytes(state.parameters)} for parameters, {human_bytes(state.gradients)} "
-                     f"for gradients and {human_bytes(state.optimizer)} for the optimizer, besides activations")
+        training = "" if config.eval_only else (f", {human_bytes(state.gradients)} for gradients and "
+                                                f"{human_bytes(state.optimizer)} for the optimizer")
+        sizes.append(f"a process needs {human_bytes(state.parameters)} for parameters{training}, besides activations")
     sizes.append(f"there are {human_bytes(limit)} in all")
-    too_large = state is not None and state.parameters + state.gradients + state.optimizer > limit
-    changes = smaller_batch(config) if phase in IN_STEPS and not too_large else []
+    too_large = state is not None and state.parameters + (
+        0 if config.eval_only else state.gradients + state.optimizer) > limit
+    changes = smaller_batch(config, trains=phase != "evaluation") if phase in IN_STEPS and not too_large else []
     changes += ["--checkpoint_async=False"] if phase == "save" and config.checkpoint_async else []
     changes += less_state(config, on_gpu=watchdog is not None and watchdog.runtime.device.type == "cuda")
     return OutOfMemoryError(f"out of memory {PHASES[phase]}: {'; '.join(filter(None, sizes))} "
@@ -78,14 +80,19 @@ def process_state(config: Any, build_model: Callable[[Any], nn.Module]) -> Model
     return model_state(MemoryAccount(build_model, model_config, torch.float32, gpu=False), chosen_mode(config)[0])
 
 
-def smaller_batch(config: Any) -> list[str]:
-    """Flags that reduce the activations, the cheapest change first. The step, and so the losses, stay the same."""
+def smaller_batch(config: Any, trains: bool = True) -> list[str]:
+    """Flags that reduce the activations, the cheapest change first. The step, and so the losses, stay the same.
+
+    Args:
+        trains: activations are kept for a backward pass.
+    """
     batch_size, accumulation = config.batch_size, config.gradient_accumulation_steps
     factor = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), None)  # the smallest prime factor
-    changes = []
+    changes = ["--loss_chunk=auto"] if config.model.loss_chunk == 0 else []
     if factor:
-        changes += [f"--batch_size={batch_size // factor} --gradient_accumulation_steps={factor * accumulation}"]
-    if config.activation_checkpointing != "full":
+        steps = "" if config.eval_only else f" --gradient_accumulation_steps={factor * accumulation}"
+        changes.append(f"--batch_size={batch_size // factor}{steps}")
+    if trains and config.activation_checkpointing != "full":
         changes.append("--activation_checkpointing=full")
     return changes or ["a smaller block_size"]
 

@@ -71,14 +71,19 @@ def load_checkpoint_weights(init_from: str, model: Any, runtime: Runtime) -> dic
     reshard_parameters(model)
 
     def read() -> None:
-        weights = Weights(directory, find_family(read_config(directory)), model.config.flat(),
-                          {name: p.shape for name, p in model.named_parameters()})
+        weights = checkpoint_weights(directory, model)
         for name, p in model.named_parameters():
             chunk = local_chunk(p)
             weights.read_into(name, chunk.data, chunk.offsets)
 
     run_on_all_ranks(runtime, read)
     return {**runtime.on_rank_zero(lambda: describe_source(directory)), "name": init_from}
+
+
+def checkpoint_weights(directory: Path, model: Any) -> Weights:
+    """The tensors of a checkpoint of transformers, whose names and shapes are those of the model (else `UserError`)."""
+    return Weights(directory, find_family(read_config(directory)), model.config.flat(),
+                   {name: p.shape for name, p in model.named_parameters()})
 
 
 def load_companion(init_from: str, model: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:

@@ -19,6 +19,7 @@ from blockgpt.checkpoints.resume import last_recorded_save, recorded_data
 from blockgpt.checkpoints.saver import CheckpointSaver
 from blockgpt.data.tokenizer import describe_tokenizer
 from blockgpt.errors import CheckpointError, PeerLostError, SaveError, first_line
+from blockgpt.files import exists
 from blockgpt.training.criterion import Criterion
 from blockgpt.training.diagnostics import LossSpikeDetector
 from blockgpt.training.launch import Runtime
@@ -120,6 +121,9 @@ class CheckpointManager:
             if saved := runtime.on_rank_zero(lambda: last_recorded_save(run_dir)):
                 raise CheckpointError(f"{run_dir}: has no checkpoint, but its log says that step {saved} was saved "
                                       f"(restore {run_dir}/checkpoints, or start a new run with another --run_name)")
+            if runtime.on_rank_zero(lambda: exists(run_dir / "model.safetensors")):
+                raise CheckpointError(f"{run_dir}: has an export, model.safetensors, but no checkpoint (restore "
+                                      f"{run_dir}/checkpoints, or start a new run with another --run_name)")
             return self._begin()
         state = checkpoint.load(path, self.model, self.optimizer, runtime)
         changed = self.resumption.changed

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 from blockgpt.errors import UserError, did_you_mean
 from blockgpt.experiments.comparison import (
     REPEATS_MAY_DIFFER,
-    change_text,
-    changes_of,
     compared_values,
     group_by,
     is_broken,
     run_names,
+    settings,
     val_data_groups,
     value_text,
 )
@@ -54,14 +53,14 @@ def find_arms(runs: list[Run]) -> list[RunArm]:
     """The arms of the runs, in their order."""
     arms: dict[Hashable, RunArm] = {}
     for run in runs:
-        values = {key: value for key, value in compared_values(run).items() if key not in REPEATS_MAY_DIFFER}
-        values["sequences_per_step"] = run["data"].get("sequences_per_step")
         horizon, model = planned_tokens(run), run["model"]
-        size = f"{model.get('n_layer')}L-{model.get('n_head')}H-{model.get('n_embd')}D"
-        changes = tuple(change_text(change) for change in changes_of(run)
-                        if change.key == "seed" or change.key not in REPEATS_MAY_DIFFER)
-        key = (frozenset(values.items()), changes, horizon)
-        arms.setdefault(key, RunArm([], values, horizon, size)).runs.append(run)
+        key = settings(run), horizon
+        if key not in arms:
+            values = {key: value for key, value in compared_values(run).items() if key not in REPEATS_MAY_DIFFER}
+            values["sequences_per_step"] = run["data"].get("sequences_per_step")
+            size = f"{model.get('n_layer')}L-{model.get('n_head')}H-{model.get('n_embd')}D"
+            arms[key] = RunArm([], values, horizon, size)
+        arms[key].runs.append(run)
     return list(arms.values())
 
 

@@ -129,7 +129,7 @@ def compared_values(run: Run) -> dict[str, Any]:
     A value that changed at a resume is a text that says so. `compare` computes them once for each run.
     """
     if "compared" in run:
-        return dict(run["compared"])
+        return run["compared"]
     values = {**run["config"], **run["model"]}
     values["device"] = without_index(values.get("device"))
     values |= run["environment"]  # what was in force, in place of what was asked for, such as dtype=auto
@@ -148,8 +148,11 @@ def compared_values(run: Run) -> dict[str, Any]:
 def differences(runs: list[Run]) -> dict[str, dict[str, Any]]:
     """{key: {run name: value}} of the keys in which the runs differ, without those that only follow from others."""
     values = {run["name"]: compared_values(run) for run in runs}
-    keys = dict.fromkeys(key for row in values.values() for key in row)
-    by_key = {key: {name: row.get(key) for name, row in values.items()} for key in keys}
+    rows = list(values.values())
+    # Run by run, as the values of thousands of runs do not fit in the processor's cache. None may stand for no value.
+    unequal = {key for row in rows for key, _ in row.items() ^ rows[0].items()}
+    by_key = {key: {name: row.get(key) for name, row in values.items()}
+              for key in dict.fromkeys(key for row in rows for key in row) if key in unequal}
     differing = {key: row for key, row in by_key.items() if len(set(row.values())) > 1}
     # A key of the model that no run sets is derived from others, as d_ff is from n_embd.
     listed = {key: row for key, row in differing.items()
@@ -157,13 +160,23 @@ def differences(runs: list[Run]) -> dict[str, dict[str, Any]]:
     return listed or differing
 
 
-def experiment(run: Run) -> Hashable:
-    """Equal for runs that are repeats of one experiment."""
-    values = {key: value for key, value in compared_values(run).items() if key not in REPEATS_MAY_DIFFER}
+def settings(run: Run) -> Hashable:
+    """Equal for runs that are repeats of one experiment, if they saw as many tokens.
+
+    `compare` computes it once for each run.
+    """
+    if "settings" in run:
+        return run["settings"]
+    values = [(key, value) for key, value in compared_values(run).items() if key not in REPEATS_MAY_DIFFER]
     # The seed of a repeat may be another one, but not change on the way.
     changes = [change_text(change) for change in changes_of(run)
                if change.key == "seed" or change.key not in REPEATS_MAY_DIFFER]
-    return frozenset(values.items()), tuple(changes), run["data"].get("sequences_per_step"), run["tokens"]
+    return frozenset(values), tuple(changes), run["data"].get("sequences_per_step")
+
+
+def experiment(run: Run) -> Hashable:
+    """Equal for runs that are repeats of one experiment."""
+    return settings(run), run["tokens"]
 
 
 # ---- how far the ranking can be trusted ----
@@ -269,6 +282,7 @@ def compare(runs: list[Run], sort: str | None = None) -> Comparison:
             for group in group_by(runs, lambda run: run["name"]) for run in group]
     for run in runs:
         run["compared"] = compared_values(run)
+        run["settings"] = settings(run)
     others = [run for run in runs if run["criterion"] != criterion and not is_broken(run)]
     for run in runs:
         run |= dict.fromkeys({c.key for c in table_columns} - run.keys())

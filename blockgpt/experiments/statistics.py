@@ -5,6 +5,7 @@ Every function is tested against scipy.stats or a closed form.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import random
@@ -42,6 +43,7 @@ class Estimate(NamedTuple):
 
 # ---- distributions ----
 
+@functools.lru_cache  # the arms of a study mostly have equally many seeds
 def t_quantile(probability: float, df: float) -> float:
     """Of Student's t."""
     from scipy import special
@@ -54,6 +56,7 @@ def t_probability(t: float, df: float) -> float:
     return float(special.stdtr(df, t))
 
 
+@functools.lru_cache
 def chi2_quantile(probability: float, df: float) -> float:
     from scipy import special
     return float(special.chdtri(df, 1 - probability))
@@ -275,15 +278,18 @@ def grid_effects(values: Mapping[str, Mapping[int, float]], factors: Mapping[str
     if not seeds:
         return [], "no effects: no seed has finished in every cell of the grid"
     names = list(levels)
-    others = {cell: dict(cell) for cell in cells}
+    by_levels = {tuple(dict(cell)[factor] for factor in names): by_seed for cell, by_seed in cells.items()}
+    if len(by_levels) != len(cells):
+        return [], ""
 
     def contrast(changes: Mapping[str, tuple[str, str]], seed: int) -> float:
         """Mean over the other factors of the alternating sum over the changed ones."""
+        # Only the cells of these levels are visited: a grid of thousands of cells has as many contrasts.
         total = 0.0
-        for cell, cell_levels in others.items():
-            if all(cell_levels[factor] in pair for factor, pair in changes.items()):
-                sign = math.prod(1 if cell_levels[factor] == pair[1] else -1 for factor, pair in changes.items())
-                total += sign * cells[cell][seed]
+        for cell in itertools.product(*(changes.get(factor, levels[factor]) for factor in names)):
+            sign = math.prod(1 if level == changes[factor][1] else -1
+                             for factor, level in zip(names, cell, strict=True) if factor in changes)
+            total += sign * by_levels[cell][seed]
         return total / math.prod(len(levels[factor]) for factor in names if factor not in changes)
 
     changes = [{factor: (levels[factor][0], other)} for factor in names for other in levels[factor][1:]]

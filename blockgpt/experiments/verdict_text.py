@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from blockgpt.console import align_columns
 from blockgpt.experiments.comparison import shorten_middle
+from blockgpt.experiments.judgement import Arm, Cell, Judgement, NoiseFloor, Regime, Verdict, cell_text
 from blockgpt.experiments.records import human_count
 from blockgpt.experiments.statistics import MAX_SEEDS, Effect
-from blockgpt.experiments.verdicts import POWER, Arm, Cell, Judgement, NoiseFloor, Regime, Verdict, cell_text
+from blockgpt.experiments.verdicts import POWER
 from blockgpt.experiments.worth import Law, Ratio, Worth
 
 SCHEMA_VERSION = 1  # of the JSON

@@ -2,6 +2,7 @@
 
 import os
 import resource
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -86,9 +87,18 @@ def test_the_size_is_read_from_the_message():
     (15, "full", ["--batch_size=5 --gradient_accumulation_steps=6"]),
     (1, "selective", ["--activation_checkpointing=full"]), (1, "full", ["a smaller block_size"])])
 def test_a_smaller_batch_keeps_the_sequences_per_step(batch_size, checkpointing, changes):
-    config = SimpleNamespace(batch_size=batch_size, gradient_accumulation_steps=2,
-                             activation_checkpointing=checkpointing)
+    config = load_config([*SMALL, f"--batch_size={batch_size}", "--gradient_accumulation_steps=2",
+                          f"--activation_checkpointing={checkpointing}"])
     assert smaller_batch(config) == changes
+    whole_logits = replace(config, model=replace(config.model, loss_chunk=0))
+    assert smaller_batch(whole_logits) == ["--loss_chunk=auto", *(c for c in changes if c != "a smaller block_size")]
+
+
+def test_an_evaluation_keeps_nothing_for_a_backward_pass():
+    line = message("evaluation", "--batch_size=4")
+    assert "for gradients" in line and "(--batch_size=2 --gradient_accumulation_steps=2, then a smaller n_embd" in line
+    line = message("evaluation", "--batch_size=4", "--eval_only=True")
+    assert "gradient" not in line and "optimizer" not in line and "(--batch_size=2, then a smaller n_embd" in line
 
 
 @pytest.mark.parametrize("processes, zero1, fsdp, offload, on_gpu, changes", [

@@ -161,6 +161,12 @@ def test_a_grid_that_is_not_full_has_no_effects():
     assert statistics.grid_effects(values, factors, "ln-abs")[1].startswith("no effects: no seed")
 
 
+def test_cells_that_differ_in_what_only_some_of_them_have_are_no_grid():
+    values, factors = grid(lambda *_: 0.0)
+    factors["rms-alibi"] = factors["ln-abs"] | {"bias": "yes"}  # as many cells as a full grid
+    assert statistics.grid_effects(values, factors, "ln-abs") == ([], "")
+
+
 def test_importing_the_statistics_loads_neither_scipy_nor_numpy():
     code = ("import sys\nfrom blockgpt.experiments import verdict_text, verdicts, worth\n"
             "assert not {'scipy', 'numpy', 'torch'} & set(sys.modules)")

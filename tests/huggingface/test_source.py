@@ -10,6 +10,8 @@ import tokenizers
 import torch
 from conftest import ROOT, config_error, environment, records
 from forked import run_train
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import sample
@@ -75,11 +77,22 @@ def test_one_key_trains_another_model(folder, start):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [["--init_from=hf:gpt2", "--dry_run"], ["--init_from=hf:gemma2", "--dry_run"]])
-def test_a_dry_run_writes_nothing(folder, start, flags):
-    done = start(*flags)
+@pytest.mark.parametrize("name, tensors", [("gpt2", 28), ("gemma2", 24)])
+def test_a_dry_run_says_what_will_train_and_writes_nothing(folder, start, name, tensors):
+    done = start(f"--init_from=hf:{name}", "--dry_run")
     assert done.returncode == 0, done.stderr
+    assert f"hf:{name}: {name}; its {tensors} tensors fit; all parameters are trained" in done.stdout
     assert "training tokens" in done.stdout and not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_a_dry_run_refuses_tensors_that_do_not_fit(folder, start):
+    with safe_open("gpt2/model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    save_file({name: t for name, t in tensors.items() if "h.1.ln_1.bias" not in name}, "gpt2/model.safetensors")
+    done = start("--init_from=hf:gpt2", "--dry_run")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "gpt2: has no tensor transformer.h.1.ln_1.bias" in done.stderr
 
 
 @pytest.mark.slow

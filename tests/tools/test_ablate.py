@@ -79,7 +79,8 @@ def results(folder):
 def verdicts(folder):
     """The verdicts that a sweep has printed last, without the figures of time."""
     text = (folder / "log.txt").read_text()
-    return text[text.rindex("\nagainst "):].split("\nnote:")[0]
+    lines = text[text.rindex("\nagainst "):].split("\nnote:")[0].splitlines()
+    return "\n".join(line for line in lines if "the tokens/s of the baseline" not in line)
 
 
 def newly_saved(folder, before):

@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from blockgpt.experiments.judgement import cell_text
 from blockgpt.experiments.study import SPENDS, Study, StudyTrial, duplicates
-from blockgpt.experiments.verdicts import cell_text
 
 # Okabe and Ito's palette without yellow, which is too light on white, and with grey. Neighbours differ in their dashes,
 # too, so that curves which lie on each other are both seen.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blockgpt.experiments.comparison import Comparison
+from blockgpt.experiments.judgement import Arm, Cell, Judgement, cell_text
 from blockgpt.experiments.records import Run, human_count
 from blockgpt.experiments.report.curves import PALETTE, charts_of, drawn_spends
 from blockgpt.experiments.report.drawing import (
@@ -33,7 +34,7 @@ from blockgpt.experiments.verdict_text import (
     outcome_text,
     table_columns,
 )
-from blockgpt.experiments.verdicts import Arm, Cell, Judgement, arms_of, cell_text
+from blockgpt.experiments.verdicts import arms_of
 
 CURVE_POINTS = 12_000  # of all curves of a page together, about 100 bytes each
 MAX_ROWS = 500  # of a table

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from blockgpt.errors import UserError
+from blockgpt.experiments.judgement import Judgement, Verdict
 from blockgpt.experiments.records import Run
 from blockgpt.experiments.report.results import Report
 from blockgpt.experiments.study import Study
 from blockgpt.experiments.sweeps.plan import Plan, PlannedRun, plan_record
 from blockgpt.experiments.sweeps.results import study_of_plan
 from blockgpt.experiments.sweeps.runner import RunOutcome, incomplete_blocks, read_outcome, recorded_look
-from blockgpt.experiments.verdicts import Judgement, Verdict, half_pairs, judge
+from blockgpt.experiments.verdicts import half_pairs, judge
 from blockgpt.files import exists
 
 JUDGED = ("judge", "horizon")  # purposes of the runs that are in the report

@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from blockgpt.experiments.judgement import Judgement
 from blockgpt.experiments.records import Run
 from blockgpt.experiments.statistics import MIN_SEEDS, detectable_difference, spend
 from blockgpt.experiments.study import Study, StudyTrial, trial_of_run
 from blockgpt.experiments.sweeps.plan import COPY, SHUFFLED, Plan, PlannedRun, pooled_spread
 from blockgpt.experiments.sweeps.runner import RunOutcome
-from blockgpt.experiments.verdicts import Judgement
 from blockgpt.files import exists
 
 STATUSES = {"diverged": "diverged", "failed": "failed", "refused": "failed", "open": "missing"}
