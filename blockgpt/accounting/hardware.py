@@ -124,7 +124,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def measure_matmul(dtype: torch.dtype, n: int = 1024, seconds: float = 0.25) -> float:
+def measure_matmul(dtype: torch.dtype, n: int = 1024, seconds: float = 0.1) -> float:
     """FLOP/s of the fastest of several n x n matrix products on the CPU."""
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
     a @ b  # warm-up
