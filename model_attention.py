@@ -29,7 +29,7 @@ from model_components import (
     softcap,
 )
 from model_config import ModelConfig
-from model_positions import apply_rotary_emb
+from model_positions import RotaryEmbedding
 
 AlibiArguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -349,6 +349,7 @@ class StandardAttention(PlacesWeights, Attention):
         self.k_proj = nn.Linear(config.n_embd, kv_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, kv_dim, bias=config.qkv_bias)
         self.qk_norm: NoQKNorm = component("qk_norm", config)(config)
+        self.rotary = RotaryEmbedding(config)
         self.value_mix = None if self.value_table is None else ValueMix()
         self.gate: NoGate = component("attn_gate", config)(config)
         self.o_proj = ResidualProjection(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
@@ -363,7 +364,7 @@ class StandardAttention(PlacesWeights, Attention):
         if self.value_mix is not None and self.value_table is not None:
             v = self.value_mix(v, context.value_embeddings[self.value_table].view(v.shape))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D) twice
-        q, k = apply_rotary_emb(q, k, context.cos_sin[self.window])
+        q, k = self.rotary(q, k, context.cos_sin[self.window])
         if context.caches is not None:
             k, v = context.caches[self.layer].append(k, v, self.block_size)  # (B, G, S, D)
         y = self.attend(q, k, v, context)

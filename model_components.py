@@ -138,21 +138,27 @@ def are_adjacent(weights: Sequence[torch.Tensor]) -> bool:
 class LayerNorm(nn.LayerNorm):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension. Ba et al. 2016."""
 
+    kernel_family = "layer_norm"
+    has_bias = True
+
     def __init__(self, config: ModelConfig, dim: int) -> None:
-        super().__init__(dim, eps=config.norm_eps)
+        super().__init__(dim, eps=config.norm_eps, bias=self.has_bias)
+        self.kernel: Any = load_kernels(self.kernel_family) if config.kernels == "triton" else None
+        self.kernel_width = dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kernel is not None:
+            return self.kernel.layer_norm(x, self.weight, self.bias, self.eps)
+        return super().forward(x)
 
     def config_values(self) -> dict[str, Any]:
         return {"norm_eps": self.eps}
 
 
-class LayerNormNoBias(nn.LayerNorm):
+class LayerNormNoBias(LayerNorm):
     """LayerNorm without the bias."""
 
-    def __init__(self, config: ModelConfig, dim: int) -> None:
-        super().__init__(dim, eps=config.norm_eps, bias=False)
-
-    def config_values(self) -> dict[str, Any]:
-        return {"norm_eps": self.eps}
+    has_bias = False
 
 
 class RMSNorm(nn.RMSNorm):
@@ -164,6 +170,7 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__(dim, eps=config.norm_eps)
         self.kernel: Any = load_kernels(self.kernel_family) if config.kernels == "triton" else None
+        self.kernel_width = dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.kernel is not None:
@@ -233,7 +240,7 @@ class PreNorm(nn.Module):
 
     def add_norm(self, x: torch.Tensor, pending: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(x + pending, its norm): one operation, which a kernel fuses."""
-        if pending is not None and getattr(self.norm, "kernel", None) is not None:
+        if pending is not None and hasattr(getattr(self.norm, "kernel", None), "add_rms_norm"):
             return self.norm.kernel.add_rms_norm(x, pending, self.norm.weight, self.norm.eps, self.norm.offset)
         x = x if pending is None else x + pending
         return x, self.norm(x)

@@ -396,8 +396,8 @@ class ModelConfig:
                           group="size", minimum=1, maximum=2**32, example=50304)
     loss_chunk: int | str = key("auto", "tokens whose logits exist at once in head and loss; 0: all of a micro-batch; "
                                 "auto: as many as take up to 1 GiB in float32", group="system", minimum=0, example=16)
-    kernels: str = key("auto", "of RMSNorm and the gates of FFNs: torch's, or this project's in Triton; auto: on CUDA "
-                       "the faster at the run's shapes, else torch's", group="system",
+    kernels: str = key("auto", "of norms, RoPE and the gates of FFNs: torch's, or this project's in Triton; auto: on "
+                       "CUDA the faster at the run's shapes, else torch's", group="system",
                        choices=("auto", "torch", "triton"))
 
     def __post_init__(self) -> None:
@@ -459,7 +459,8 @@ class ModelConfig:
 
     def has_kernels(self) -> bool:
         """Whether a component of the model has a kernel of this project."""
-        return self.is_gated() or self.normalization in ("rmsnorm", "rmsnorm_gemma")
+        return (self.is_gated() or self.position_encoding == "rope"
+                or self.normalization in ("layernorm", "layernorm_nobias", "rmsnorm", "rmsnorm_gemma"))
 
     def check_kernels_on(self, device_type: str) -> None:
         """Raise `ConfigError` if kernels=triton cannot run on `device_type` of this computer."""
@@ -582,7 +583,7 @@ class ModelConfig:
         if self.d_ff is not None:
             unused["ffn_multiple_of"] = "d_ff is set"
         if not self.has_kernels():
-            unused["kernels"] = "the model has neither RMSNorm nor a gated FFN"
+            unused["kernels"] = "the model has no norm, RoPE or gated FFN with a kernel"
         return unused
 
     def name_defaults(self) -> dict[str, typing.Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from blockgpt.kernels.choose import load_kernels
 from model_components import component
 from model_config import ModelConfig
 
@@ -113,6 +114,23 @@ def apply_rotary_emb(q: torch.Tensor, k: torch.Tensor, cos_sin: CosSin | None) -
         return q, k
     cos, sin = (t.to(q.dtype) for t in cos_sin)
     return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+class RotaryEmbedding(nn.Module):
+    """`apply_rotary_emb`, by a kernel where one is chosen."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kernel: Any = None
+        if config.position_encoding == "rope":  # else there is nothing to choose
+            self.kernel_family = "rope"
+            self.kernel = load_kernels("rope") if config.kernels == "triton" else None
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, cos_sin: CosSin | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.kernel is None or cos_sin is None:
+            return apply_rotary_emb(q, k, cos_sin)
+        rotated: tuple[torch.Tensor, torch.Tensor] = self.kernel.rotary(q, k, *cos_sin)
+        return rotated
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

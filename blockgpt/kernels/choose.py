@@ -1,7 +1,8 @@
 """Which kernels a model uses: torch's operators, or this project's in Triton.
 
 A component with a kernel has two attributes: `kernel_family`, a name in `FAMILIES`, and `kernel`, the module with its
-functions, or None for torch's operators. kernels=triton and kernels=torch set them when the model is built. With
+functions, or None for torch's operators. A norm has its width too, `kernel_width`: QK-norms and the norms of the stream
+are timed, and chosen, each at their own. kernels=triton and kernels=torch set them when the model is built. With
 kernels=auto on CUDA, `choose_kernels` times both at the run's own shapes, once: a resumed run keeps what its run.json
 says, so that its numbers stay equal. Elsewhere there is nothing to choose, and Triton is not imported.
 To add a kernel: a module here, a line in `FAMILIES`, a case in `candidates`.
@@ -17,11 +18,12 @@ from typing import Any
 
 import torch
 
-FAMILIES = {"rms_norm": "blockgpt.kernels.rms_norm", "swiglu": "blockgpt.kernels.swiglu"}
+FAMILIES = {name: f"blockgpt.kernels.{name}" for name in ("layer_norm", "rms_norm", "rope", "swiglu")}
+FUNCTIONS = {"rope": "rotary", "swiglu": "gated"}  # of the families whose function is not named after them
 ROUNDS = 20  # of all candidates in turn; the median counts
 NOISE = 0.03  # a kernel that is not faster by more than this is not worth it
 
-Candidate = Callable[..., torch.Tensor]
+Candidate = Callable[..., Any]
 
 
 def load_kernels(family: str) -> Any:
@@ -29,23 +31,29 @@ def load_kernels(family: str) -> Any:
     return importlib.import_module(FAMILIES[family])
 
 
+def kernel_case(component: Any) -> str:
+    """What a choice is made for: "swiglu"; a norm's width is part of it, "rms_norm 64"."""
+    width = getattr(component, "kernel_width", None)
+    return str(component.kernel_family) if width is None else f"{component.kernel_family} {width}"
+
+
 def set_kernels(model: torch.nn.Module, chosen: Mapping[str, str]) -> None:
-    """Let the components of each family use "triton" or "torch", as `chosen` says."""
+    """Let the components of each case, or of each family, use "triton" or "torch", as `chosen` says."""
     component: Any
     for component in model.modules():
         family: Any = getattr(component, "kernel_family", None)
-        if family in chosen:
-            component.kernel = load_kernels(family) if chosen[family] == "triton" else None
+        if family is not None and (choice := chosen.get(kernel_case(component), chosen.get(family))):
+            component.kernel = load_kernels(family) if choice == "triton" else None
 
 
-def families_of(model: torch.nn.Module) -> list[str]:
-    """The kernel families that a model's components have."""
-    return sorted({str(module.kernel_family) for module in model.modules() if hasattr(module, "kernel_family")})
+def cases_of(model: torch.nn.Module) -> list[str]:
+    """What there is to choose in a model, see `kernel_case`."""
+    return sorted({kernel_case(module) for module in model.modules() if hasattr(module, "kernel_family")})
 
 
 def used_kernels(model: torch.nn.Module) -> dict[str, str]:
-    """{family: "triton" or "torch"} of a model, as its components are."""
-    return {str(module.kernel_family): "torch" if module.kernel is None else "triton"
+    """{case: "triton" or "torch"} of a model, as its components are."""
+    return {kernel_case(module): "torch" if module.kernel is None else "triton"
             for module in model.modules() if hasattr(module, "kernel_family")}
 
 
@@ -64,11 +72,11 @@ def choose_kernels(model: Any, config: Any, runtime: Any) -> None:
             return {}
         full = model.config
         tokens = config.batch_size * full.block_size
-        return {family: time_candidates(candidates(family, tokens, full, runtime.device, runtime.dtype,
-                                                   runtime.compile)) for family in families_of(model)}
+        return {case: time_candidates(candidates(case, tokens, full, runtime.device, runtime.dtype, runtime.compile))
+                for case in cases_of(model)}
 
     model.kernel_times = runtime.on_rank_zero(measure)
-    set_kernels(model, {family: fastest(times) for family, times in model.kernel_times.items()})
+    set_kernels(model, {case: fastest(times) for case, times in model.kernel_times.items()})
 
 
 def recorded_times(run_dir: Path) -> dict[str, dict[str, float]] | None:
@@ -83,29 +91,46 @@ def fastest(times: Mapping[str, float]) -> str:
     return best if times[best] < times["torch"] * (1 - NOISE) else "torch"
 
 
-def candidates(family: str, tokens: int, config: Any, device: torch.device, dtype: torch.dtype,
+def candidates(case: str, tokens: int, config: Any, device: torch.device, dtype: torch.dtype,
                compiled: bool) -> dict[str, tuple[Candidate, list[torch.Tensor]]]:
-    """{name: (function, its inputs)} of a family at the shapes of a micro-batch of `tokens` tokens."""
-    kernels = load_kernels(family)
-    if family == "rms_norm":
-        # The residual stream is float32, also under autocast.
-        inputs = [torch.randn(tokens, config.n_embd, device=device), torch.randn(config.n_embd, device=device)]
+    """{name: (function, its inputs)} of a case at the shapes of a micro-batch of `tokens` tokens."""
+    family, _, width = case.partition(" ")
+    kernels, function_name = load_kernels(family), FUNCTIONS.get(family, family)
+    operators = {"torch": getattr(kernels, f"{function_name}_torch"), "triton": getattr(kernels, function_name)}
+    inputs, rest = inputs_of(family, int(width or 0), tokens, config, device, dtype)
 
-        last = config.norm_eps
-        operators = {"torch": kernels.rms_norm_torch, "triton": kernels.rms_norm}
-    else:
-        inputs = list(torch.randn(tokens, 2 * config.d_ff, device=device, dtype=dtype).chunk(2, dim=-1))
-
-        last = config.activation
-        operators = {"torch": kernels.gated_torch, "triton": kernels.gated}
-
-    def with_last(operator: Callable[..., torch.Tensor]) -> Candidate:
-        def function(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-            return operator(first, second, last)
+    def with_rest(operator: Callable[..., Any]) -> Candidate:
+        def function(*inputs: torch.Tensor) -> Any:
+            return operator(*inputs, *rest)
         return torch.compile(function) if compiled else function
 
-    functions = {name: with_last(operator) for name, operator in operators.items()}
-    return {name: (function, [t.detach().requires_grad_() for t in inputs]) for name, function in functions.items()}
+    return {name: (with_rest(operator), [t.detach().requires_grad_() for t in inputs])
+            for name, operator in operators.items()}
+
+
+def inputs_of(family: str, width: int, tokens: int, config: Any, device: torch.device,
+              dtype: torch.dtype) -> tuple[list[torch.Tensor], list[Any]]:
+    """The tensors of a family that get gradients, and its other arguments."""
+    def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    if family == "swiglu":
+        return list(random(tokens, 2 * config.d_ff, dtype=dtype).chunk(2, dim=-1)), [config.activation]
+    if family == "rope":
+        angles = random(config.block_size, config.rotary_dim() // 2)
+        shape = (max(tokens // config.block_size, 1), config.block_size)
+        return [random(*shape, heads, config.head_dim, dtype=dtype).transpose(1, 2)
+                for heads in (config.n_head, config.n_kv_head)], [angles.cos(), angles.sin()]
+    # The residual stream is float32, also under autocast; queries and keys are not.
+    if width == config.n_embd:
+        dtype = torch.float32
+    elif width == config.head_dim:
+        tokens *= config.n_head
+    inputs = [random(tokens, width, dtype=dtype), random(width)]
+    if family == "rms_norm":
+        return inputs, [config.norm_eps]
+    return inputs + ([random(width)] if config.normalization == "layernorm" else []), (
+        [config.norm_eps] if config.normalization == "layernorm" else [None, config.norm_eps])
 
 
 def time_candidates(functions: Mapping[str, tuple[Candidate, list[torch.Tensor]]],
@@ -124,9 +149,10 @@ def time_candidates(functions: Mapping[str, tuple[Candidate, list[torch.Tensor]]
 def time_once(function: Candidate, inputs: list[torch.Tensor]) -> float:
     """Seconds on the GPU of a forward and backward pass."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    grad = torch.ones_like(inputs[0])
     begin.record()
-    torch.autograd.grad(function(*inputs), inputs, grad)
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.grad(outputs, inputs, [torch.ones_like(y) for y in outputs])
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1000

@@ -18,9 +18,14 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 
 from torch.utils.flop_counter import FlopCounterMode
 
+from blockgpt.kernels import choose
+from blockgpt.kernels import layer_norm as layer
 from blockgpt.kernels import rms_norm as rms
 from blockgpt.kernels import swiglu as gated
+from blockgpt.kernels.rope import rope_op, rotary, rotary_torch
 from blockgpt.kernels.rows import DTYPES, as_rows, block_size
+from model_builder import build_model
+from model_config import get_preset
 
 WIDTHS = st.sampled_from([1, 2, 3, 17, 64, 100, 768])
 SHAPES = st.sampled_from([(0,), (1,), (2, 3), (7,), (2, 0, 2)])
@@ -117,6 +122,30 @@ def test_the_fused_addition_and_its_gradients(rows, width, dtype, weight_dtype, 
     close(found[2], into_weight, weight_dtype, max(x.numel() // width, 1), 4 * width**0.5)
 
 
+@settings(max_examples=12)
+@given(**cases, biased=st.booleans())
+def test_layer_norm_and_its_gradients(rows, width, dtype, weight_dtype, layout, seed, biased):
+    generator = torch.Generator().manual_seed(seed)
+    x = layouts((*rows, width), dtype, layout, generator)
+    weight, bias = (layouts((width,), weight_dtype, "plain", generator) for _ in range(2))
+    bias = bias if biased else None
+    grad = layouts((*rows, width), dtype, layout, generator).detach()
+    y = layer.layer_norm(x, weight, bias, 1e-3)
+    assert y.dtype == dtype and y.shape == x.shape
+    exact = layer.layer_norm_torch(x.double(), weight.double(), None if bias is None else bias.double(), 1e-3)
+    # A mean that is off by a rounding is divided by the deviation, at most 1/sqrt(eps).
+    close(y, exact, dtype, width, 128.0)
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    found, expected = (torch.autograd.grad(out, inputs, grad.to(out.dtype)) for out in (y, exact))
+    deviation = x.detach().double().var(-1, correction=0, keepdim=True) if x.numel() else torch.ones(1)
+    largest = float((grad * weight.detach().double() * (deviation + 1e-3).rsqrt()).abs().max()) if x.numel() else 1.0
+    close(found[0], expected[0], dtype, width, 4 * largest)
+    terms = max(x.numel() // width, 1)
+    for gradient, precise in zip(found[1:], expected[1:], strict=True):
+        close(gradient, precise, weight_dtype, terms, 16 * width**0.5)
+    assert [g.dtype for g in found] == [t.dtype for t in inputs]
+
+
 def gated_reference(gate, up, activation):
     return gated.gated_torch(gate.double(), up.double(), activation)
 
@@ -169,6 +198,8 @@ def test_the_operators_are_registered_as_torch_asks():
     torch.library.opcheck(rms.rms_norm_op, (x, weight, 1e-5, 0.0))
     torch.library.opcheck(rms.add_rms_norm_op, (x, residual, weight, 1e-5, 1.0))
     torch.library.opcheck(gated.gated_op, (x, residual, 2))
+    torch.library.opcheck(layer.layer_norm_op, (x, weight, None, 1e-5))
+    torch.library.opcheck(layer.layer_norm_op, (x, weight, weight.detach(), 1e-5))
 
 
 def test_only_the_input_and_a_number_per_row_are_saved():
@@ -198,3 +229,93 @@ def test_rows_of_a_tensor(rows, width, layout):
     assert width <= block_size(width) < 2 * width and block_size(width).bit_count() == 1
     if layout != "columns" and len(rows) == 1 and x.numel():
         assert flat.data_ptr() == x.data_ptr()  # no copy
+
+
+def test_every_case_of_a_model_is_timed_at_its_own_shape_and_chosen_for_itself():
+    config = get_preset("qwen3", n_layer=1, n_head=2, n_kv_head=1, head_dim=16, n_embd=48, vocab_size=64, block_size=8)
+    model = build_model(config.resolve())
+    cases = ["rms_norm 16", "rms_norm 48", "rope", "swiglu"]
+    assert choose.cases_of(model) == cases
+    shapes = {}
+    for case in cases:
+        timed = choose.candidates(case, 24, model.config, torch.device(DEVICE), torch.bfloat16, False)
+        for function, inputs in timed.values():
+            function(*inputs)
+        shapes[case] = [(tuple(t.shape), t.dtype) for t in timed["triton"][1]]
+    assert shapes["rms_norm 16"] == [((48, 16), torch.bfloat16), ((16,), torch.float32)]
+    assert shapes["rms_norm 48"] == [((24, 48), torch.float32), ((48,), torch.float32)]
+    assert [shape for shape, _ in shapes["rope"]] == [(3, 2, 8, 16), (3, 1, 8, 16)]
+    choose.set_kernels(model, {"rms_norm 16": "triton", "rms_norm 48": "torch", "rope": "torch", "swiglu": "torch"})
+    assert choose.used_kernels(model)["rms_norm 16"] == "triton"
+    choose.set_kernels(model, {"rms_norm": "triton"})  # as older runs recorded it
+    assert choose.used_kernels(model) == {case: "triton" if "rms" in case else "torch" for case in cases}
+
+
+@pytest.mark.parametrize("name, keys", [("gpt2", {}), ("qwen3", {"n_kv_head": 1, "head_dim": 16})])
+def test_a_model_has_the_same_loss_and_gradients_with_kernels_and_says_so(name, keys):
+    sizes = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=64, block_size=8, init_std=0.2, **keys)
+    x = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    results = []
+    for kernels in ("torch", "triton"):
+        model = build_model(get_preset(name, **sizes, kernels=kernels).resolve(), seed=1).to(DEVICE)
+        assert model.infer_config().kernels == kernels
+        assert set(choose.used_kernels(model).values()) == {kernels}
+        loss = model(x, x.roll(-1, 1))
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= 64 * torch.finfo(torch.float32).eps * a.norm() + 1e-9
+
+
+# ---------------------------------------------------------------- RoPE
+
+
+def rope_example(batch, heads, groups, tokens, width, half, dtype, layout, seed=0):
+    """(q, k), (cos, sin) and the weights of the norms. "projected": heads and tokens swapped in memory, with gaps."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(n):
+        if layout == "projected":
+            x = layouts((batch, tokens, n, width), dtype, "gaps", generator)
+            return x.detach().transpose(1, 2).requires_grad_()
+        return layouts((batch, n, tokens, width), dtype, layout, generator)
+
+    angles = torch.randn(tokens, half, generator=generator).to(DEVICE)
+    weights = tuple(layouts((width,), torch.float32, "plain", generator) for _ in range(2))
+    return (one(heads), one(groups)), (angles.cos(), angles.sin()), weights
+
+
+@settings(max_examples=12)
+@given(batch=st.integers(0, 2), heads=st.integers(1, 3), groups=st.integers(1, 2), tokens=st.sampled_from([1, 2, 5]),
+       width=st.sampled_from([2, 6, 16, 24]), fraction=st.sampled_from([0.0, 0.5, 1.0]), dtype=st.sampled_from(DTYPES),
+       layout=st.sampled_from(["plain", "gaps", "columns", "projected"]), normed=st.booleans(),
+       offset=st.sampled_from([0.0, 1.0]), seed=st.integers(0, 9))
+def test_rope_and_its_gradients(batch, heads, groups, tokens, width, fraction, dtype, layout, normed, offset, seed):
+    half = int(width * fraction) // 2
+    inputs, angles, weights = rope_example(batch, heads, groups, tokens, width, half, dtype, layout, seed)
+    norm = (weights, 1e-2, offset) if normed else (None,)
+    found = rotary(*inputs, *angles, *norm)
+    precise = tuple(w.double() for w in weights)
+    exact = rotary_torch(*(x.double() for x in inputs), *(a.double() for a in angles),
+                       *((precise, 1e-2, offset) if normed else (None,)))
+    for y, z, x in zip(found, exact, inputs, strict=True):
+        assert y.dtype == dtype and y.shape == x.shape
+        close(y, z, dtype, width)
+    grads = [layouts(x.shape, dtype, "gaps", torch.Generator().manual_seed(seed + 10)).detach() for x in inputs]
+    wanted = (*inputs, *weights) if normed else inputs
+    a = torch.autograd.grad(found, wanted, grads)
+    b = torch.autograd.grad(exact, wanted, [g.double() for g in grads])
+    for gradient, z, t in zip(a, b, wanted, strict=True):
+        assert gradient.dtype == t.dtype
+        close(gradient, z, t.dtype, max(batch * heads * tokens, width), 64.0 if normed else 4.0)
+
+
+def test_it_is_registered_as_torch_asks_and_saves_no_queries_without_a_norm():
+    inputs, angles, weights = rope_example(1, 2, 1, 3, 6, 2, torch.float32, "plain")
+    torch.library.opcheck(rope_op, (*inputs, *angles, None, None, 0.0, 0.0))
+    torch.library.opcheck(rope_op, (*inputs, *angles, *weights, 1e-5, 1.0))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        rotary(*inputs, *angles)
+    assert [t.shape for t in saved] == [(3, 2), (3, 2)]
+    with pytest.raises(ValueError, match="float64"):
+        rotary(*(x.double() for x in inputs), *angles)
