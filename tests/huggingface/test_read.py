@@ -157,9 +157,12 @@ def test_what_cannot_be_represented_is_one_line(llama, keys, message):
     assert message in refused(edit_config(llama, **keys), read.architecture)
 
 
-def test_smollm3s_layers_without_rope_are_refused_by_name(llama):
-    assert "no_rope_layers: [1, 1, 1, 0] is not supported" in refused(
-        edit_config(llama, model_type="smollm3", num_hidden_layers=4), read.architecture)
+def test_smollm3s_layers_without_rope_are_those_of_its_list_or_every_fourth(llama):
+    edit_config(llama, model_type="smollm3", num_hidden_layers=8)
+    assert read.architecture(llama)[0]["rope_pattern"] == "RRRN"
+    assert read.architecture(edit_config(llama, no_rope_layers=[0, 1] * 4))[0]["rope_pattern"] == "NR"
+    for wrong in ([1, 0], [2] * 8):
+        assert "no_rope_layers: [" in refused(edit_config(llama, no_rope_layers=wrong), read.architecture)
 
 
 def test_keys_of_both_versions_of_transformers_are_read(llama):
