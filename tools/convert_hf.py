@@ -113,7 +113,7 @@ def import_checkpoint(source: str, out: Path, verify: bool) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with FolderLock(out, "converts a checkpoint into it"):
-            if exists(out / "config.json") or exists(out / "run.json"):
+            if exists(out / "run.json") or list_dir(out, "*.safetensors") or list_dir(out, "*.bin"):
                 raise UserError(f"{out}: has a checkpoint (choose another folder for --out)")
             checkpoint.write_export(out, weights.index(), description)
     except OSError as error:
