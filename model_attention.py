@@ -344,6 +344,7 @@ class StandardAttention(PlacesWeights, Attention):
         assert config.n_kv_head is not None and config.head_dim is not None and config.qkv_bias is not None  # resolved
         super().__init__(config, layer, config.n_kv_head, d_qk=config.head_dim, d_v=config.head_dim)
         self.head_dim, self.value_table = config.head_dim, config.value_table(layer)
+        self.rotates = config.rope_letters()[layer] == "R"
         kv_dim = self.n_kv_head * self.head_dim
         self.q_proj = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, kv_dim, bias=config.qkv_bias)
@@ -358,13 +359,14 @@ class StandardAttention(PlacesWeights, Attention):
         B, T, _ = x.shape
         q, k, v = (projected.reshape(B, T, -1, self.head_dim)  # -1: all heads, or this rank's under tensor parallelism
                    for projected in joint_linear(x, self.q_proj, self.k_proj, self.v_proj))
-        if context.cos_sin[self.window] is not None and not self.qk_norm.saves_input:
+        cos_sin = context.cos_sin[self.window] if self.rotates else None
+        if cos_sin is not None and not self.qk_norm.saves_input:
             v = v.contiguous()  # else v alone would keep the joint product, three times as large, for the backward pass
         q, k = self.qk_norm(q, k)
         if self.value_mix is not None and self.value_table is not None:
             v = self.value_mix(v, context.value_embeddings[self.value_table].view(v.shape))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D) twice
-        q, k = self.rotary(q, k, context.cos_sin[self.window])
+        q, k = self.rotary(q, k, cos_sin)
         if context.caches is not None:
             k, v = context.caches[self.layer].append(k, v, self.block_size)  # (B, G, S, D)
         y = self.attend(q, k, v, context)

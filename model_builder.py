@@ -253,6 +253,7 @@ class GPT(nn.Module):
         sizes = {window for window in windows if window is not None}
         letters = "".join("L" if window is None else "S" for window in windows)
         pattern = (config.window_pattern * len(windows))[:len(windows)]
+        rotated = "".join("R" if getattr(block.attn, "rotates", True) else "N" for block in self.blocks)
         is_sqrt = config.embedding_scale == "sqrt" and self.embedding_scale == config.n_embd**0.5
         return {"n_layer": len(self.blocks), "n_embd": self.token_embedding.weight.shape[1],
                 "weight_tying": self.lm_head.weight is self.token_embedding.weight,
@@ -262,7 +263,8 @@ class GPT(nn.Module):
                 "mask_documents": self.mask_documents,
                 "kernels": max(used_kernels(self).values(), default="torch"),  # triton if one of them is
                 "sliding_window": next(iter(sizes)) if sizes else config.sliding_window,
-                "window_pattern": config.window_pattern if letters == pattern or not sizes else letters}
+                "window_pattern": config.window_pattern if letters == pattern or not sizes else letters,
+                "rope_pattern": config.rope_pattern if rotated == config.rope_letters() else rotated}
 
     def aux_loss(self) -> torch.Tensor | None:
         """The sum of the components' auxiliary losses of the last forward pass; None if there are none."""

@@ -133,7 +133,7 @@ POSITION_ENCODING = {
     "sinusoidal": Option(lambda: model_positions.SinusoidalPositions, "SinPos",
                          "fixed waves added to the embedding (Vaswani 2017)"),
     "rope": Option(lambda: model_positions.RotaryPositions, "RoPE", "queries and keys rotated by position (Su 2021)",
-                   keys=("rope_theta", "rope_theta_local", "rope_fraction", "rope_scaling")),
+                   keys=("rope_theta", "rope_theta_local", "rope_fraction", "rope_pattern", "rope_scaling")),
     "alibi": Option(lambda: model_positions.AlibiPositions, "ALiBi",
                     "scores fall with distance, each head at its own rate (Press 2022)", changes_scores=True),
     "none": Option(lambda: model_positions.NoPositions, "NoPE", "only the causal mask orders the tokens (Haviv 2022)"),
@@ -331,6 +331,8 @@ class ModelConfig:
                                          group="architecture", above=1.0, label="local{}", example=1000.0)
     rope_fraction: float = key(1.0, "fraction of each head that RoPE rotates", group="architecture", above=0.0,
                                maximum=1.0, label="rot{}", example=0.5)
+    rope_pattern: str = key("R", "R: a layer with RoPE, N: without positions, as SmolLM 3's; repeated over the layers",
+                            group="architecture", label="{}", example="RN")
     rope_scaling: str = axis("rope_scaling", "none", "RoPE for a longer context than the model was trained on")
     rope_scaling_factor: float = key(8.0, "the longer context over the original one", group="architecture", minimum=1.0,
                                      label="x{}", example=4.0)
@@ -413,6 +415,9 @@ class ModelConfig:
         if not set(self.window_pattern) <= set("SL"):
             raise ConfigError("window_pattern", f"{short_repr(self.window_pattern)} has other letters than S (a layer "
                                                 "with the sliding_window) and L (one without)")
+        if not set(self.rope_pattern) <= set("RN") or "R" not in self.rope_letters():
+            raise ConfigError("rope_pattern", f"{short_repr(self.rope_pattern)} is not of R (a layer with RoPE) and N "
+                                              "(one without), with one R in the layers (or position_encoding=none)")
         if self.parallel_block == "two_norms" and self.norm_position == "post":
             raise ConfigError("parallel_block", "two_norms is incompatible with norm_position=post, which has one "
                                                 "norm, on the sum (use one_norm, or another norm_position)")
@@ -475,6 +480,10 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """Channels of a head that RoPE rotates."""
         return int((self.head_dim or self.n_embd // self.n_head) * self.rope_fraction)
+
+    def rope_letters(self) -> str:
+        """A letter of rope_pattern for each layer."""
+        return (self.rope_pattern * self.n_layer)[:self.n_layer]
 
     def window(self, layer: int) -> int | None:
         """Tokens that layer `layer` (from 0) sees, itself included; None: all of its context."""
@@ -571,15 +580,18 @@ class ModelConfig:
                     readers = " or ".join(o for o, option in table.items() if k in option.keys)
                     unused[k] = f"only {name}={readers} reads it, and this is {getattr(self, name)}"
         windows = {self.window(layer) for layer in range(self.n_layer)}
+        rotated = {self.window(layer) for layer, letter in enumerate(self.rope_letters()) if letter == "R"}
         if self.sliding_window is None:
             unused["window_pattern"] = "sliding_window is not set"
         elif windows == {None}:
             unused["sliding_window"] = f"window_pattern={self.window_pattern} gives it to none of the layers"
         if windows == {None}:
             unused.setdefault("rope_theta_local", "no layer has a window")
-        elif None not in windows and self.rope_theta_local is not None:
+        elif rotated == {None}:
+            unused.setdefault("rope_theta_local", f"rope_pattern={self.rope_pattern}: no layer with a window has RoPE")
+        elif None not in rotated and self.rope_theta_local is not None:
             unused |= dict.fromkeys(("rope_theta", "rope_scaling", "rope_scaling_factor", "rope_original_context"),
-                                    "every layer has a window and uses rope_theta_local")
+                                    "every layer with RoPE has a window and uses rope_theta_local")
         if self.d_ff is not None:
             unused["ffn_multiple_of"] = "d_ff is set"
         if not self.has_kernels():

@@ -56,9 +56,13 @@ def effective_keys(config: ModelConfig) -> dict[str, Any]:
     keys |= dict.fromkeys(full.unused_keys().keys() & keys.keys())
     keys["window_pattern"] = letters
     keys["sliding_window"] = full.sliding_window if "S" in letters else None
-    if "S" in letters and full.position_encoding == "rope" and full.rope_scaling == "none":
+    if full.position_encoding != "rope":
+        return keys
+    keys["rope_pattern"] = full.rope_letters()
+    rotated = {letter for letter, rope in zip(letters, keys["rope_pattern"], strict=True) if rope == "R"}
+    if "S" in rotated and full.rope_scaling == "none":
         keys["rope_theta_local"] = full.rope_theta_local or full.rope_theta
-        if "L" not in letters:  # the base of the layers without a window is not read
+        if "L" not in rotated:  # the base of the layers without a window is not read
             keys["rope_theta"] = keys["rope_theta_local"]
     return keys
 
@@ -109,7 +113,7 @@ def import_checkpoint(source: str, out: Path, verify: bool) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with FolderLock(out, "converts a checkpoint into it"):
-            if exists(out / "config.json") or exists(out / "run.json"):
+            if exists(out / "run.json") or list_dir(out, "*.safetensors") or list_dir(out, "*.bin"):
                 raise UserError(f"{out}: has a checkpoint (choose another folder for --out)")
             checkpoint.write_export(out, weights.index(), description)
     except OSError as error:
@@ -252,8 +256,7 @@ def family_table(measure: bool) -> list[str]:
 
 def tiny_config(family: Family) -> ModelConfig:
     """A tiny model of a family: its defaults at a small size."""
-    only_rope = {"no_rope_layers": [1] * 36} if "no_rope_layers" in family.defaults else {}
-    keys, _ = read_keys(family, only_rope)
+    keys, _ = read_keys(family, {})
     full = ModelConfig(**keys).resolve()
     heads = 1 if full.n_kv_head == 1 else 4 if full.n_kv_head == full.n_head else 2
     return ModelConfig(**{**keys, "n_layer": 2, "n_head": 4, "n_kv_head": heads, "n_embd": 64, "d_ff": 256,

@@ -9,7 +9,9 @@ To add one: a subclass and a line in `TOKENIZERS`. Torch is never imported.
 
 import base64
 import binascii
+import contextlib
 import hashlib
+import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -350,10 +352,26 @@ def load_tokenizer(spec: str, eot: str | None = None) -> Tokenizer:
         content = read_file(path)
     except DataError as error:
         raise DataError(f"tokenizer {error}") from None
+    build, named = TOKENIZER_FILES[path.suffix], checkpoint_eos(Path(spec)) if eot is None else None
     try:
-        return TOKENIZER_FILES[path.suffix](content, more)
+        if named is not None:
+            with contextlib.suppress(DataError):  # the vocabulary has no such token, or text can contain it
+                return build(content, {"eot": named})
+        return build(content, more)
     except DataError as error:
         raise DataError(f"tokenizer {path}: {error}") from None
+
+
+def checkpoint_eos(folder: Path) -> str | None:
+    """The end-of-sentence token that the tokenizer_config.json of a checkpoint's folder names."""
+    path = folder / "tokenizer_config.json"
+    try:
+        config = json.loads(read_file(path)) if exists(path) else {}
+    except (DataError, ValueError, RecursionError):
+        return None
+    token = config.get("eos_token") if isinstance(config, dict) else None
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) and text else None
 
 
 def model_tokenizer(content: bytes, more: dict[str, Any]) -> Tokenizer:

@@ -84,13 +84,12 @@ YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # the values that Ya
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # … and Llama3Scaling
 
 
-def scaling_keys(parameters: Keys, context: int, outer_context: int | None = None) -> dict[str, Any]:
+def scaling_keys(parameters: Keys, context: int) -> dict[str, Any]:
     """The keys here of what transformers 4 calls rope_scaling, transformers 5 rope_parameters; theta is not among them.
 
     Args:
         parameters: {"rope_type": …, "factor": …, …}.
         context: max_position_embeddings, the original context where none is given.
-        outer_context: original_max_position_embeddings of the config.json itself.
     """
     left = {k: v for k, v in parameters.items() if v is not None and k not in (
         "rope_type", "type", "rope_theta", "partial_rotary_factor")}
@@ -103,7 +102,7 @@ def scaling_keys(parameters: Keys, context: int, outer_context: int | None = Non
     keys: dict[str, Any] = {"rope_scaling": name, "rope_scaling_factor": scale}
     original = left.pop("original_max_position_embeddings", None)
     if name != "linear":
-        keys["rope_original_context"] = outer_context or original or context
+        keys["rope_original_context"] = original or context
     if name == "yarn":
         factor, expected = left.pop("attention_factor", None), 0.1 * math.log(scale) + 1.0
         if factor is not None and abs(factor - expected) > 1e-9:
@@ -142,7 +141,8 @@ def rope(theta: float = 10000.0, fraction: float | None = None, names: tuple[str
         theta: the default base.
         fraction: the default of the rotated fraction; None: the family rotates whole heads.
         names: the keys of base and fraction outside rope_parameters.
-        outer_context: the default of the key original_max_position_embeddings; None: the family has none.
+        outer_context: the default of the key original_max_position_embeddings, of Phi 3, whose class in transformers
+            takes no scaling but longrope; None: the family has none.
     """
     theta_name, fraction_name = names
 
@@ -153,8 +153,10 @@ def rope(theta: float = 10000.0, fraction: float | None = None, names: tuple[str
             keys["rope_fraction"] = number_of(parameters, "partial_rotary_factor", t[fraction_name])
         elif parameters.get("partial_rotary_factor", 1.0) not in (None, 1.0):
             raise Unsupported("partial_rotary_factor: this family rotates whole heads")
-        outer = t["original_max_position_embeddings"] if outer_context else None
-        return keys | scaling_keys(parameters, t["max_position_embeddings"], outer)
+        scaling = scaling_keys(parameters, t["max_position_embeddings"])
+        if outer_context and scaling["rope_scaling"] != "none":
+            raise Unsupported(f"rope_scaling: {scaling['rope_scaling']} is not supported for this family")
+        return keys | scaling
 
     def write(o: Keys) -> dict[str, Any]:
         return {theta_name: o["rope_theta"], "rope_scaling": scaling_parameters(o),
@@ -314,14 +316,19 @@ def falcon_write(o: Keys) -> dict[str, Any]:
 
 
 def no_rope_read(t: Keys) -> dict[str, Any]:
-    """SmolLM3's layers without RoPE."""
-    layers, every = t["no_rope_layers"], t["no_rope_layer_interval"]
+    """SmolLM3's layers without RoPE: 0 in no_rope_layers, else every fourth."""
+    n, layers, every = t["num_hidden_layers"], t["no_rope_layers"], t["no_rope_layer_interval"]
     if layers is None:
-        layers = [int((i + 1) % every != 0) for i in range(t["num_hidden_layers"])]
-    if not all(layers):
-        raise Unsupported(f"no_rope_layers: {short_repr(layers)} is not supported: here all layers have the same "
-                          "position_encoding")
-    return {}
+        layers = [int((i + 1) % every != 0) for i in range(n)]
+    if len(layers) != n or not set(layers) <= {0, 1}:
+        raise Unsupported(f"no_rope_layers: {short_repr(layers)} is not supported (for each of {n} layers 1: RoPE, or "
+                          "0: none)")
+    return {"rope_pattern": shortest_pattern("".join("NR"[layer] for layer in layers))}
+
+
+def no_rope_write(o: Keys) -> dict[str, Any]:
+    letters = (o["rope_pattern"] * o["n_layer"])[:o["n_layer"]]
+    return {"no_rope_layers": [int(letter == "R") for letter in letters]}
 
 
 # ---------------------------------------------------------------- tensors
@@ -405,12 +412,11 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (
         *sizes(2048, 50304, 4096, 11008, 32, 32), kv_heads(None), head_dim(), choice("hidden_act", "silu", GATED),
         same("rms_norm_eps", "norm_eps", 1e-5), tied(False), rope_by_layer(500_000.0, None),
         off("attention_bias", False), windows(4096, "SSSL")), OLMO),
-    Family("smollm3", "SmolLM3ForCausalLM", "SmolLM 3 (no layer without RoPE)", "model.", RMS, (
+    Family("smollm3", "SmolLM3ForCausalLM", "SmolLM 3", "model.", RMS, (
         *sizes(32768, 128256, 2048, 11008, 36, 16), kv_heads(4), head_dim(), choice("hidden_act", "silu", GATED),
         same("rms_norm_eps", "norm_eps", 1e-6), tied(True), rope(2_000_000.0), biases("mlp_bias"),
         windows(None, "Q", {"use_sliding_window": False, "max_window_layers": 28}),
-        KeyRule({"no_rope_layers": None, "no_rope_layer_interval": 4}, no_rope_read,
-                lambda o: {"no_rope_layers": [1] * o["n_layer"]})), LLAMA),
+        KeyRule({"no_rope_layers": None, "no_rope_layer_interval": 4}, no_rope_read, no_rope_write)), LLAMA),
     Family("granite", "GraniteForCausalLM", "Granite 3 (dense)", "model.", RMS, (
         *sizes(2048, 32000, 4096, 11008, 32, 32), kv_heads(None), head_dim(), choice("hidden_act", "silu", GATED),
         same("rms_norm_eps", "norm_eps", 1e-6), tied(False), rope(), biases("mlp_bias"),

@@ -40,11 +40,11 @@ class BlockGPTConfig(PretrainedConfig):
     def __init__(self, normalization="rmsnorm", norm_eps=1e-5, norm_position="pre", parallel_block="none",
                  activation="silu", ffn_type="swiglu", d_ff=1024, position_encoding="rope", rope_theta=10000.0,
                  rope_theta_local=None, rope_fraction=1.0, rope_scaling_type="none", rope_scaling_factor=8.0,
-                 rope_original_context=None, qk_norm="none", attn_gate="none", attn_scale=None, attn_softcap=None,
-                 logit_softcap=None, logit_scale=1.0, sliding_window=None, window_pattern="L", bias=False,
-                 qkv_bias=False, head_bias=False, embedding_scale=1.0, embedding_norm=False, residual_scale=1.0,
-                 x0_mix=False, value_embeddings=0, dropout=0.0, n_layer=4, n_head=4, n_kv_head=4, n_embd=256,
-                 head_dim=64, block_size=256, vocab_size=50304, use_cache=True, **kwargs):
+                 rope_original_context=None, rope_pattern="R", qk_norm="none", attn_gate="none", attn_scale=None,
+                 attn_softcap=None, logit_softcap=None, logit_scale=1.0, sliding_window=None, window_pattern="L",
+                 bias=False, qkv_bias=False, head_bias=False, embedding_scale=1.0, embedding_norm=False,
+                 residual_scale=1.0, x0_mix=False, value_embeddings=0, dropout=0.0, n_layer=4, n_head=4, n_kv_head=4,
+                 n_embd=256, head_dim=64, block_size=256, vocab_size=50304, use_cache=True, **kwargs):
         given = dict(locals())
         for name in inspect.signature(BlockGPTConfig.__init__).parameters:
             if name not in ("self", "kwargs"):
@@ -153,6 +153,7 @@ class BlockGPTAttention(nn.Module):
         self.head_dim, self.scaling = config.head_dim, config.attn_scale or config.head_dim**-0.5
         self.num_key_value_groups = config.n_head // config.n_kv_head
         self.sliding_window = config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
+        self.rotates = config.rope_pattern[layer % len(config.rope_pattern)] == "R"
         self.q_proj = nn.Linear(config.n_embd, config.n_head * self.head_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=config.qkv_bias)
@@ -170,7 +171,7 @@ class BlockGPTAttention(nn.Module):
         if self.value_mix is not None:
             v = self.value_mix(v, tables[self.value_table].view(v.shape))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if cos_sin is not None:
+        if cos_sin is not None and self.rotates:
             q, k = rotate_pairs(q, *cos_sin), rotate_pairs(k, *cos_sin)
         own = v
         if cache is not None:

@@ -1,7 +1,6 @@
 """Each family against transformers: every tensor random, float64, logits, gradients, cached decoding, and back."""
 
 import dataclasses
-import json
 
 import pytest
 import tiny_checkpoints as tiny
@@ -9,8 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from blockgpt.errors import UserError
-from blockgpt.huggingface import read, rules, write
+from blockgpt.huggingface import rules, write
 from blockgpt.huggingface.families import FAMILIES
 from tools.convert_hf import effective_keys
 
@@ -31,6 +29,10 @@ def saved_names(family, parameters):
     return {name.replace("lm_head", "embed_out") if family == "gpt_neox" else name: p for name, p in parameters.items()}
 
 
+def has_rope(config, layer):
+    return config.position_encoding == "rope" and config.rope_letters()[layer] == "R"
+
+
 @pytest.mark.parametrize("family, name", ALL)
 def test_a_checkpoint_is_the_same_model_here_and_back(tmp_path, in_float64, family, name):
     reference = tiny.reference_model(family, name)
@@ -49,7 +51,7 @@ def test_a_checkpoint_is_the_same_model_here_and_back(tmp_path, in_float64, fami
         split = target.rule.layout.split(theirs[target.name].grad, target.shapes, weights.keys)
         grad = split[target.ours.index(parameter)]
         scale = grad.abs().max()
-        if parameter.endswith("k_proj.bias") and model.config.position_encoding != "rope":
+        if parameter.endswith("k_proj.bias") and not has_rope(model.config, int(parameter.split(".")[1])):
             scale = 1.0  # it adds the same to all scores of a query: its gradient is 0, and these are rounding errors
         assert torch.isfinite(p.grad).all() and (p.grad - grad).abs().max() <= 10 * tolerance * scale, parameter
 
@@ -101,113 +103,3 @@ def test_training_loses_as_much_as_that_of_transformers(tmp_path, in_float64, fa
         losses.append(found)
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert losses[0][-2] < losses[0][0] and losses[0][-1] < losses[0][1]
-
-
-# ---------------------------------------------------------------- one mutation for each rule
-
-
-def mutations_of_tensors(family):
-    """(what is wrong, family) for each rule of tensors: its layout forgotten, its place exchanged with another's."""
-    for i, rule in enumerate(family.tensors):
-        def changed(*changes):
-            tensors = list(family.tensors)
-            for at, new in changes:
-                tensors[at] = new
-            return dataclasses.replace(family, tensors=tuple(tensors))
-
-        plain = rules.Stacked() if isinstance(rule.layout, rules.Grouped) else rules.Layout()
-        if type(rule.layout) is not rules.Layout and getattr(rule.layout, "offset", 1):  # 0: all rows, as they are
-            yield f"{rule.theirs} without its layout", changed((i, rule._replace(layout=plain)))
-        if len(rule.ours) > 1:
-            yield (f"{rule.theirs} in another order",
-                   changed((i, rule._replace(ours=(rule.ours[1], rule.ours[0], *rule.ours[2:])))))
-        else:
-            indices = [*range(i + 1, len(family.tensors)), *range(i)]
-            indices.sort(key=lambda j, when=rule.when: family.tensors[j].when != when)  # one that the same models have
-            other = next(j for j in indices if len(family.tensors[j].ours) == 1 and family.tensors[j].ours != rule.ours)
-            swapped = family.tensors[other]
-            yield (f"{rule.theirs} and {swapped.theirs} exchanged",
-                   changed((i, rule._replace(ours=swapped.ours)), (other, swapped._replace(ours=rule.ours))))
-
-
-def mutations_of_keys(family):
-    """(key, family in which a rule reads the key's default whatever config.json says)."""
-    for i, rule in enumerate(family.keys):
-        for key, default in rule.defaults.items():
-            def read(t, rule=rule, key=key, default=default):
-                return rule.read({**t, key: default})
-
-            keys = (*family.keys[:i], dataclasses.replace(rule, read=read), *family.keys[i + 1:])
-            yield key, dataclasses.replace(family, keys=keys)
-
-
-# Keys that change nothing with the values that transformers itself accepts.
-WITHOUT_EFFECT = {
-    ("bloom", "seq_length"): "the context of the file; BLOOM has no largest position",
-    ("phi3", "original_max_position_embeddings"): "read only for a scaling of RoPE, and Phi 3's is refused",
-    **{(family, "max_window_layers"): "transformers 5 writes layer_types, which list the layers with a window"
-       for family in ("qwen2", "qwen3", "smollm3")},
-}
-
-
-class Sources:
-    """The checkpoints of a family, saved once, with their logits."""
-
-    def __init__(self, family, folder):
-        self.entries = []
-        for i, name in enumerate(tiny.CHECKPOINTS[family]):
-            model = tiny.reference_model(family, name)
-            with torch.no_grad():
-                logits = model(tiny.tokens()).logits
-            self.entries.append((tiny.save(model, folder / str(i)), logits, model.config.max_position_embeddings
-                                 if family not in ("bloom",) else 2048))
-
-    def catches(self):
-        """Whether one of them is refused or is another model, with the rules as they are now."""
-        for directory, logits, context in self.entries:
-            try:
-                model, _ = tiny.load(directory)
-                with torch.no_grad():
-                    if model.config.block_size != context or tiny.difference(model(tiny.tokens()), logits) > 1e-7:
-                        return True
-            except (UserError, RuntimeError, IndexError, ValueError, TypeError):
-                return True
-        return False
-
-
-def with_value(directory, folder, **keys):
-    """A folder whose config.json has other values, and nothing that transformers 5 derives from such keys."""
-    folder.mkdir()
-    config = json.loads((directory / "config.json").read_text())
-    derived = ("rope_parameters", "layer_types", "_sliding_window_pattern")
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in derived} | keys))
-    return folder
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_rule_that_is_broken_is_caught(tmp_path, in_float64, monkeypatch, family):
-    sources = Sources(family, tmp_path)
-    assert not sources.catches()
-    original, survivors = FAMILIES[family], []
-    for what, mutant in mutations_of_tensors(original):
-        monkeypatch.setitem(FAMILIES, family, mutant)
-        if not sources.catches():
-            survivors.append(what)
-    for n, (key, mutant) in enumerate(mutations_of_keys(original)):
-        monkeypatch.setitem(FAMILIES, family, mutant)
-        if sources.catches() or (family, key) in WITHOUT_EFFECT:
-            continue
-        # No valid checkpoint has another value: then another value must be refused, or be another model.
-        monkeypatch.setitem(FAMILIES, family, original)
-        default = original.defaults[key]
-        wrong = (not default if isinstance(default, bool) else "nonsense" if not isinstance(default, (int, float))
-                 else 2 if default == 1 else 1)
-        source = sources.entries[0][0]
-        before = read.architecture(with_value(source, tmp_path / f"before{n}"))[0]
-        try:
-            if read.architecture(with_value(source, tmp_path / f"wrong{n}", **{key: wrong}))[0] == before:
-                survivors.append(f"{key}={wrong}")
-        except UserError:
-            pass
-    assert not survivors

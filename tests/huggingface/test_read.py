@@ -157,9 +157,36 @@ def test_what_cannot_be_represented_is_one_line(llama, keys, message):
     assert message in refused(edit_config(llama, **keys), read.architecture)
 
 
-def test_smollm3s_layers_without_rope_are_refused_by_name(llama):
-    assert "no_rope_layers: [1, 1, 1, 0] is not supported" in refused(
-        edit_config(llama, model_type="smollm3", num_hidden_layers=4), read.architecture)
+@pytest.mark.parametrize("family, keys, message", [
+    ("phi3", dict(rope_parameters=dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0], long_factor=[2.0])),
+     "rope_scaling: 'longrope' is not supported (only default, linear, llama3, yarn)"),
+    ("phi3", dict(rope_scaling=dict(type="su", short_factor=[1.0], long_factor=[2.0])), "rope_scaling: 'su'"),
+    ("phi3", dict(rope_scaling=dict(type="linear", factor=2.0)), "linear is not supported for this family"),
+    ("qwen2", dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)), "rope_scaling: 'dynamic' is not supported"),
+    ("gemma3_text", dict(rope_parameters=dict(full_attention=dict(rope_type="dynamic", factor=2.0))), "'dynamic'"),
+    ("falcon", dict(alibi=True), "alibi: True is not supported (Falcon divides the bias by sqrt(head_dim), too)"),
+    ("opt", dict(do_layer_norm_before=False), "do_layer_norm_before: False is not supported"),
+    ("opt", dict(word_embed_proj_dim=512), "word_embed_proj_dim: 512 is not supported (only hidden_size, 768)"),
+    ("cohere", dict(use_qk_norm=True), "use_qk_norm: True is not supported"),
+    ("stablelm", dict(qk_layernorm=True), "qk_layernorm: True is not supported"),
+    ("phi", dict(qk_layernorm=True), "qk_layernorm: True is not supported"),
+    *((family, dict(attention_bias=True), "attention_bias: True with no biases in the FFN is not supported")
+      for family in ("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite")),
+    *((family, dict(attention_bias=True), "attention_bias: True is not supported")
+      for family in ("olmo2", "olmo3", "phi3", "cohere")),
+    ("llama", dict(mlp_bias=True), "attention_bias: False with biases in the FFN is not supported"),
+])
+def test_what_a_family_cannot_have_here_is_refused_by_name(tmp_path, family, keys, message):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **keys}))
+    assert message in refused(tmp_path, read.architecture)
+
+
+def test_smollm3s_layers_without_rope_are_those_of_its_list_or_every_fourth(llama):
+    edit_config(llama, model_type="smollm3", num_hidden_layers=8)
+    assert read.architecture(llama)[0]["rope_pattern"] == "RRRN"
+    assert read.architecture(edit_config(llama, no_rope_layers=[0, 1] * 4))[0]["rope_pattern"] == "NR"
+    for wrong in ([1, 0], [2] * 8):
+        assert "no_rope_layers: [" in refused(edit_config(llama, no_rope_layers=wrong), read.architecture)
 
 
 def test_keys_of_both_versions_of_transformers_are_read(llama):

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_checkpoints as tiny
 import tokenizers
@@ -158,6 +159,21 @@ def test_a_text_ends_at_any_of_the_checkpoints_ends(folder, capsys):
     sample.main(argv)
     end = len(ids) + new.index(new[3])
     assert capsys.readouterr().out == load_tokenizer(str(folder / "gpt2")).decode(row[:end]) + "\n"
+
+
+@pytest.mark.parametrize("named, end", [("<|im_end|>", "<|im_end|>"), ({"content": "<|im_end|>"}, "<|im_end|>"),
+                                        ("<|absent|>", "<|endoftext|>"), (None, "<|endoftext|>")])
+def test_documents_end_with_the_checkpoints_own_token(folder, named, end):
+    tokenizer = tokenizers.Tokenizer.from_file("gpt2/tokenizer.json")
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save("gpt2/tokenizer.json")
+    Path("gpt2/tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+    write_dataset(folder / "data/own", load_tokenizer("gpt2/"), [("train", "one"), ("val", "two")], source="x")
+    meta = json.loads(Path("data/own/meta.json").read_text())
+    assert meta["eot"] == tokenizer.token_to_id(end)
+    tokens = np.fromfile("data/own/train.bin", dtype=meta["dtype"])
+    assert tokens.tolist() == [*tokenizer.encode("one").ids, meta["eot"]]
+    assert load_tokenizer("gpt2/", eot="<|endoftext|>").eot_text == "<|endoftext|>"  # --eot comes first
 
 
 def test_the_finetuning_config_is_one_line_to_edit(folder):

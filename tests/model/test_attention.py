@@ -364,6 +364,7 @@ GENERATING = {
     "nope": dict(position_encoding="none"),
     **{f"rope, {s}": dict(position_encoding="rope", rope_scaling=s, rope_scaling_factor=4.0) for s in
        ("none", "linear", "llama3", "yarn")},
+    "rope in some layers": dict(position_encoding="rope", rope_pattern="RN", n_kv_head=2),
     "partial rope": dict(position_encoding="rope", rope_fraction=0.5, rope_theta=100.0),
     "rope base per window": dict(position_encoding="rope", rope_theta=1e6, rope_theta_local=100.0, window_pattern="SL"),
     "multi-query": dict(position_encoding="rope", n_kv_head=1),

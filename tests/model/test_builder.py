@@ -81,9 +81,9 @@ def test_infer_config_reads_every_key_from_the_components_but_the_copied_ones():
                          qkv_bias=False, weight_tying=False, value_embeddings=1, x0_mix=True, embedding_norm=True,
                          norm_eps=1e-3, dropout=0.25, residual_scale=0.5, attn_softcap=5.0, logit_softcap=6.0,
                          sliding_window=5, window_pattern="SLS", rope_theta=77.0, rope_theta_local=55.0,
-                         rope_fraction=0.6, rope_scaling_factor=3.0, rope_original_context=7, attn_scale=0.3,
-                         causal=False, mask_documents=True, embedding_scale=3.0, logit_scale=0.5, head_bias=True,
-                         loss_chunk=9).resolve()
+                         rope_pattern="RRN", rope_fraction=0.6, rope_scaling_factor=3.0, rope_original_context=7,
+                         attn_scale=0.3, causal=False, mask_documents=True, embedding_scale=3.0,
+                         logit_scale=0.5, head_bias=True, loss_chunk=9).resolve()
     declared = ModelConfig(n_layer=4, n_embd=16, n_head=2, vocab_size=7, block_size=5, qkv_bias=True).resolve()
     actual_flat, declared_flat = actual.flat(), declared.flat()
     assert all(actual_flat[key] != declared_flat[key] for key in READ_BACK)

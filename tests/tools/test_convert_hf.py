@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 
 import pytest
 import tiny_checkpoints as tiny
@@ -14,6 +15,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from blockgpt.checkpoints import checkpoint
 from blockgpt.checkpoints.files import TensorFile
 from blockgpt.data.tokenizer import ByteTokenizer, CharTokenizer, TiktokenTokenizer, load_tokenizer, pack_bytes
 from blockgpt.errors import UserError
@@ -46,7 +48,6 @@ def source(tmp_path_factory):
 
 def run_of(config, folder, tokenizer=None):
     """An export of a model with random weights, as a run leaves it; the model."""
-    from blockgpt.checkpoints import checkpoint
     from blockgpt.checkpoints.files import Index, TensorEntry
 
     model = build_model(config).eval()
@@ -157,6 +158,66 @@ def test_a_killed_export_leaves_nothing_that_loads(tmp_path, kill_at):
     assert not write.is_checkpoint(tmp_path / "x") and not list((tmp_path / "x").glob("*.safetensors"))
     killed_export(tmp_path / "x", None)  # the same command again
     assert write.is_checkpoint(tmp_path / "x") and not (tmp_path / "x" / write.TEMPORARY).exists()
+
+
+def convert_and_kill(command, folder, out, kill_at):
+    """Run the command, and kill this process (-9) before its file operation `kill_at`; exit 0 if it has fewer."""
+    count = 0
+
+    def counted(operation):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*args, **kwargs)
+        return call
+
+    for name in ("replace", "fsync", "rename", "mkdir", "rmdir", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+    TensorFile.write_tensors = counted(TensorFile.write_tensors)
+    convert_hf.main([command, str(folder), "--out", str(out), "--no-verify"])
+
+
+# How many moments there are is not known before: the process that is not killed any more ends it.
+MOMENTS = [pytest.param(range(1, 40, 4), id="few"), pytest.param(range(1, 60), marks=pytest.mark.long, id="all")]
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_conversion_killed_at_any_moment_leaves_nothing_that_loads(source, tmp_path, command, moments):
+    folder, out = source, tmp_path / "out"
+    if command == "export":
+        folder = tmp_path / "run"
+        run_of(get_preset("llama", n_layer=1, n_head=4, n_embd=48, block_size=8, vocab_size=260), folder)
+    outcomes = []
+    for kill_at in moments:
+        process = multiprocessing.get_context("fork").Process(target=convert_and_kill, args=(
+            command, folder, out, kill_at))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        outcomes.append(loads(out))  # into the same folder: what a killed conversion left does not hinder the next
+        if outcomes[-1]:  # complete: killed in what follows
+            shutil.rmtree(out)
+    assert process.exitcode == 0 and loads(out) and not outcomes[0] and len(outcomes) > 2
+    assert not [path for path in out.iterdir() if path.name.startswith(".") and path.is_dir()]
+
+
+def loads(folder):
+    """Whether a checkpoint is in a folder, which must then be whole; False if no reader takes it for one."""
+    readers = (lambda: checkpoint.read_export(folder), lambda: tiny.load(folder))
+    for read in readers:
+        try:
+            read()
+            return True
+        except UserError:
+            pass
+    with pytest.raises((OSError, ValueError)):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return False
 
 
 def test_two_conversions_into_one_folder_are_refused(tmp_path):
