@@ -9,7 +9,9 @@ from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn as nn
+from torch.overrides import TorchFunctionMode
 
+from blockgpt.checkpoints.files import is_dtensor
 from blockgpt.errors import UserError
 from blockgpt.kernels.choose import used_kernels
 from model_attention import Attention, AttentionMaskSpec, ForwardContext
@@ -269,7 +271,8 @@ class GPT(nn.Module):
 
     def _reports(self, method: str) -> list[Callable[..., Any]]:
         """The bound `method` of every component that has it."""
-        return [getattr(module, method) for module in self.modules() if module is not self and hasattr(module, method)]
+        return [getattr(module, method) for module in self.modules()  # not hasattr(module, …), which is slow
+                if module is not self and (hasattr(type(module), method) or method in module.__dict__)]
 
     def place_weights(self, device: torch.device) -> None:
         """Let the components move their parameters in memory as suits `device`, as they do when they are moved."""
@@ -326,6 +329,16 @@ def sample_token(logits: torch.Tensor, temperature: float, top_k: int | None, to
     return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p.split(1), generator, strict=True)])
 
 
+class SkipInit(TorchFunctionMode):
+    """Leaves out what torch's modules fill their parameters with: `init_weights` follows.
+
+    On the meta device it would compute nothing, and import torch._dynamo, which takes longer than a small model's step.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **(kwargs or {}))
+
+
 def build_model(config: ModelConfig, seed: int = 1337, device: torch.device | str | None = None,
                 parallelize: Callable[[GPT], None] | None = None) -> GPT:
     """The model that `config` describes, with its initial weights.
@@ -340,14 +353,15 @@ def build_model(config: ModelConfig, seed: int = 1337, device: torch.device | st
             only its shards, and `init_weights` generates only these.
     """
     device = torch.device(device) if device else torch.get_default_device()
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInit():
         model = GPT(config.resolve(device.type))
     if torch.get_default_device().type == "meta":
         return model
     if parallelize:
         parallelize(model)
-    model.to_empty(device=device)
-    if config.weight_tying:  # to_empty unties
+    model._apply(lambda p: torch.empty_like(p, device=device) if is_dtensor(p) else  # torch imports sympy for it
+                 torch.empty(p.shape, dtype=p.dtype, device=device))
+    if config.weight_tying:  # they were untied by that
         model.lm_head.weight = model.token_embedding.weight
     init_weights(model, seed)
     return model

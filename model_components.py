@@ -39,8 +39,8 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
 
+from blockgpt.checkpoints.files import is_dtensor
 from blockgpt.kernels.choose import load_kernels
 from blockgpt.kernels.linear_cross_entropy import linear_cross_entropy, recomputed_cross_entropy
 from model_config import AXES, ModelConfig
@@ -94,7 +94,7 @@ def place_adjacent(*layers: nn.Linear) -> None:
 
     Sharded weights stay where they are.
     """
-    if any(isinstance(layer.weight, DTensor) for layer in layers):
+    if any(is_dtensor(layer.weight) for layer in layers):
         return
     joint = torch.cat([layer.weight.detach() for layer in layers])
     for layer, weight in zip(layers, joint.split([len(layer.weight) for layer in layers]), strict=True):
@@ -112,7 +112,7 @@ def joint_linear(x: torch.Tensor, *layers: nn.Linear) -> Sequence[torch.Tensor]:
     weights = [layer.weight for layer in layers]
     if all(type(layer) is nn.Linear for layer in layers):
         compiled = torch.compiler.is_compiling()
-        if (x.is_cuda and not any(isinstance(w, DTensor) for w in weights)) if compiled else are_adjacent(weights):
+        if (x.is_cuda and not any(is_dtensor(w) for w in weights)) if compiled else are_adjacent(weights):
             bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
             joint = torch.cat(weights) if compiled else JoinWeights.apply(*weights)
             return nn.functional.linear(x, joint, bias).split([len(weight) for weight in weights], -1)
@@ -122,7 +122,7 @@ def joint_linear(x: torch.Tensor, *layers: nn.Linear) -> Sequence[torch.Tensor]:
 def are_adjacent(weights: Sequence[torch.Tensor]) -> bool:
     """Whether each weight, an ordinary contiguous matrix, begins in memory where the one before it ends."""
     first = weights[0]
-    if any(isinstance(weight, DTensor) or not weight.is_contiguous() for weight in weights):
+    if any(is_dtensor(weight) or not weight.is_contiguous() for weight in weights):
         return False
     storage, end = first.untyped_storage()._cdata, first.storage_offset()
     for weight in weights:
@@ -431,7 +431,7 @@ class OutputHead(nn.Linear):
     def chunked_loss(self, h: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
         """`loss` that holds the logits of one chunk. They are computed twice if W is sharded, or b exists."""
         x, y = h.flatten(0, 1), targets.flatten()  # (N, C), (N,)
-        if torch.is_grad_enabled() and reduction != "none" and not isinstance(self.weight, DTensor) and (
+        if torch.is_grad_enabled() and reduction != "none" and not is_dtensor(self.weight) and (
                 self.bias is None):
             return linear_cross_entropy(self.scaled(x), self.weight, y, self.loss_chunk, self.softcap, reduction)
         losses = recomputed_cross_entropy(self, x, y, self.loss_chunk)

@@ -6,6 +6,7 @@ Several processes: `torchrun --standalone --nproc_per_node=8 train.py ...` (DDP;
 or data, 3 no usable checkpoint, 4 the final save failed, 5 not finite, 6 another process was lost, 7 out of memory.
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from blockgpt.errors import exit_on_user_error
 from configurator import load_config
 
 if __name__ == "__main__":
+    gc.disable()  # what modules consist of is no garbage, and to search it takes as long as to load half of it
     with exit_on_user_error():
         config = load_config(sys.argv[1:])  # before torch loads, so that a typo is reported at once
         import torch  # inside the block, so that Ctrl-C while torch loads is handled too
@@ -107,7 +109,7 @@ def train(config: Config, runtime: launch.Runtime, watchdog: Watchdog) -> None:
 
             micro_losses, metrics, generator = [], MetricSums(), step_generator(config.seed, step, runtime)
             for micro_step, batch in enumerate(objective.micro_batches(step, wrapped, generator)):
-                parallel.seed_micro_batch(config.seed, step, micro_step * runtime.dp_size + runtime.dp_rank)
+                parallel.seed_micro_batch(config.seed, step, micro_step, runtime)
                 with parallel.gradient_sync(wrapped, now=micro_step == objective.micro_steps - 1):
                     with runtime.autocast():
                         micro_loss, micro_metrics = objective.loss(wrapped, batch)
@@ -176,5 +178,7 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # no later collection searches the modules
+    gc.enable()
     with exit_on_user_error(launch.exit_process):
         main(config)

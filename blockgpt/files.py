@@ -19,6 +19,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
@@ -63,12 +64,21 @@ class PreallocatedFile:
             raise OSError(error.errno, f"{os.strerror(error.errno or 0)} for {size:,} bytes", str(path)) from None
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append the bytes of `data`."""
+        """Append the bytes of `data`, which a thread digests meanwhile."""
         data = memoryview(data).cast("B")
-        for start in range(0, len(data), CHUNK_BYTES):  # each chunk is written and digested while it is in the cache
+        self.position += len(data)
+        if len(data) < CHUNK_BYTES:
+            self.digest.update(data)
+            self._write(data)
+            return
+        with ThreadPoolExecutor(1, "sha256") as executor:
+            digested = executor.submit(self.digest.update, data)
+            self._write(data)
+            digested.result()
+
+    def _write(self, data: memoryview) -> None:
+        for start in range(0, len(data), CHUNK_BYTES):
             chunk = data[start:start + CHUNK_BYTES]
-            self.digest.update(chunk)
-            self.position += len(chunk)
             while chunk:
                 chunk = chunk[self.file.write(chunk):]
 

@@ -200,6 +200,21 @@ def test_without_torch_help_and_comparison_work(tmp_path):
         assert (done.returncode, done.stderr) == (0, b""), command
 
 
+SLOW_IMPORTS = {"torch._dynamo", "sympy", "triton", "torch.distributed.tensor", "torch._inductor", "scipy", "pandas"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["gpt2", "llama"])
+def test_a_run_imports_nothing_slow_and_the_garbage_collector_runs(tmp_path, data_dir, preset):
+    """From its first line to its last, with a save and an evaluation; each of these imports takes 0.1 to 2 seconds."""
+    code = ("import gc, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], None, '__main__')\n"
+            f"assert not {SLOW_IMPORTS!r} & set(sys.modules), {SLOW_IMPORTS!r} & set(sys.modules)\n"
+            "assert gc.isenabled() and gc.get_freeze_count() > 100_000, gc.get_freeze_count()")
+    done = subprocess.run([sys.executable, "-c", code, ROOT / "train.py", *SHORT, f"--arch_preset={preset}",
+                           f"--data_dir={data_dir}"], cwd=tmp_path, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0 and "best val_loss" in done.stdout, done.stderr[-3000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variables", [{}, {"PYTHONSAFEPATH": "1"}])
 def test_a_command_is_started_by_its_path_from_any_folder(tmp_path, variables):

@@ -10,20 +10,23 @@ A new kind of tensor needs a key in `own_chunks`; a new dtype needs a line in SA
 the files, the safetensors library reads them.
 """
 
+import itertools
 import json
 import math
+import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from blockgpt.errors import CheckpointError, UserError, first_line, short_repr
-from blockgpt.files import PreallocatedFile
+from blockgpt.files import CHUNK_BYTES, PreallocatedFile
 from blockgpt.training.launch import Runtime
 
 MAX_OPEN_FILES = 64  # of a checkpoint at once
@@ -180,35 +183,77 @@ def state_tensor(name: str, p: Any, state_key: str, value: Any) -> Any:
 
 # ---- writing
 
-class TensorFile(PreallocatedFile):
-    """A new safetensors file of `layout` {key: (dtype, shape)}, preallocated. OSError if it cannot be written.
+Layout = Mapping[str, tuple[torch.dtype, Sequence[int]]]  # {key: (dtype, shape)} of the tensors of a file
+
+
+def arrange(layout: Layout, metadata: Mapping[str, str] | None = None) -> tuple[Layout, bytes, int]:
+    """(tensors in their order in a safetensors file, its header, its size in bytes).
 
     metadata: strings for the header.
     """
+    # The widest dtype first, so that every tensor is aligned to its elements.
+    ordered = dict(sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key, (dtype, shape) in ordered.items():
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[key] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return ordered, struct.pack("<Q", len(text)) + text, 8 + len(text) + end
 
-    def __init__(self, path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
-                 metadata: Mapping[str, str] | None = None) -> None:
-        # The widest dtype first, so that every tensor is aligned to its elements.
-        self.layout = dict(sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-        end = 0
-        for key, (dtype, shape) in self.layout.items():
-            start, end = end, end + dtype.itemsize * math.prod(shape)
-            header[key] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        super().__init__(path, 8 + len(text) + end)
-        self.header = struct.pack("<Q", len(text)) + text
+
+def tensor_bytes(layout: Layout, read: Callable[[str], torch.Tensor]) -> Iterator[np.ndarray]:
+    """What follows the header: `read(key)` for each key, as uint8 arrays."""
+    for key, (dtype, shape) in layout.items():
+        tensor = read(key)
+        assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape), key
+        flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))  # one element: any stride
+        yield flat.view(torch.uint8).numpy()
+
+
+class TensorFile(PreallocatedFile):
+    """A new safetensors file, preallocated; the arguments are `arrange`'s. OSError if it cannot be written."""
+
+    def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
+        self.layout, self.header, size = arrange(layout, metadata)
+        super().__init__(path, size)
 
     def write_tensors(self, read: Callable[[str], torch.Tensor]) -> dict[str, Any]:
         """Write `read(key)` for each key and force the file to the disk; its manifest entry {"size", "sha256"}."""
         self.write(self.header)
-        for key, (dtype, shape) in self.layout.items():
-            tensor = read(key)
-            assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape), key
-            flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))  # one element: any stride
-            self.write(flat.view(torch.uint8).numpy().data)
+        for data in tensor_bytes(self.layout, read):
+            self.write(data.data)
         return self.finish()
+
+
+def has_tensors(path: Path, layout: Layout, read: Callable[[str], torch.Tensor]) -> bool:
+    """Whether a file has the bytes that `TensorFile.write_tensors` writes: a comparison, faster than a digest."""
+    ordered, header, size = arrange(layout)
+    buffer = np.empty(CHUNK_BYTES, np.uint8)
+    with open(path, "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size != size:
+            return False
+        for expected in itertools.chain([np.frombuffer(header, np.uint8)], tensor_bytes(ordered, read)):
+            while len(expected):
+                n = file.readinto(buffer[:len(expected)].data)
+                if not n or not np.array_equal(buffer[:n], expected[:n]):
+                    return False
+                expected = expected[n:]
+    return True
+
+
+def file_layouts(rank: int, chunks: Mapping[str, LocalChunk]) -> dict[str, Layout]:
+    """{file name: its tensors} of the files in which a rank writes its chunks; those without an element are in none."""
+    layouts: dict[str, dict[str, tuple[torch.dtype, Sequence[int]]]] = {}
+    for key, chunk in chunks.items():
+        if chunk.data.numel():
+            layouts.setdefault(file_of(key, rank), {})[key] = (chunk.data.dtype, list(chunk.data.shape))
+    return dict(sorted(layouts.items()))
+
+
+def file_of(key: str, rank: int) -> str:
+    return f"{'optimizer' if '/' in key else 'model'}-{rank:05d}.safetensors"
 
 
 def write_chunks(directory: Path, rank: int, chunks: Mapping[str, LocalChunk]) -> dict[str, Any]:
@@ -217,17 +262,11 @@ def write_chunks(directory: Path, rank: int, chunks: Mapping[str, LocalChunk]) -
     Returns:
         {"files": {name: manifest entry}, "chunks": {key: [file, dtype, whole shape, offsets, sizes]}}, JSON-able
     """
-    layouts: dict[str, dict[str, tuple[torch.dtype, Sequence[int]]]] = {}
-    metadata = {}
-    for key, chunk in chunks.items():
-        file_name = f"{'optimizer' if '/' in key else 'model'}-{rank:05d}.safetensors"
-        sizes = list(chunk.data.shape)
-        if chunk.data.numel():
-            layouts.setdefault(file_name, {})[key] = (chunk.data.dtype, sizes)
-        metadata[key] = [file_name, SAFETENSORS_DTYPES[chunk.data.dtype], list(chunk.shape), chunk.offsets, sizes]
+    metadata = {key: [file_of(key, rank), SAFETENSORS_DTYPES[chunk.data.dtype], list(chunk.shape), chunk.offsets,
+                      list(chunk.data.shape)] for key, chunk in chunks.items()}
     opened: dict[str, TensorFile] = {}
     try:
-        for file_name, layout in sorted(layouts.items()):  # all are preallocated before the first byte is written
+        for file_name, layout in file_layouts(rank, chunks).items():  # preallocate all before the first byte is written
             opened[file_name] = TensorFile(directory / file_name, layout)
         files = {file_name: file.write_tensors(lambda key: chunks[key].data) for file_name, file in opened.items()}
     finally:

@@ -31,7 +31,7 @@ from blockgpt.checkpoints.checkpoint import (
     read_state,
     verify,
 )
-from blockgpt.checkpoints.files import Index, LocalChunk, own_chunks, write_chunks
+from blockgpt.checkpoints.files import Index, LocalChunk, file_layouts, has_tensors, own_chunks, write_chunks
 from blockgpt.console import echo, human_bytes
 from blockgpt.errors import CheckpointError, UserError
 from blockgpt.files import drop_page_cache, exists, fsync_path, is_dir, list_dir, sha256_of, write_json
@@ -148,12 +148,9 @@ class CheckpointSaver:
             self._on_rank_zero(temporary.mkdir)
             rank_files = self._on_all_ranks(lambda: write_chunks(temporary, self.runtime.rank, chunks))
             try:
-                own_files = rank_files[self.runtime.rank]["files"]
                 json_files = self._on_rank_zero(lambda: commit_checkpoint(temporary, final, rank_files, state))
-                if self.runtime.is_rank_zero:
-                    own_files |= json_files
                 self.runtime.activity("verify")
-                self._on_all_ranks(lambda: verify_written(final, own_files))
+                self._on_all_ranks(lambda: verify_written(final, self.runtime.rank, chunks, json_files))
             except OSError:
                 if self.runtime.is_rank_zero:
                     discard(final)
@@ -228,11 +225,17 @@ def manifest_entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def verify_written(directory: Path, expected: Mapping[str, Mapping[str, Any]]) -> None:
-    """OSError unless the files have the `expected` manifest entries {name: entry} on the disk."""
-    for name, entry in expected.items():
+def verify_written(directory: Path, rank: int, chunks: Mapping[str, LocalChunk],
+                   json_files: Mapping[str, Mapping[str, Any]]) -> None:
+    """OSError unless this rank's tensor files have its `chunks` on the disk, and `json_files` their manifest entries.
+
+    Rank zero reads the JSON files.
+    """
+    layouts = file_layouts(rank, chunks)
+    for name in [*layouts, *(json_files if rank == 0 else ())]:
         drop_page_cache(directory / name)
-        if manifest_entry(directory / name) != entry:
+        if not (has_tensors(directory / name, layouts[name], lambda key: chunks[key].data) if name in layouts else
+                manifest_entry(directory / name) == json_files[name]):
             raise OSError(f"{directory / name}: its content on the disk differs from what was written")
 
 

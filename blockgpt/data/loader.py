@@ -230,22 +230,33 @@ def val_digest(dataset: Dataset, block_size: int, eval_tokens: int) -> tuple[int
 
 def val_batches(dataset: Dataset, block_size: int, eval_tokens: int, batch_size: int, rank: int = 0,
                 world_size: int = 1, split_documents: bool = False) -> Iterator[Batch]:
-    """The batches of `val_sequences` that one process evaluates, of at most batch_size sequences each.
+    """The batches of `val_sequences` that one process evaluates, all with the same number of sequences.
 
     Each sequence is read by exactly one process; the numbers of sequences of two processes differ by one at most. All
-    processes get the same number of batches, since a sharded model computes on all of them at once. If a process has no
-    sequence left for its last batch, that batch is one sequence whose targets are all IGNORE_INDEX.
+    processes get the same number of batches, since a sharded model computes on all of them at once. They have
+    batch_size sequences, or fewer if no process has as many: of another shape, torch.compile would compile once more.
+    What a process lacks is filled with sequences whose targets are all IGNORE_INDEX.
     """
     reader, indices = val_sequences(dataset, block_size, eval_tokens, split_documents)
-    own = indices[rank::world_size]
+    most = -(-len(indices) // world_size)  # sequences of the process that has the most
+    rows, own = min(batch_size, most), indices[rank::world_size]
 
     def batch(first: int) -> Batch:
-        if first < len(own):
-            return reader.read(own[first:first + batch_size])
-        padding = reader.read(indices[:1])
-        return padding | {"targets": torch.full_like(padding["targets"], IGNORE_INDEX)}
+        sequences = own[first:first + rows]
+        padded = reader.read(np.concatenate([sequences, np.repeat(indices[:1], rows - len(sequences))]))
+        padded["targets"][len(sequences):] = IGNORE_INDEX
+        return padded
 
-    return map(batch, range(0, -(-len(indices) // world_size), batch_size))
+    return map(batch, range(0, most, rows))
+
+
+def read_ahead(batches: Iterator[Batch], depth: int = 4) -> Iterator[Batch]:
+    """The same batches; a thread reads the next `depth` of them."""
+    with concurrent.futures.ThreadPoolExecutor(1, "read_ahead") as executor:
+        pending = collections.deque(executor.submit(next, batches, None) for _ in range(depth))
+        while (batch := pending.popleft().result()) is not None:
+            pending.append(executor.submit(next, batches, None))
+            yield batch
 
 
 class Prefetch:

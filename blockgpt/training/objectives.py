@@ -23,6 +23,7 @@ from blockgpt.data.loader import (
     Prefetch,
     TrainBatches,
     pin_memory,
+    read_ahead,
     to_device,
     val_batches,
     val_digest,
@@ -42,24 +43,30 @@ class MetricSums:
     """The means of metrics over micro-batches and ranks. All ranks add the same names."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, list[torch.Tensor | float]] = {}
+        self.sums: dict[str, list[list[torch.Tensor | float]]] = {}  # {metric: [its sums, their weights]}
 
     def add(self, metrics: Metrics, unweighted: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Add metrics; `unweighted` {metric: value} have weight 1."""
+        """Add metrics; `unweighted` {metric: value} have weight 1. Does not wait for the device."""
         for name, values in {**{name: (v, 1.0) for name, v in (unweighted or {}).items()}, **metrics}.items():
-            before = self.sums.get(name, (0.0, 0.0))
-            self.sums[name] = [a + (b.detach() if isinstance(b, torch.Tensor) else b)
-                               for a, b in zip(before, values, strict=True)]
+            for terms, value in zip(self.sums.setdefault(name, [[], []]), values, strict=True):
+                terms.append(value.detach() if isinstance(value, torch.Tensor) else value)
 
     def means(self, runtime: Runtime) -> dict[str, float]:
         """{metric: the sum over all ranks / the weight over all ranks}; a collective if there are metrics."""
         names = sorted(self.sums)
         if not names:
             return {}
-        totals = runtime.all_reduce_sum(*(float(value) for name in names for value in self.sums[name]))
+        totals = runtime.all_reduce_sum(*(exact_sum(terms) for name in names for terms in self.sums[name]))
         means = {name: totals[2 * i] / totals[2 * i + 1] if totals[2 * i + 1] else math.nan
                  for i, name in enumerate(names)}
         return {name: means[name] for name in self.sums}  # in the order in which they were added
+
+
+def exact_sum(terms: Sequence[torch.Tensor | float]) -> float:
+    """The sum of numbers and of tensors of one element, added up in float64."""
+    tensors = [term.reshape(()) for term in terms if isinstance(term, torch.Tensor)]
+    on_host = torch.stack(tensors).tolist() if tensors else []  # one transfer from the device
+    return math.fsum(on_host + [term for term in terms if not isinstance(term, torch.Tensor)])
 
 
 def step_generator(seed: int, step: int, runtime: Runtime) -> torch.Generator:
@@ -308,9 +315,9 @@ class TokenObjective(Objective):
 
     def _evaluate_on(self, model: torch.nn.Module, dataset: Dataset) -> dict[str, float]:
         sums = MetricSums()
-        for batch in val_batches(dataset, self.config.model.block_size, self.config.eval_tokens,
-                                 self.config.batch_size, self.runtime.dp_rank, self.runtime.dp_size,
-                                 self.config.model.mask_documents):
+        batches = val_batches(dataset, self.config.model.block_size, self.config.eval_tokens, self.config.batch_size,
+                              self.runtime.dp_rank, self.runtime.dp_size, self.config.model.mask_documents)
+        for batch in read_ahead(batches):
             self.runtime.heartbeat()
             with self.runtime.autocast():
                 sums.add(self.evaluate_batch(model, to_device(batch, self.runtime.device)))
@@ -318,7 +325,10 @@ class TokenObjective(Objective):
 
     @abc.abstractmethod
     def evaluate_batch(self, model: torch.nn.Module, batch: Batch) -> Metrics:
-        """The metrics of a validation batch, in which all targets may be IGNORE_INDEX; the same names on all ranks."""
+        """The metrics of a validation batch; the same names on all ranks.
+
+        A sequence whose targets are all IGNORE_INDEX is padding, and must not count. There may be no other.
+        """
 
     def derived_metrics(self, metrics: dict[str, float], bytes_per_token: float | None) -> dict[str, float]:
         """The metrics and those computed from them; bytes of text for each token, None if they were not counted."""
@@ -346,9 +356,8 @@ class LanguageModeling(TokenObjective):
         return model(batch["tokens"], y, batch.get("segment_ids")) * (targets / self.step_targets), {}
 
     def evaluate_batch(self, model: torch.nn.Module, batch: Batch) -> Metrics:
-        loss = model(batch["tokens"], batch["targets"], batch.get("segment_ids")).item()
-        targets = int((batch["targets"] != IGNORE_INDEX).sum())
-        return {"val_loss": (loss * targets, targets) if targets else (0.0, 0)}  # padding alone has no mean
+        loss = model(batch["tokens"], batch["targets"], batch.get("segment_ids"), reduction="sum")
+        return {"val_loss": (loss, (batch["targets"] != IGNORE_INDEX).sum())}
 
     def derived_metrics(self, metrics: dict[str, float], bytes_per_token: float | None) -> dict[str, float]:
         bpb = {"val_bpb": metrics["val_loss"] / math.log(2) / bytes_per_token} if bytes_per_token else {}

@@ -1,5 +1,6 @@
 """The optimizer, its parameter groups, gradient clipping and learning-rate schedules."""
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
@@ -9,6 +10,14 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 FUSED_DEVICES = ("cuda", "cpu", "mps")  # where torch.optim.AdamW has a fused step
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW. Some methods there import torch._dynamo, to keep it out of them; here no compiler sees them."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def build_optimizer(model: Any, config: Any, device: torch.device) -> torch.optim.Optimizer:
@@ -30,8 +39,8 @@ def build_optimizer(model: Any, config: Any, device: torch.device) -> torch.opti
     if config.use_zero1:
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
-    return torch.optim.AdamW(groups, **settings)
+        return ZeroRedundancyOptimizer(groups, AdamW, **settings)
+    return AdamW(groups, **settings)
 
 
 def mesh_dim_names(tensor: torch.Tensor) -> tuple[str, ...]:

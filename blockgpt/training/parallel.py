@@ -73,11 +73,12 @@ def parallel_mode(config: Any, runtime: Runtime) -> str:
     return " × ".join(mode for mode in (data_parallel, tensor_parallel) if mode) or "single"
 
 
-def seed_micro_batch(seed: int, step: int, index: int) -> None:
-    """Seed dropout from (seed, step, index), so that a resumed run needs no generator state.
+def seed_micro_batch(seed: int, step: int, micro_step: int, runtime: Runtime) -> None:
+    """Seed dropout from (seed, step, micro-batch of the step), so that a resumed run needs no generator state.
 
-    Args:
-        index: of the micro-batch in the step, counted over all processes, so that another number of processes draws
-            the same values.
+    The micro-batches are counted over all processes, so that another number of processes draws the same values.
     """
-    torch.manual_seed(random.Random(f"{seed} {step} {index}").getrandbits(63))
+    index = micro_step * runtime.dp_size + runtime.dp_rank
+    on_cpu = runtime.device.type == "cpu"
+    seeder: Any = torch.default_generator if on_cpu else torch  # torch.manual_seed formats a stack trace, for 0.4 ms
+    seeder.manual_seed(random.Random(f"{seed} {step} {index}").getrandbits(63))

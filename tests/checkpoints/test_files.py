@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from blockgpt import files
+from blockgpt.checkpoints import files as checkpoint_files
 from blockgpt.checkpoints.files import (
     SAFETENSORS_DTYPES,
     TORCH_DTYPES,
     Index,
     TensorFile,
     assign_owners,
+    has_tensors,
     local_chunk,
     tiles,
 )
@@ -46,6 +48,7 @@ def test_the_library_reads_what_is_written_bit_for_bit(tmp_path_factory, layout)
         entry = file.write_tensors(tensors.__getitem__)
     data = path.read_bytes()
     assert entry == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert has_tensors(path, layout, tensors.__getitem__)
     read = load_file(path)
     assert read.keys() == tensors.keys()
     for key, tensor in tensors.items():
@@ -59,6 +62,23 @@ def test_a_large_tensor_that_is_not_contiguous_is_written_in_order(tmp_path, mon
     with TensorFile(tmp_path / "f", {"a": (torch.float32, (70, 300))}) as file:
         file.write_tensors(lambda key: tensor)
     assert torch.equal(load_file(tmp_path / "f")["a"], tensor)
+
+
+def test_a_file_that_differs_in_one_byte_or_in_length_does_not_have_the_tensors(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_files, "CHUNK_BYTES", 100)
+    path, layout = tmp_path / "f", {"a": (torch.float32, (7, 5)), "b": (torch.uint8, (9,))}
+    tensors = {key: random_bytes(*entry, 1) for key, entry in layout.items()}
+    with TensorFile(path, layout) as file:
+        file.write_tensors(tensors.__getitem__)
+    data = path.read_bytes()
+    for i in range(len(data)):
+        path.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1:])
+        assert not has_tensors(path, layout, tensors.__getitem__), i
+    for other in (data[:-1], data + b"\0", b""):
+        path.write_bytes(other)
+        assert not has_tensors(path, layout, tensors.__getitem__)
+    path.write_bytes(data)
+    assert has_tensors(path, layout, tensors.__getitem__)
 
 
 # ---- the index

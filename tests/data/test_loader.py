@@ -1,5 +1,6 @@
 """Batches are a function of (seed, step): each sequence once per epoch, the same on any number of processes."""
 
+import itertools
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ from blockgpt.data.loader import (
     SequenceReader,
     TrainBatches,
     feistel_permute,
+    read_ahead,
     splitmix64,
     to_device,
     val_batches,
@@ -272,20 +274,34 @@ def test_val_sequences_are_fixed_disjoint_and_evenly_spaced(lengths, block_size,
     assert x.dtype == torch.int64 and x.shape == (expected, block_size) and torch.equal(y, x + 1)
     ranks = [list(map(pair, val_batches(d, block_size, eval_tokens, batch_size, r, world_size)))
              for r in range(world_size)]
-    assert all(1 <= len(b[0]) <= batch_size for rank in ranks for b in rank)
+    most = -(-expected // world_size)
+    assert {b[0].shape for rank in ranks for b in rank} == {(min(batch_size, most), block_size)}
     assert len({len(rank) for rank in ranks}) == 1  # a sharded model computes on all processes at once
-    assert all((y == -1).all() or (y >= 0).all() for rank in ranks for _, y in rank)
-    ranks = [[b for b in rank if (b[1] >= 0).all()] for rank in ranks]  # without the batches that have no targets
+    assert all(((y == -1).all(1) | (y >= 0).all(1)).all() for rank in ranks for _, y in rank)
+    assert all((y[:, 0] >= 0).any() for _, y in ranks[0])  # no batch is padding on all processes
+    ranks = [[(x[y[:, 0] >= 0], y[y[:, 0] >= 0]) for x, y in rank] for rank in ranks]  # without padding
     counts = [sum(len(b[0]) for b in rank) for rank in ranks]
     assert max(counts) - min(counts) <= 1
     on_all_ranks = torch.cat([b[0] for rank in ranks for b in rank])
     assert sorted(on_all_ranks.tolist()) == x.tolist()  # each sequence on one process
 
 
+def test_batches_read_ahead_are_the_same_and_an_error_is_raised_in_its_place():
+    def broken():
+        yield from range(1, 8)
+        raise OSError("the disk")
+
+    assert list(read_ahead(iter(range(1, 20)))) == list(range(1, 20)) and list(read_ahead(iter(()))) == []
+    batches = read_ahead(broken())
+    assert list(itertools.islice(batches, 7)) == list(range(1, 8))
+    with pytest.raises(OSError, match="the disk"):
+        next(batches)
+
+
 def test_the_whole_val_split_is_read_once():
     d = counting_dataset([99], [101, 5, 57])
     y = concatenate(val_batches(d, 10, 0, 4))["targets"]
-    targets = sorted(y.flatten().tolist())
+    targets = sorted(y[y >= 0].tolist())
     assert targets == [*range(1, 101), *range(107, 157)]  # without each shard's first token and its remainder
     (more_than_all,), (all_sequences,) = val_batches(d, 10, 10**9, 100), val_batches(d, 10, 0, 100)
     assert equal(more_than_all, all_sequences)

@@ -14,6 +14,7 @@ from blockgpt.errors import UserError
 from blockgpt.experiments.records import Point
 from blockgpt.experiments.report.curves import Mean
 from blockgpt.experiments.report.drawing import BOX, Interval, forest_axis, forest_strip, make_axis, thin_out
+from blockgpt.experiments.report.markup import breakable
 from blockgpt.experiments.report.page import check_report, render_page, save_report
 from blockgpt.experiments.report.results import Report
 from blockgpt.experiments.report.studies import WITHHELD, without_verdicts
@@ -319,3 +320,10 @@ def test_a_page_needs_no_matplotlib(tmp_path, study, monkeypatch):
     check_report(str(tmp_path / "a.html"))
     save_report(str(tmp_path / "a.HTM"), Report("a study", study, []))
     assert f'viewBox="0 0 {BOX} {BOX}"' in (tmp_path / "a.HTM").read_text()
+
+
+@pytest.mark.parametrize("name, text", [
+    ("pre+rope+swiglu", "pre+<wbr>rope+<wbr>swiglu"), ("a<b+c", "a&lt;b+<wbr>c"), ("+0.0312", "+0.0312"),
+    ("lr=1e-3+rope", "lr=1e-3+<wbr>rope")])
+def test_a_long_name_may_be_broken_after_its_options(name, text):
+    assert breakable(name) == text

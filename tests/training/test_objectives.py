@@ -89,6 +89,19 @@ def test_an_evaluation_does_not_depend_on_batches_or_processes(config):
     assert (19 * halves[0] + 18 * halves[1]) / 37 == pytest.approx(whole, rel=1e-6)
 
 
+def test_an_evaluation_has_one_shape_adds_up_in_float64_and_waits_for_nothing(config, monkeypatch):
+    """Of another shape, torch.compile would compile again; a number in place of a tensor would wait for the GPU."""
+    c = config(eval_tokens=37 * BLOCK, batch_size=8)
+    model, objective = build_model(c.model), LanguageModeling(c, runtime())
+    evaluate_batch, seen = objective.evaluate_batch, []
+    monkeypatch.setattr(objective, "evaluate_batch",
+                        lambda model, batch: seen.append((batch, evaluate_batch(model, batch))) or seen[-1][1])
+    value = objective.evaluate(model)["val_loss"]
+    assert [batch["tokens"].shape for batch, _ in seen] == 5 * [(8, BLOCK)]
+    assert all(isinstance(v, torch.Tensor) for _, metrics in seen for values in metrics.values() for v in values)
+    assert value == math.fsum(metrics["val_loss"][0].item() for _, metrics in seen) / (37 * BLOCK)
+
+
 def test_masked_documents_give_the_logits_of_each_document_alone(config):
     c = config(mask_documents=True, position_encoding="none", n_layer=2, init_std=0.3)
     model, objective = build_model(c.model).eval(), LanguageModeling(c, runtime())
@@ -118,7 +131,7 @@ def test_the_boundaries_of_documents_travel_with_the_batches(config, packing, mo
         assert batch["segment_ids"].shape == batch["tokens"].shape
     seen = []
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda x, y, s: seen.append((x, s)) or forward(x, y, s))
+    monkeypatch.setattr(model, "forward", lambda x, y, s, **kwargs: seen.append((x, s)) or forward(x, y, s, **kwargs))
     objective.loss(model, batch)
     objective.evaluate(model)
     assert seen[0][1] is batch["segment_ids"]
@@ -136,7 +149,8 @@ def test_metrics_are_weighted_means_over_micro_batches_and_ranks():
     graph = torch.ones(1, requires_grad=True).sum()
     sums.add({"b": (3 * graph, 1), "a": (torch.tensor(2.0), torch.tensor(2))})
     sums.add({"b": (1.0, 3), "a": (6.0, 0)})
-    assert not any(isinstance(v, torch.Tensor) and v.requires_grad for values in sums.sums.values() for v in values)
+    assert not any(isinstance(v, torch.Tensor) and v.requires_grad
+                   for lists in sums.sums.values() for terms in lists for v in terms)
     assert sums.means(runtime()) == {"b": 1.0, "a": 4.0} and list(sums.means(runtime())) == ["b", "a"]
     assert sums.means(Twice(0, 0, 2, torch.device("cpu"), torch.float32, False, False)) == {"b": 8 / 9, "a": 16 / 5}
     sums.add({"c": (0.0, 0)})

@@ -1,6 +1,7 @@
 """The parallel modes: every one computes what a single process computes."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -19,9 +20,16 @@ CPU = torch.device("cpu")
 # ---- one process
 
 def test_random_numbers_are_a_function_of_seed_step_and_micro_batch():
-    def draw(*key):
-        seed_micro_batch(*key)
-        return torch.rand(4).tolist()
+    def draw(seed, step, index):  # on one process, and by the second of two
+        runtime = launch.Runtime(index % 2, 0, 2, CPU, torch.float32, False, False)
+        seed_micro_batch(seed, step, index // 2, runtime)
+        drawn = torch.rand(4).tolist()
+        torch.manual_seed(0)
+        seed_micro_batch(seed, step, index, launch.Runtime(0, 0, 1, CPU, torch.float32, False, False))
+        assert torch.rand(4).tolist() == drawn
+        torch.manual_seed(random.Random(f"{seed} {step} {index}").getrandbits(63))  # as runs of before drew
+        assert torch.rand(4).tolist() == drawn
+        return drawn
 
     keys = [(seed, step, index) for seed in (0, 1, 11) for step in (0, 1, 11) for index in (0, 1, 11)]
     first = {key: draw(*key) for key in keys}

@@ -14,6 +14,7 @@ from forked import SERVER, exec_train
 
 import compare_architectures
 from blockgpt.checkpoints import checkpoint
+from blockgpt.data.loader import IGNORE_INDEX
 from blockgpt.training.criterion import Criterion
 from blockgpt.training.objectives import LanguageModeling, TokenObjective
 from configurator import OBJECTIVES, ObjectiveOption, load_config
@@ -33,6 +34,7 @@ class MaskedTokens(TokenObjective):
         """(sum of the losses, correct predictions, count) of the masked tokens."""
         tokens = batch["tokens"]
         is_masked = (7 * tokens + torch.arange(tokens.shape[1], device=tokens.device)) % 6 == 0
+        is_masked &= batch["targets"] != IGNORE_INDEX  # else it is padding
         hidden_tokens = tokens.masked_fill(is_masked, self.vocab_size)  # the first id that is no token
         logits = model(hidden_tokens, segment_ids=batch.get("segment_ids"),
                        head=lambda model, h: model.lm_head(h[is_masked]).float())  # (masked, V)

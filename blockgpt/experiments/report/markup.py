@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,11 @@ from typing import Any
 def escape(value: object) -> str:
     """A value as text of an element or of an attribute in double quotes; what a file cannot hold becomes '?'."""
     return html.escape(str(value).encode(errors="replace").decode(), quote=True)
+
+
+def breakable(name: str) -> str:
+    """`escape` of a variant's name, which may be long: a line may end after each of its options."""
+    return re.sub(r"\+(?=\w*[a-z])", "+<wbr>", escape(name))
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Iterable[str] = (), caption: str = "",
@@ -25,7 +31,7 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Itera
     def cell(tag: str, row: int, column: int, text: str) -> str:
         names = ["left"] * (column in left_columns) + ["marked"] * ((row, column) in cells)
         scope = {-1: ' scope="col"'}.get(row, ' scope="row"' if tag == "th" else "")
-        return f"<{tag}{scope}{_classes(names)}>{escape(text)}</{tag}>"
+        return f"<{tag}{scope}{_classes(names)}>{breakable(text)}</{tag}>"
 
     head = "".join(cell("th", -1, i, name) for i, name in enumerate(header))
     body = "".join("<tr>" + "".join(cell("td" if j else "th", i, j, text) for j, text in enumerate(row)) + "</tr>\n"

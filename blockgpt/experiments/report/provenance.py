@@ -89,8 +89,13 @@ def environment_section(report: Report) -> str:
 
 def unfinished_texts(report: Report) -> list[str]:
     """One line for each run that has no value: failed, diverged, missing, broken."""
-    lines = [f"{trial_text(trial)}: {trial.status}{f': {printable(trial.reason)}' if trial.reason else ''}"
-             for trial in report.study.trials if trial.value is None]
+    lines = []
+    for trial in report.study.trials:
+        if trial.value is None:
+            # Of a run that goes on or was interrupted, the reason is its status.
+            status = [] if trial.status == "missing" and trial.reason else [trial.status]
+            reason = [printable(trial.reason)] if trial.reason else []
+            lines.append(f"{trial_text(trial)}: {': '.join([*status, *reason])}")
     known = {trial.name for trial in report.study.trials}
     return lines + [f"{run['name']}: {run['status']}" for run in report.runs
                     if run["name"] not in known and run["status"] != "finished"]

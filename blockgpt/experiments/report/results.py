@@ -19,7 +19,7 @@ from blockgpt.experiments.report.drawing import (
     forest_axis,
     forest_strip,
 )
-from blockgpt.experiments.report.markup import bullets, details, escape, html_table
+from blockgpt.experiments.report.markup import breakable, bullets, details, escape, html_table
 from blockgpt.experiments.study import Study
 from blockgpt.experiments.verdict_text import (
     UNJUDGED,
@@ -113,7 +113,7 @@ def forest_of(rows: Sequence[tuple[str, str, Interval, str, Sequence[str]]], dir
     """
     axis = forest_axis([interval for _, _, interval, _, _ in rows])
     content = "".join(
-        f'<li class="row"><h4>{escape(name)}</h4>{badge_of(badge, interval.outcome)}'
+        f'<li class="row"><h4>{breakable(name)}</h4>{badge_of(badge, interval.outcome)}'
         f'{forest_strip(interval, axis, figures)}<p class="figures">{escape(figures)}</p>{bullets(texts, "details")}'
         "</li>\n" for name, badge, interval, figures, texts in rows)
     left, right = directions
@@ -229,7 +229,7 @@ def curves_section(report: Report) -> tuple[str, list[dict[str, object]]]:
         f'<button type="button" aria-pressed="true" class="v{index % len(PALETTE)}" data-toggle="{index}">'
         f'<svg viewBox="0 0 30 8" aria-hidden="true"><path class="line" d="M0,4H30"'
         + (f' stroke-dasharray="{" ".join(map(str, one.dashes))}"' if one.dashes else "")
-        + f"/></svg>{escape(one.variant)}</button>" for index, one in sorted(names.items()))
+        + f"/></svg>{breakable(one.variant)}</button>" for index, one in sorted(names.items()))
     n_seeds = max(len(one.trials) for one in names.values())
     words = ("A line is the mean over seeds, its band reaches from the lowest seed to the highest. " if n_seeds > 1
              else "")
