@@ -87,6 +87,21 @@ def test_a_model_has_the_same_loss_and_gradients(name, keys, dtype, tolerance):
         assert (chunked[parameter] - gradient).norm() <= tolerance * gradient.norm(), parameter
 
 
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "parameters in bfloat16"])
+def test_losses_and_sums_over_chunks_are_in_float32(autocast):
+    """Equal terms: a sum in bfloat16 would no longer grow after 256 of them."""
+    h, weight, targets = example(1, 8, 12, torch.float32)
+    low_h, low_weight = h.detach().bfloat16(), weight.detach().bfloat16().requires_grad_()
+    inputs = (h, weight) if autocast else (low_h, low_weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = linear_cross_entropy(inputs[0].expand(512, -1), inputs[1], targets.expand(512), 1, reduction="sum")
+    z = (low_h @ low_weight.T).float()
+    torch.testing.assert_close(loss / 512, F.cross_entropy(z, targets), rtol=16 * EPS, atol=0)
+    grad = (z.softmax(-1) - F.one_hot(targets, 12)).bfloat16()
+    expected = 512 * (grad.T @ low_h).to(inputs[1].dtype)
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs[1])[0], expected, rtol=512 * EPS, atol=0)
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_every_reduction_also_without_gradients(reduction):
     model = build_model(get_preset("gemma2", **TINY, loss_chunk=0))

@@ -177,6 +177,35 @@ def test_the_gates_of_extreme_values_are_torchs(activation):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32),
+                                    (torch.float32, torch.float16)], ids=str)
+def test_the_gates_of_rows_wider_than_a_block_and_of_two_dtypes_and_layouts(dtypes):
+    generator = torch.Generator().manual_seed(0)
+    shape, result = (2, gated.MAX_BLOCK + 76), torch.promote_types(*dtypes)
+    gate, up = (layouts(shape, dtype, layout, generator) for dtype, layout in zip(dtypes, ("gaps", "plain"),
+                                                                                  strict=True))
+    grad = layouts(shape, result, "columns", generator).detach()
+    y, exact = gated.gated(gate, up, "silu"), gated_reference(gate, up, "silu")
+    assert y.dtype == result
+    close(y, exact, result, 4)
+    found, expected = (torch.autograd.grad(out, (gate, up), grad.to(out.dtype)) for out in (y, exact))
+    for a, b, dtype in zip(found, expected, dtypes, strict=True):
+        assert a.dtype == dtype
+        close(a, b, dtype, 4)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_the_plain_twins_of_the_norms_are_the_formula(offset):
+    generator = torch.Generator().manual_seed(0)
+    x, residual, weight = (torch.randn(*shape, dtype=torch.float64, generator=generator)
+                           for shape in ((3, 5), (3, 5), (5,)))
+    exact = rms_reference(x, weight, 0.5, offset)
+    torch.testing.assert_close(rms.rms_norm_torch(x, weight, 0.5, offset), exact)
+    total, y = rms.add_rms_norm_torch(x, residual, weight, 0.5, offset)
+    assert torch.equal(total, x + residual)
+    torch.testing.assert_close(y, rms_reference(total, weight, 0.5, offset))
+
+
 def test_rows_up_to_64k():
     generator = torch.Generator().manual_seed(0)
     x = layouts((2, 65536), torch.float32, "plain", generator)
