@@ -92,7 +92,8 @@ def test_a_step_is_all_micro_batches_clipped_and_then_the_optimizer():
 @pytest.mark.parametrize("flags, compiled, kernels, message", [
     (["--compile=False"], True, "torch", "compile: False was set"),
     (["--kernels=torch"], False, "triton", "kernels: 'torch' was set"),
-    (["config/arch_gpt2.py"], False, "triton", "kernels: the model has neither RMSNorm nor a gated FFN")])
+    (["config/arch_gpt2.py", "--normalization=dyt"], False, "triton",
+     "kernels: the model has no norm, RoPE or gated FFN with a kernel")])
 def test_a_variant_that_the_run_excludes_is_skipped(flags, compiled, kernels, message):
     with pytest.raises(ConfigError, match=message):
         bench_step.variant_config(load_config([*TINY, *flags]), compiled, kernels)

@@ -43,7 +43,7 @@ def test_the_table_has_the_other_keys_that_have_an_effect_on_their_baseline(tabl
     assert re.search(r"^rope_fraction +0.5 +rot0.5 +\+0 ", table, re.MULTILINE)  # its baseline has RoPE
     keys = {line.split()[0] for line in table.splitlines()[3:-3]}
     unlisted = {"arch_preset", *SIZE, "window_pattern", "rope_theta_local", "rope_scaling_factor",
-                "rope_original_context", "kernels"}  # given by a flag, or without effect on a default model
+                "rope_original_context"}  # given by a flag, or without effect on a default model
     assert keys == {*ModelConfig().flat()} - unlisted
 
 
