@@ -92,9 +92,14 @@ def upgrade_config(config: dict[str, Any], model: dict[str, Any]) -> tuple[dict[
         config["init_from"] = None
     if not model.keys() >= MODEL_KEYS:
         with contextlib.suppress(UserError, ArithmeticError, TypeError, ValueError):  # a broken log stays as it is
-            known = {key: value for key, value in model.items() if key in MODEL_KEYS}
-            model = dataclasses.asdict(ModelConfig(**known).resolve()) | model
+            model = complete_model(tuple((key, value) for key, value in model.items() if key in MODEL_KEYS)) | model
     return config, model
+
+
+@functools.lru_cache  # thousands of runs have few architectures
+def complete_model(known: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """Every key of the model whose known (key, value) these are."""
+    return dataclasses.asdict(ModelConfig(**dict(known)).resolve())
 
 
 # ---- printing ----
