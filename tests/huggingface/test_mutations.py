@@ -17,6 +17,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_mutation_of_each_kind_is_caught(family):
     kinds = {kind for kind, n in mutations.counts(family).items() if n}
