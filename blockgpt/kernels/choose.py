@@ -5,7 +5,7 @@ functions, or None for torch's operators. A norm has its width too, `kernel_widt
 are timed, and chosen, each at their own. kernels=triton and kernels=torch set them when the model is built. With
 kernels=auto on CUDA, `choose_kernels` times both at the run's own shapes, once: a resumed run keeps what its run.json
 says, so that its numbers stay equal. Elsewhere there is nothing to choose, and Triton is not imported.
-To add a kernel: a module here, a line in `FAMILIES`, a case in `candidates`.
+To add a kernel: a module here, its name in `FAMILIES`, its shapes in `inputs_of`.
 """
 
 import importlib
