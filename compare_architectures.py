@@ -18,6 +18,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import gc
 import io
 import json
 import math
@@ -72,12 +73,15 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
 
 def load_runs(directories: Sequence[str]) -> list[Run]:
     """Run directories as dicts, in their order; thousands of them are read by several processes."""
-    if len(directories) < MANY_RUNS or n_cores() == 1:
+    readers = min(n_cores(), MAX_READERS)
+    if len(directories) < MANY_RUNS or readers == 1:
         return list(map(load_run, directories))
     from concurrent.futures import ProcessPoolExecutor
 
-    with ProcessPoolExecutor(min(n_cores(), MAX_READERS)) as pool:
-        return list(pool.map(load_run, directories, chunksize=MANY_RUNS // 10))
+    own = len(directories) // readers  # read by this process: they need not be sent to it
+    with ProcessPoolExecutor(readers - 1, initializer=gc.disable) as pool:
+        others = pool.map(load_run, directories[own:], chunksize=MANY_RUNS // 10)
+        return [*map(load_run, directories[:own]), *others]
 
 
 def upgrade_config(config: dict[str, Any], model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -324,5 +328,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # nothing here is in cycles, and to look for them takes a tenth of the time
     with exit_on_user_error():
         main()

@@ -7,6 +7,7 @@ study, which verdicts.py judges.
 """
 
 import collections
+import functools
 import re
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypedDict, TypeVar
@@ -112,6 +113,7 @@ def changes_of(run: Run) -> list[Change]:
     return [change for change in run["changes"] if change.key not in NOT_COMPARED]
 
 
+@functools.lru_cache(maxsize=8192)  # thousands of runs have few values
 def value_text(value: Any) -> str:
     """A value in a message; a digest or commit by its first characters."""
     text = printable(value)

@@ -16,14 +16,13 @@ The rules, each verified by simulation in tests/experiments/test_verdicts.py:
 import dataclasses
 import itertools
 import math
-import statistics as stdlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from blockgpt.errors import UserError, did_you_mean
 from blockgpt.experiments import statistics
 from blockgpt.experiments.judgement import Arm, Cell, Judgement, NoiseFloor, Regime, Verdict, cell_text
-from blockgpt.experiments.statistics import MIN_FLIPS, MIN_SEEDS, Effect, Estimate
+from blockgpt.experiments.statistics import MIN_FLIPS, MIN_SEEDS, Effect, Estimate, std_deviation, variance
 from blockgpt.experiments.study import Study, StudyTrial, duplicates, pareto_front
 from blockgpt.experiments.worth import Law, Ratio, Worth, fit_law, worth
 from blockgpt.training.criterion import Criterion
@@ -75,7 +74,7 @@ def noise_floor(arm: Arm, again: Sequence[tuple[float, float]], level: float) ->
     values = list(arm.values.values())
     if len(values) < 2:
         return NoiseFloor(arm.size, arm.horizon, len(values), None, None, None, tuple(again))
-    std = stdlib.stdev(values)
+    std = std_deviation(values)
     return NoiseFloor(arm.size, arm.horizon, len(values), std, *statistics.std_interval(values, level), tuple(again))
 
 
@@ -244,9 +243,9 @@ def pairing_of(verdicts: Sequence[Verdict], arms: Mapping[tuple[str, str, float]
     paired = unpaired = 0.0
     for verdict in verdicts:
         if len(verdict.differences) > 1:
-            paired += stdlib.variance(verdict.differences.values())
-            unpaired += sum(stdlib.variance(arms[variant, verdict.size, verdict.horizon].values[seed]
-                                            for seed in verdict.differences) for variant in (verdict.variant, baseline))
+            paired += variance(list(verdict.differences.values()))
+            unpaired += sum(variance([arms[variant, verdict.size, verdict.horizon].values[seed]
+                                      for seed in verdict.differences]) for variant in (verdict.variant, baseline))
     return paired / unpaired if unpaired else None
 
 

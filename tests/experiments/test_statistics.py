@@ -3,12 +3,15 @@
 import itertools
 import math
 import random
+import statistics as stdlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from blockgpt.experiments import statistics
@@ -27,6 +30,13 @@ def test_a_mean_has_the_interval_and_p_of_the_t_test(values):
     above = stats.ttest_1samp(values, 0.2, alternative="greater").pvalue
     assert statistics.t_test_above(found, 0.2) == pytest.approx(above, rel=1e-9)
     assert statistics.t_test_below(found, 0.2) == pytest.approx(1 - above, rel=1e-9)
+
+
+@given(st.floats(-1e6, 1e6), st.lists(st.floats(-1e-3, 1e-3), min_size=2, max_size=9))
+def test_the_variance_is_the_exact_one_also_of_values_far_from_zero(offset, distances):
+    values = [offset + distance for distance in distances]
+    assert statistics.variance(values) == pytest.approx(stdlib.variance(values), rel=1e-12, abs=1e-300)
+    assert statistics.variance([offset] * len(values)) == 0
 
 
 def test_one_value_has_no_interval():
