@@ -270,7 +270,8 @@ def run_tests(tree: Path, flags: Iterable[str], output: Path, connection: Connec
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     os.chdir(tree)
     sys.path[:] = [str(tree), *(p for p in sys.path if p and Path(p).resolve() != ROOT)]
-    own = {path.stem for path in [*tree.glob("*.py"), *tree.glob("tests/**/*.py")]} | {"blockgpt", "tools", "config"}
+    # The name of a test's module is tests.data.test_x or test_x, as pytest imports it.
+    own = {path.stem for path in [*tree.iterdir(), *tree.glob("tests/**/*.py")]}
     for name in [name for name in sys.modules if name.partition(".")[0] in own]:
         del sys.modules[name]
     get_context = multiprocessing.get_context

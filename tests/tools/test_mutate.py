@@ -101,6 +101,15 @@ def test_mutants_are_tested_in_a_copy_and_an_interrupted_run_continues(project, 
         run("--sample=1")
 
 
+def test_what_all_mutants_share_is_none_of_the_tree(project):
+    """A test's module that was imported before a mutant was written would test the unchanged module."""
+    (project / "tests/area").mkdir(parents=True)
+    (project / "test_m.py").rename(project / "tests/area/test_n.py")
+    outcome = mutate.run_forked(project, ["tests"], mutate.MARKERS, 60, "--import-mode=importlib")
+    assert outcome.exit_code == 0 and "pytest" in outcome.modules
+    assert not {name.partition(".")[0] for name in outcome.modules} & {"m", "tests", "test_n"}
+
+
 def test_an_unknown_module_is_named():
     with pytest.raises(UserError, match=r"--module: 'trian.py' is unknown .*train.py"):
         mutate.main(["--module=trian.py"])
