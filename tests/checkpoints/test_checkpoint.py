@@ -1,5 +1,6 @@
 """Checkpoints load bit for bit, or are refused; the newest usable one is found; any parallel mode loads any other's."""
 
+import errno
 import hashlib
 import json
 import os
@@ -134,6 +135,22 @@ def test_a_damaged_checkpoint_is_skipped_for_the_older_one(run, capsys, damage):
     assert checkpoint.find_newest(run.dir) == run.older
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1 and warnings[0].startswith(f"warning: skipped: {run.newest}")
+
+
+@pytest.mark.parametrize("code, skipped", [(errno.EIO, True), (errno.EACCES, False), (errno.ESTALE, False)])
+def test_only_a_file_that_is_lost_or_damaged_lets_the_older_checkpoint_take_its_place(run, monkeypatch, code, skipped):
+    def sha256_of(path):
+        if path == run.newest / MODEL:
+            raise OSError(code, "no answer")
+        return sha256_of_file(path)
+
+    sha256_of_file = checkpoint.sha256_of
+    monkeypatch.setattr(checkpoint, "sha256_of", sha256_of)
+    with pytest.raises(UserError, match=f"{MODEL}: cannot be read: no answer") as raised:
+        checkpoint.verify(run.newest)
+    assert (type(raised.value) is CheckpointError) == skipped
+    if skipped:
+        assert checkpoint.find_newest(run.dir) == run.older
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json"])
