@@ -48,7 +48,8 @@ INFER_TEST = "tests/model/test_builder.py::test_infer_config_is_the_config_of_ev
 TESTS: dict[str, tuple[str, ...]] = {
     "train.py": ("tests/test_golden_run.py", "tests/test_train.py"),
     "blockgpt/training/objectives.py": ("tests/training/test_objectives.py", "tests/data/test_packing.py",
-                                        "tests/data/test_mixture.py", "tests/test_golden_run.py"),
+                                        "tests/data/test_mixture.py", "tests/test_golden_run.py",
+                                        "tests/training/test_second_objective.py"),
     "blockgpt/training/optimizers.py": ("tests/training/test_optimizers.py", "tests/test_golden_run.py"),
     "blockgpt/training/diagnostics.py": ("tests/training/test_diagnostics.py", "tests/test_golden_run.py",
                                          "tests/test_train.py"),
@@ -59,7 +60,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "blockgpt/data/writer.py": ("tests/data/test_writer.py", "tests/data/test_prepare.py"),
     "blockgpt/data/tokenizer.py": ("tests/data/test_tokenizer.py", "tests/tools/test_train_tokenizer.py"),
     "model_components.py": ("tests/model/test_components.py", "tests/accounting/test_flops.py",
-                            "tests/model/test_presets.py", INFER_TEST),
+                            "tests/kernels/test_linear_cross_entropy.py", "tests/model/test_presets.py", INFER_TEST),
     "model_attention.py": ("tests/model/test_attention.py", "tests/accounting/test_flops.py",
                            "tests/model/test_components.py", "tests/model/test_presets.py", INFER_TEST),
     "model_positions.py": ("tests/model/test_positions.py", "tests/model/test_presets.py", INFER_TEST),

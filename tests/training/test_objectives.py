@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from dataset_helpers import concatenate, exact_losses, pair
+from dataset_helpers import concatenate, exact_losses, pair, write_shards
 
 from blockgpt.data.loader import segments_by_eot
 from blockgpt.errors import DataError
@@ -219,3 +219,13 @@ def test_the_digest_of_a_mixture_has_the_weights_of_its_last_phase(tmp_path, dat
     alone = digest({"a": 1})
     assert digest({"a": 1}, {"b": 2}) == alone  # the same text, and nothing else counts
     assert digest({"a": 1, "b": 3}) != digest({"a": 1, "b": 1}) != alone
+
+
+def test_a_validation_split_that_is_too_short_is_refused_at_once_though_its_source_does_not_count_in_the_end(tmp_path):
+    write_shards(tmp_path / "a", {"train.bin": range(90), "val.bin": range(50)})
+    write_shards(tmp_path / "b", {"train.bin": range(90), "val.bin": range(16)})
+    config = load_config([f"--data_dir={tmp_path}", '--dataset_schedule=[[0, {"a": 1, "b": 1}], [2, {"a": 1}]]',
+                          "--device=cpu", "--max_iters=4", "--n_layer=1", "--n_head=2", "--n_embd=16",
+                          "--block_size=16", "--batch_size=1", "--gradient_accumulation_steps=1"])
+    with pytest.raises(DataError, match="block_size=16 is too long for the val split of dataset 'b'"):
+        LanguageModeling(config, runtime())
