@@ -190,6 +190,15 @@ def test_text_that_a_normaliser_changes_is_refused():
     assert "at character 6, 'UPPER' is decoded as 'upper'" in one_line(raised)
 
 
+def test_a_token_that_a_tokenizer_json_puts_before_every_text_is_left_out():
+    """As LLaMA's does. Documents are cut into pieces, and each would begin with it."""
+    plain = tokenizers.Tokenizer.from_str(hf_json())
+    t = tokenizers.Tokenizer.from_str(hf_json())
+    t.post_processor = tokenizers.processors.TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 1)])
+    assert t.encode("the loss").ids == [1, *plain.encode("the loss").ids]
+    assert HFTokenizer(pack_bytes(t.to_str().encode())).encode("the loss") == plain.encode("the loss").ids
+
+
 def test_truncation_and_padding_of_a_tokenizer_json_are_off():
     """Many files on the hub have both on, for the batches of another program."""
     t = tokenizers.Tokenizer.from_str(hf_json())
@@ -210,11 +219,14 @@ def test_a_sentencepiece_model_need_not_have_an_end_of_text_token(eos_id):
     assert t.eot == (None if eos_id < 0 else eos_id) and t.decode([-1, *t.encode("loss")]) == "loss"
 
 
-def test_the_end_of_text_token_can_be_named():
+def test_the_end_of_text_token_can_be_named(sentencepiece_model):
     content = pack_bytes(hf_json().encode())
     assert (HFTokenizer(content).eot, HFTokenizer(content, eot="<pad>").eot) == (0, 1)
     with pytest.raises(DataError, match="'<end>' is no special token"):
         HFTokenizer(content, eot="<end>")
+    for text in ("<end>", "t"):
+        with pytest.raises(DataError, match=f"'{text}' is no special token"):
+            load_tokenizer(str(sentencepiece_model), text)
 
 
 # Loading
