@@ -170,8 +170,8 @@ class Config:
                          minimum=2, example=3)
     keep_best: bool = key(False, "save after each evaluation that is the best so far, too, not only at "
                           "checkpoint_interval", group="evaluation")
-    checkpoint_async: bool = key(False, "write checkpoints in the background, from a copy in memory",
-                                 group="evaluation")
+    checkpoint_async: bool | None = key(None, "write checkpoints in the background, from a copy in memory; None: on "
+                                        "CUDA", group="evaluation")
 
     device: str = key("auto", "auto: cuda, else mps, else cpu; or cpu, cuda, cuda:1, mps", group="system",
                       example="cpu")
@@ -277,6 +277,10 @@ class Config:
                                          "tensors (--kernels=auto)")
         if self.model.attention_backend == "flex":
             raise ConfigError("attention_backend", "'flex' is incompatible with tensor_parallel (use sdpa or manual)")
+
+    def saves_in_background(self, device_type: str | None) -> bool:
+        """Whether training goes on while a checkpoint is written. On "cuda" the copy costs no memory of the device."""
+        return device_type == "cuda" if self.checkpoint_async is None else self.checkpoint_async
 
     def profiled_steps(self) -> range:
         """The steps to profile, counted from 1 like the log's; an empty range if there are none."""

@@ -52,8 +52,9 @@ def out_of_memory_error(error: Exception, config: Any, build_model: Callable[[An
     too_large = state is not None and state.parameters + (
         0 if config.eval_only else state.gradients + state.optimizer) > limit
     changes = smaller_batch(config, trains=phase != "evaluation") if phase in IN_STEPS and not too_large else []
-    changes += ["--checkpoint_async=False"] if phase == "save" and config.checkpoint_async else []
-    changes += less_state(config, on_gpu=watchdog is not None and watchdog.runtime.device.type == "cuda")
+    device = None if watchdog is None else watchdog.runtime.device.type
+    changes += ["--checkpoint_async=False"] if phase == "save" and config.saves_in_background(device) else []
+    changes += less_state(config, on_gpu=device == "cuda")
     return OutOfMemoryError(f"out of memory {PHASES[phase]}: {'; '.join(filter(None, sizes))} "
                             f"({', then '.join(changes)}; {DRY_RUN})")
 

@@ -168,7 +168,8 @@ class CheckpointManager:
             log.warning(f"the weights were trained with another tokenizer ({describe_tokenizer(before)}) than this "
                         f"data's ({describe_tokenizer(now)})")
         self.runtime.on_rank_zero(lambda: checkpoint.clean(run_dir))
-        self.saver = CheckpointSaver(run_dir, self.runtime, self.config.keep_last, self.config.checkpoint_async)
+        self.saver = CheckpointSaver(run_dir, self.runtime, self.config.keep_last,
+                                     self.config.saves_in_background(self.runtime.device.type))
         return self
 
     @property

@@ -56,6 +56,7 @@ class CheckpointSaver:
         self.directory, self.runtime, self.keep = Path(run_dir) / "checkpoints", runtime, keep
         self.asynchronous, self.group = asynchronous, group
         self.thread: BackgroundThread | None = None
+        self.copies: dict[str, torch.Tensor] = {}
         self.saving: int | None = None  # the step whose background save has no outcome yet
         if asynchronous and group is None and runtime.world_size > 1:
             self.group = dist.new_group(backend="gloo")
@@ -87,8 +88,7 @@ class CheckpointSaver:
         def collect() -> None:
             chunks.update(own_chunks(model, optimizer, self.runtime))
             if in_background:  # training changes the tensors meanwhile
-                chunks.update({key: chunk._replace(data=chunk.data.to("cpu", copy=True))
-                               for key, chunk in chunks.items()})
+                chunks.update(self._copies(chunks))
 
         run_on_all_ranks(self.runtime, collect, self.group)
         state = {**copy.deepcopy(dict(state)), "versions": versions(), "world_size": self.runtime.world_size,
@@ -123,6 +123,18 @@ class CheckpointSaver:
         """`poll`, after the background save has ended."""
         self.join()
         return self.poll()
+
+    def _copies(self, chunks: Mapping[str, LocalChunk]) -> dict[str, LocalChunk]:
+        """The chunks in CPU memory, which the next background save uses again: pinned memory is slow to get."""
+        for key, chunk in chunks.items():
+            former = self.copies.get(key)
+            if former is None or (former.shape, former.dtype) != (chunk.data.shape, chunk.data.dtype):
+                self.copies[key] = torch.empty(chunk.data.shape, dtype=chunk.data.dtype, device="cpu",
+                                               pin_memory=chunk.data.is_cuda)
+            self.copies[key].copy_(chunk.data, non_blocking=chunk.data.is_cuda)
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize(self.runtime.device)
+        return {key: chunk._replace(data=self.copies[key]) for key, chunk in chunks.items()}
 
     # ------------------------------------------------------------ a save, on all ranks at once
 

@@ -191,9 +191,14 @@ def rope_by_layer(theta: float, local: float | None) -> KeyRule:
         return keys
 
     def write(o: Keys) -> dict[str, Any]:
-        keys = {"rope_theta": o["rope_theta"], "rope_scaling": scaling_parameters(o)}
-        base = o["rope_theta_local"]
-        return keys if local is None else keys | {"rope_local_base_freq": o["rope_theta"] if base is None else base}
+        theta, scaling = o["rope_theta"], scaling_parameters(o)
+        base = theta if o["rope_theta_local"] is None else o["rope_theta_local"]
+        keys = {"rope_theta": theta, "rope_scaling": scaling}
+        if local is not None:
+            return keys | {"rope_local_base_freq": base}
+        default = {"rope_type": "default"}  # transformers 5 gives layers with a window another base than rope_theta
+        return keys | {"rope_parameters": {"full_attention": {**(scaling or default), "rope_theta": theta},
+                                           "sliding_attention": {**default, "rope_theta": base}}}
 
     return KeyRule({"rope_theta": theta, "rope_scaling": None, "rope_parameters": None,
                     **({} if local is None else {"rope_local_base_freq": local})}, read, write)

@@ -58,6 +58,8 @@ def test_a_model_that_no_batch_size_makes_fit_gets_no_advice_on_the_batch():
 def test_the_copy_of_a_background_save_is_advised_against():
     assert "--checkpoint_async=False" in message("save", "--checkpoint_async=True")
     assert "checkpoint_async" not in message("save") + message("step", "--checkpoint_async=True")
+    assert "--checkpoint_async=False" in message("save", device="cuda")  # the default there
+    assert "checkpoint_async" not in message("save", "--checkpoint_async=False", device="cuda")
 
 
 def test_every_phase_of_a_run_has_words():

@@ -35,9 +35,9 @@ class Log:
 def make(run_dir, fingerprint="data", resuming=False, val_data="same", **keys):
     """(manager, log) of a small run in run_dir."""
     config = SimpleNamespace(**{"spike_threshold": 6.0, "resuming": resuming, "resume": "must", "resume_force": False,
-                                "changed": {}, "forced": (), "keep_last": 2, "checkpoint_async": False, "seed": 1,
-                                "eval_interval": 10, "checkpoint_interval": None, "keep_best": False, "max_iters": 40,
-                                "patience": 0,
+                                "changed": {}, "forced": (), "keep_last": 2, "seed": 1,
+                                "saves_in_background": lambda _: False, "eval_interval": 10,
+                                "checkpoint_interval": None, "keep_best": False, "max_iters": 40, "patience": 0,
                                 "init_from": None, "dropout": 0.0, "flat": lambda: {"seed": 1}, **keys})
     model = build_model(get_preset("llama", **SIZES, dropout=config.dropout))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -92,7 +92,7 @@ def test_the_saved_steps_and_the_remaining_ones_follow_the_intervals(tmp_path, k
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_best_checkpoint_that_could_not_be_saved_costs_no_older_one(tmp_path, asynchronous):
-    manager, log = make(tmp_path, checkpoint_async=asynchronous, checkpoint_interval=1)
+    manager, log = make(tmp_path, saves_in_background=lambda _: asynchronous, checkpoint_interval=1)
     for step, loss in enumerate((2.0, 1.0, 4.0, 3.0, 3.5), 1):
         manager.progress.step = step
         manager.progress.is_best({"val_loss": loss})
@@ -222,7 +222,7 @@ def test_a_failed_save_is_a_warning_and_a_failed_final_one_an_error_that_names_t
 
 
 def test_a_background_save_counts_once_it_is_polled(tmp_path):
-    manager, log = make(tmp_path, checkpoint_async=True)
+    manager, log = make(tmp_path, saves_in_background=lambda _: True)
     manager.progress.step = 5
     manager.save()
     assert log.saves == [] and manager.last_saved is None
@@ -240,7 +240,7 @@ def test_the_last_background_save_is_reported_however_the_run_ends(tmp_path, mon
             (False, None, [], None), (True, None, [], ZeroDivisionError), (False, ValueError, [], ValueError),
             (True, ValueError, ["the last checkpoint failed: ZeroDivisionError: a bug"], ValueError)]):
         (tmp_path / str(i)).mkdir()
-        manager, log = make(tmp_path / str(i), checkpoint_async=True)
+        manager, log = make(tmp_path / str(i), saves_in_background=lambda _: True)
         manager.progress.step = 5
         with monkeypatch.context() as patch:
             if bug:
@@ -255,7 +255,7 @@ def test_the_last_background_save_is_reported_however_the_run_ends(tmp_path, mon
 
 def test_a_bug_in_a_background_save_is_raised_before_the_next_save_and_the_final_one(tmp_path, monkeypatch):
     for final in (False, True):
-        manager, _ = make(tmp_path, checkpoint_async=True)
+        manager, _ = make(tmp_path, saves_in_background=lambda _: True)
         with monkeypatch.context() as patch:
             patch.setattr(saver_module, "commit_checkpoint", broken)
             manager.save()
@@ -265,7 +265,7 @@ def test_a_bug_in_a_background_save_is_raised_before_the_next_save_and_the_final
 
 
 def test_a_last_background_save_that_failed_is_a_warning(tmp_path):
-    manager, log = make(tmp_path, checkpoint_async=True)
+    manager, log = make(tmp_path, saves_in_background=lambda _: True)
     manager.progress.step = 5
     with largest_file(1000), manager:
         manager.save()
@@ -277,7 +277,7 @@ def test_a_background_save_without_memory_is_a_failed_save_and_says_what_needs_l
     def out_of_memory(*_, **__):
         raise error
 
-    manager, log = make(tmp_path, checkpoint_async=True)
+    manager, log = make(tmp_path, saves_in_background=lambda _: True)
     manager.progress.step = 5
     monkeypatch.setattr(saver_module, "commit_checkpoint", out_of_memory)
     with manager:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from checkpoint_helpers import MODEL, OPTIMIZER, contents, flip, largest_file, names, save, saved_run
 from checkpoint_ranks import learn, state
 from conftest import ROOT, TINY, environment, run_python
@@ -326,6 +327,11 @@ def test_a_save_in_the_background_writes_the_tensors_as_they_were_at_the_call(tm
     learn(run.model, run.optimizer, range(4, 5))
     assert saver.wait() == (4, None) and saver.poll() is None and not saver.ended
     assert contents(tmp_path / "other/checkpoints/step_00000004") == contents(run.newest)
+    memory = {key: copy.data_ptr() for key, copy in saver.copies.items()}
+    saver.save(run.model, run.optimizer, state(5))
+    assert saver.wait() == (5, None) and memory and memory == {key: c.data_ptr() for key, c in saver.copies.items()}
+    for key, value in checkpoint.read_weights(tmp_path / "other/checkpoints/step_00000005").items():
+        assert torch.equal(value, run.model.state_dict()[key])
 
 
 def test_a_failure_in_the_background_is_polled_before_the_next_save(run):

@@ -10,13 +10,15 @@ from conftest import ROOT
 import compare_architectures
 from tools.bench_compare import write_runs
 
-# Prints the result, and to stderr the most memory that the comparison and its readers used, in KiB each.
+# Prints the result, and to stderr the most memory that the comparison and its readers used, in KiB each. The ru_maxrss
+# of a process itself is at least that of the process that started it.
 MEASURE = """
-import resource, sys
+import re, resource, sys
 sys.path.insert(0, sys.argv.pop(1))
 from compare_architectures import main
 main(sys.argv[1:])
-print([resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)], file=sys.stderr)
+own = int(re.search("VmHWM:\\s*([0-9]+) kB", open("/proc/self/status").read())[1])
+print([own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss], file=sys.stderr)
 """
 
 
