@@ -9,10 +9,10 @@ To add one: a subclass and a line in `TOKENIZERS`. Torch is never imported.
 
 import base64
 import binascii
-import contextlib
 import hashlib
 import json
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from blockgpt.console import echo
 from blockgpt.data.formats import read_file
 from blockgpt.data.losses import library_errors
 from blockgpt.errors import DataError, UserError, did_you_mean, first_line, require_package, short_repr
@@ -328,6 +329,9 @@ def from_meta(meta: dict[str, Any]) -> Tokenizer:
                         "(prepare the dataset again)") from None
 
 
+TOKENIZER_CONFIG = "tokenizer_config.json"  # of a checkpoint's folder
+
+
 def load_tokenizer(spec: str, eot: str | None = None) -> Tokenizer:
     """Load the tokenizer that a user names.
 
@@ -353,18 +357,26 @@ def load_tokenizer(spec: str, eot: str | None = None) -> Tokenizer:
     except DataError as error:
         raise DataError(f"tokenizer {error}") from None
     build, named = TOKENIZER_FILES[path.suffix], checkpoint_eos(Path(spec)) if eot is None else None
+    unusable = None
     try:
         if named is not None:
-            with contextlib.suppress(DataError):  # the vocabulary has no such token, or text can contain it
+            try:
                 return build(content, {"eot": named})
-        return build(content, more)
+            except DataError as error:  # the vocabulary has no such token, or text can contain it
+                unusable = error
+        tokenizer = build(content, more)
     except DataError as error:
         raise DataError(f"tokenizer {path}: {error}") from None
+    if unusable is not None:
+        end = "no token ends documents" if tokenizer.eot is None else f"documents end with {tokenizer.eot_text or tokenizer.eot!r}"
+        echo(f"warning: {path.parent / TOKENIZER_CONFIG}: eos_token: {unusable}; {end} (--eot=TOKEN names another)",
+             sys.stderr)
+    return tokenizer
 
 
 def checkpoint_eos(folder: Path) -> str | None:
     """The end-of-sentence token that the tokenizer_config.json of a checkpoint's folder names."""
-    path = folder / "tokenizer_config.json"
+    path = folder / TOKENIZER_CONFIG
     try:
         config = json.loads(read_file(path)) if exists(path) else {}
     except (DataError, ValueError, RecursionError):

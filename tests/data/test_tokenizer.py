@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
+from conftest import ROOT, run_python
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -227,6 +228,33 @@ def test_the_end_of_text_token_can_be_named(sentencepiece_model):
     for text in ("<end>", "t"):
         with pytest.raises(DataError, match=f"'{text}' is no special token"):
             load_tokenizer(str(sentencepiece_model), text)
+
+
+@pytest.mark.parametrize("named, end, warns", [
+    ("<pad>", 1, False), ({"__type": "AddedToken", "content": "<pad>"}, 1, False),  # not the one that is known by name
+    ("</s>", 0, True), ("the", 0, True), (None, 0, False), (5, 0, False)])
+def test_a_checkpoints_own_end_of_text_stands_between_documents_and_one_that_its_vocabulary_lacks_is_told(
+        tmp_path, named, end, warns):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(hf_json())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+    texts = [f"the loss {i}" for i in range(40)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    done = run_python(ROOT / "data/files/prepare.py", "--name=mine", f"--input={tmp_path / 'texts.jsonl'}", "--workers=1",
+                      f"--tokenizer={folder}", f"--out_dir={tmp_path / 'out'}", "--val_fraction=0.25")
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    ids = np.concatenate([np.fromfile(path, meta["dtype"]) for path in sorted((tmp_path / "out").glob("*.bin"))])
+    assert meta["eot"] == end and ids[-1] == end
+    tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
+    found = [tokenizer.decode(document) for document in np.split(ids, np.flatnonzero(ids == end) + 1)[:-1]]
+    assert sorted(found) == sorted(text + tokenizer.decode([end]) for text in texts)
+    warnings = [line for line in done.stderr.splitlines() if "tokenizer_config.json" in line]
+    assert len(warnings) == warns
+    if warns:
+        assert warnings[0].startswith(f"warning: {folder}/tokenizer_config.json: eos_token: {named!r} is no special token")
+        assert warnings[0].endswith("; documents end with '<|endoftext|>' (--eot=TOKEN names another)")
 
 
 # Loading
