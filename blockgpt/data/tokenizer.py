@@ -368,9 +368,9 @@ def load_tokenizer(spec: str, eot: str | None = None) -> Tokenizer:
     except DataError as error:
         raise DataError(f"tokenizer {path}: {error}") from None
     if unusable is not None:
-        end = "no token ends documents" if tokenizer.eot is None else f"documents end with {tokenizer.eot_text or tokenizer.eot!r}"
-        echo(f"warning: {path.parent / TOKENIZER_CONFIG}: eos_token: {unusable}; {end} (--eot=TOKEN names another)",
-             sys.stderr)
+        end = "no token" if tokenizer.eot is None else repr(tokenizer.eot_text or tokenizer.eot)
+        echo(f"warning: {path.parent / TOKENIZER_CONFIG}: eos_token: {unusable}; documents end with {end} (--eot=TOKEN "
+             "names another)", sys.stderr)
     return tokenizer
 
 
