@@ -328,6 +328,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    gc.disable()  # nothing here is in cycles, and to look for them takes a tenth of the time
+    gc.disable()  # little is in cycles, and to look for them takes a tenth of the time
     with exit_on_user_error():
         main()

@@ -7,13 +7,12 @@ study, which verdicts.py judges.
 """
 
 import collections
-import functools
 import re
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypedDict, TypeVar
 
 from blockgpt.errors import UserError, did_you_mean
-from blockgpt.experiments.log_values import printable, without_index
+from blockgpt.experiments.log_values import printable, printable_text, without_index
 from blockgpt.experiments.records import Change, Run, ValData, columns
 from blockgpt.training.criterion import Criterion
 
@@ -113,10 +112,9 @@ def changes_of(run: Run) -> list[Change]:
     return [change for change in run["changes"] if change.key not in NOT_COMPARED]
 
 
-@functools.lru_cache(maxsize=8192)  # thousands of runs have few values
 def value_text(value: Any) -> str:
     """A value in a message; a digest or commit by its first characters."""
-    text = printable(value)
+    text = printable_text(value) if isinstance(value, str) else printable(value)
     return DIGEST.sub(r"\1", text) if len(text) >= 40 else text  # a dirty tree's commit ends in -dirty
 
 

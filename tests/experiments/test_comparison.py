@@ -290,6 +290,11 @@ def test_a_forced_change_is_a_warning(tmp_path):
     assert not any("over 2 seeds" in note for note in comparison["notes"])
 
 
+def test_values_that_are_equal_and_of_several_types_keep_their_texts():
+    assert [comparison_module.value_text(value) for value in (1, 1.0, True, [1], "1", None, 0, False, 0.0)] == [
+        "1", "1.0", "true", "[1]", "1", "-", "0", "false", "0.0"]
+
+
 def test_a_seed_that_changed_on_the_way_is_no_repeat(tmp_path):
     comparison = compared(make_run(tmp_path / "a", **resumed((40, {"seed": [1, 0]}, "seed"))),
                           make_run(tmp_path / "b", seed=3))
