@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockgpt.errors import CheckpointError, UserError, did_you_mean, first_line, short_repr
+from blockgpt.errors import CheckpointError, UserError, first_line, short_repr
 from blockgpt.files import exists, list_dir
 from blockgpt.huggingface.families import FAMILIES
 from blockgpt.huggingface.rules import REFUSED_KEYS, Family, StoredTensor, Unsupported, plan_tensors, read_keys
@@ -66,7 +66,9 @@ def find_family(config: Mapping[str, Any]) -> Family:
         if config.get(key):
             raise Unsupported(f"{key} is set: {reason} {works}")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise Unsupported(f"model_type {short_repr(name)} is not supported{did_you_mean(name, FAMILIES)} {works}")
+        raise Unsupported(f"model_type {short_repr(name)} is not supported {works}")
+    if not config.get("is_causal", True):
+        raise Unsupported(f"is_causal is {config['is_causal']}: {ENCODER} {works}")
     heads = config.get("architectures") or []
     if any(isinstance(head, str) and "MaskedLM" in head for head in heads):
         raise Unsupported(f"{heads[0]} is {ENCODER} {works}")

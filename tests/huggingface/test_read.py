@@ -142,10 +142,16 @@ def test_a_smaller_context_takes_the_first_positions(sources):
     (dict(num_local_experts=8), "num_local_experts is set: a mixture of experts"),
     (dict(kv_lora_rank=64), "kv_lora_rank is set: multi-head latent attention"),
     (dict(quantization_config={"bits": 4}), "quantised weights (use the checkpoint that they were made from)"),
-    (dict(model_type="lama"), "model_type 'lama' is not supported (did you mean llama?) (supported: "),
+    (dict(model_type="gptj"), "model_type 'gptj' is not supported (supported: llama, mistral, "),
     (dict(model_type=None), "model_type None is not supported"),
     (dict(hidden_act="quick_gelu"), "hidden_act: 'quick_gelu' is not supported (only silu, "),
-    (dict(clip_qkv=8.0), "clip_qkv: 8.0 is not known for llama: it may change what the model computes"),
+    (dict(is_causal=False), "is_causal is False: a bidirectional encoder"),
+    (dict(is_causal=None), "is_causal is None: a bidirectional encoder"),  # as transformers reads it
+    (dict(clip_qkv=8.0), "clip_qkv: 8.0 is not known for llama: it may change what the model computes (delete it "),
+    (dict(num_key_value_head=8), "is not known for llama: it may change what the model computes (did you mean "
+                                 "num_key_value_heads?)"),
+    (dict(is_llama_config=5), "is_llama_config: 5 is not known for llama"),
+    (dict(activation="geglu"), "activation: 'geglu' is not known for llama"),
     (dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), "rope_scaling: 'longrope' is not supported"),
     (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "rope_scaling: 'dynamic' is not supported"),
     (dict(rope_scaling=dict(type="yarn", factor=2.0, beta_fast=16)), "beta_fast is not 32"),
