@@ -108,8 +108,9 @@ def import_checkpoint(source: str, out: Path, verify: bool) -> None:
     tokenizer = checkpoint_tokenizer(directory)
     description = {"model": config.flat(), "step": None, "source": {**describe_source(directory), "name": source},
                    "tokenizer": None if tokenizer is None else tokenizer.to_meta()}
-    for note in (*notes, *weights.notes()):
-        print(f"note: {note}", file=sys.stderr)
+    for note in notes:
+        print(f"note: {directory}: {note}", file=sys.stderr)
+    weights.echo_notes()
     try:
         out.mkdir(parents=True, exist_ok=True)
         with FolderLock(out, "converts a checkpoint into it"):

@@ -5,10 +5,13 @@
 
 import json
 import re
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blockgpt.console import echo
 from blockgpt.errors import CheckpointError, UserError, first_line, short_repr
 from blockgpt.files import exists, list_dir
 from blockgpt.huggingface.families import FAMILIES
@@ -105,8 +108,8 @@ class TensorFiles:
             files = self._listed("pytorch_model.bin")
             if not files:
                 raise UserError(f"{directory}: has no *.safetensors (and no pytorch_model.bin)")
-            self.warnings.append(f"{directory}: is read from {files[0]}, a pickle, by torch's weights-only loader "
-                                 "(safetensors are safer and faster)")
+            self.warnings.append(f"{files[0]}, a pickle, is read by torch's weights-only loader (safetensors are safer "
+                                 "and faster)")
         for file in files:
             for name in self._open(file).keys():  # noqa: SIM118 (safetensors' is not a dict)
                 if name in self.file_of:
@@ -171,7 +174,6 @@ class TensorFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         file = self._open(self.file_of[name])
         return tuple(file[name].shape if self.pickled else file.get_slice(name).get_shape())
-
 
     def dtype(self, name: str) -> "torch.dtype":
         from blockgpt.checkpoints.files import TORCH_DTYPES
@@ -253,8 +255,15 @@ class Weights:
         self.unused[head] = f"equals {embedding}, to which it is tied"
 
     def notes(self) -> list[str]:
-        """What was not read, and how it was read, a line each."""
-        return [*self.files.warnings, *(f"{name}: not read ({reason})" for name, reason in self.unused.items())]
+        """What was not read, and how it was read, a line each; a tensor that all layers have is one line."""
+        layers = Counter((re.sub(r"\.\d+\.", ".{i}.", name), reason) for name, reason in self.unused.items())
+        return [*self.files.warnings, *(f"{name}: not read ({reason}{f'; {n} layers' if n > 1 else ''})"
+                                        for (name, reason), n in sorted(layers.items()))]
+
+    def echo_notes(self) -> None:
+        """Print the notes to stderr."""
+        for note in self.notes():
+            echo(f"note: {self.directory}: {note}", sys.stderr)
 
     def index(self) -> "Index":
         """The parameters, as the index of a checkpoint here."""
