@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # a config.json is read before torch loads
 
     from blockgpt.checkpoints.files import Index
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # narrower ones have scales elsewhere
 ENCODER_DECODER = "an encoder-decoder; no objective here trains one"
 ENCODER = "a bidirectional encoder; no objective here trains one"
 # {model_type: what it is}: of those that are recognised and cannot be represented, whatever their config.json says.
@@ -175,18 +176,21 @@ class TensorFiles:
         file = self._open(self.file_of[name])
         return tuple(file[name].shape if self.pickled else file.get_slice(name).get_shape())
 
-    def dtype(self, name: str) -> "torch.dtype":
-        from blockgpt.checkpoints.files import TORCH_DTYPES
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype, as safetensors calls it."""
+        from blockgpt.checkpoints.files import SAFETENSORS_DTYPES
 
         file = self._open(self.file_of[name])
-        return file[name].dtype if self.pickled else TORCH_DTYPES[file.get_slice(name).get_dtype()]
+        if self.pickled:
+            return SAFETENSORS_DTYPES.get(file[name].dtype, str(file[name].dtype))
+        return str(file.get_slice(name).get_dtype())
 
 
 class Weights:
     """The parameters of a model here, read from a checkpoint by the rules of its family.
 
     Everything is checked before the first tensor is read: each parameter has its tensor, each tensor is used or is a
-    constant, all shapes fit.
+    constant, all shapes fit, none is quantised.
 
     Args:
         directory: of the checkpoint.
@@ -229,6 +233,10 @@ class Weights:
             if not target.rule.layout.accepts(found, target.shape):
                 raise UserError(f"{self.directory}: {target.name} has shape {found}, by config.json it has "
                                 f"{target.shape}")
+            dtype = self.files.dtype(self.file_names[target.name])
+            if dtype not in FLOATS:
+                raise UserError(f"{self.directory}: {target.name} is of {dtype}: quantised weights (use the checkpoint "
+                                "that they were made from)")
             if found[:1] != target.shape[:1]:
                 self.unused[target.name] = f"rows {target.shape[0]} to {found[0] - 1}: beyond block_size"
         used = {target.name for target in targets}
@@ -267,11 +275,11 @@ class Weights:
 
     def index(self) -> "Index":
         """The parameters, as the index of a checkpoint here."""
-        from blockgpt.checkpoints.files import Index, TensorEntry
+        from blockgpt.checkpoints.files import TORCH_DTYPES, Index, TensorEntry
 
         index = Index(self.directory, {})
         for name, shape in self.shapes.items():
-            dtype = self.files.dtype(self.file_names[self.target_of[name].name])
+            dtype = TORCH_DTYPES[self.files.dtype(self.file_names[self.target_of[name].name])]
             index.entries[name] = TensorEntry(dtype, shape, [])
         index.read_into = lambda key, local, offsets: self.read_into(key, local, offsets)  # type: ignore[method-assign]
         return index
@@ -281,9 +289,6 @@ class Weights:
         target = self.target_of[name]
         if self.last is None or self.last[0] != target.name:  # the parameters of one tensor follow each other
             tensor = self.files.read(self.file_names[target.name])
-            if not tensor.is_floating_point():
-                raise UserError(f"{self.directory}: {target.name} is of {tensor.dtype}: quantised weights (use the "
-                                "checkpoint that they were made from)")
             self.last = (target.name, target.rule.layout.split(tensor, target.shapes, self.keys))
         return self.last[1][target.ours.index(name)]
 

@@ -308,7 +308,9 @@ def read_keys(family: Family, config: Keys) -> tuple[dict[str, Any], list[str]]:
     for rule in family.keys:
         try:
             ours |= rule.read(theirs)
-        except (TypeError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
+        except UserError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
             raise Unsupported(f"{', '.join(rule.defaults)}: cannot be read ({type(error).__name__})") from None
     values = {theirs[name] or 0.0 for name in family.dropouts}
     ours["dropout"] = values.pop() if family.every_dropout and len(values) == 1 else 0.0
