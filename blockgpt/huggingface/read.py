@@ -73,8 +73,8 @@ def find_family(config: Mapping[str, Any]) -> Family:
         raise Unsupported(f"model_type {short_repr(name)} is not supported {works}")
     if not config.get("is_causal", True):
         raise Unsupported(f"is_causal is {config['is_causal']}: {ENCODER} {works}")
-    heads = config.get("architectures") or []
-    if any(isinstance(head, str) and "MaskedLM" in head for head in heads):
+    heads = config.get("architectures")
+    if isinstance(heads, list) and any(isinstance(head, str) and "MaskedLM" in head for head in heads):
         raise Unsupported(f"{heads[0]} is {ENCODER} {works}")
     return FAMILIES[name]
 

@@ -312,6 +312,9 @@ def read_keys(family: Family, config: Keys) -> tuple[dict[str, Any], list[str]]:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
             raise Unsupported(f"{', '.join(rule.defaults)}: cannot be read ({type(error).__name__})") from None
+    for name in family.dropouts:
+        if not isinstance(theirs[name] or 0.0, (int, float)):
+            raise Unsupported(f"{name}: {short_repr(theirs[name])} is not a number")
     values = {theirs[name] or 0.0 for name in family.dropouts}
     ours["dropout"] = values.pop() if family.every_dropout and len(values) == 1 else 0.0
     if any(values):

@@ -165,6 +165,8 @@ def test_a_smaller_context_takes_the_first_positions(sources):
     (dict(rope_scaling=dict(type="yarn", factor=2.0, mscale=0.7)), "rope_scaling: mscale is not supported for yarn"),
     (dict(rope_scaling=dict(type="llama3", factor=2.0, low_freq_factor=2.0)), "low_freq_factor is not 1"),
     (dict(attention_bias=True), "attention_bias: True with no biases in the FFN is not supported"),
+    (dict(attention_dropout=[0.1]), "attention_dropout: [0.1] is not a number"),
+    (dict(architectures=7, clip_qkv=8.0), "clip_qkv: 8.0 is not known"),
 ])
 def test_what_cannot_be_represented_is_one_line(llama, keys, message):
     assert message in refused(edit_config(llama, **keys), read.architecture)
