@@ -132,6 +132,7 @@ def load_checkpoint(name: str, device: "torch.device") -> "tuple[GPT, Tokenizer,
     model = build_model(config, device=device)
     weights = Weights(directory, find_family(read_config(directory)), model.config.flat(),
                       {name: p.shape for name, p in model.named_parameters()})
+    weights.echo_notes()
     with torch.no_grad():
         for parameter, p in model.named_parameters():
             weights.read_into(parameter, p, [0] * p.dim())

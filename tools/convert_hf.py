@@ -98,18 +98,19 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def import_checkpoint(source: str, out: Path, verify: bool) -> None:
     """Write a checkpoint of transformers as an export of this project: model.safetensors and config.json."""
+    directory = checkpoint_directory(source, weights=True)
+    keys, notes = architecture(directory)  # what cannot be represented is refused before torch loads
+    config = ModelConfig(**keys).resolve()
     from blockgpt.checkpoints import checkpoint
 
-    directory = checkpoint_directory(source, weights=True)
-    keys, notes = architecture(directory)
-    config = ModelConfig(**keys).resolve()
     shapes = parameter_shapes(config)
     weights = Weights(directory, find_family(read_config(directory)), config.flat(), shapes)
     tokenizer = checkpoint_tokenizer(directory)
     description = {"model": config.flat(), "step": None, "source": {**describe_source(directory), "name": source},
                    "tokenizer": None if tokenizer is None else tokenizer.to_meta()}
-    for note in (*notes, *weights.notes()):
-        print(f"note: {note}", file=sys.stderr)
+    for note in notes:
+        print(f"note: {directory}: {note}", file=sys.stderr)
+    weights.echo_notes()
     try:
         out.mkdir(parents=True, exist_ok=True)
         with FolderLock(out, "converts a checkpoint into it"):

@@ -72,6 +72,8 @@ def load_checkpoint_weights(init_from: str, model: Any, runtime: Runtime) -> dic
 
     def read() -> None:
         weights = checkpoint_weights(directory, model)
+        if runtime.rank == 0:
+            weights.echo_notes()
         for name, p in model.named_parameters():
             chunk = local_chunk(p)
             weights.read_into(name, chunk.data, chunk.offsets)

@@ -329,7 +329,8 @@ def from_meta(meta: dict[str, Any]) -> Tokenizer:
                         "(prepare the dataset again)") from None
 
 
-TOKENIZER_CONFIG = "tokenizer_config.json"  # of a checkpoint's folder
+# Of a checkpoint's folder: the first that has an eos_token names the end of its documents.
+TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 def load_tokenizer(spec: str, eot: str | None = None) -> Tokenizer:
@@ -354,10 +355,10 @@ def load_tokenizer(spec: str, eot: str | None = None) -> Tokenizer:
     path = tokenizer_file(spec)
     try:
         content = read_file(path)
+        named_in, named = checkpoint_eos(user_path(spec)) if eot is None else (path, None)
     except DataError as error:
         raise DataError(f"tokenizer {error}") from None
-    build, named = TOKENIZER_FILES[path.suffix], checkpoint_eos(Path(spec)) if eot is None else None
-    unusable = None
+    build, unusable = TOKENIZER_FILES[path.suffix], None
     try:
         if named is not None:
             try:
@@ -369,21 +370,24 @@ def load_tokenizer(spec: str, eot: str | None = None) -> Tokenizer:
         raise DataError(f"tokenizer {path}: {error}") from None
     if unusable is not None:
         end = "no token" if tokenizer.eot is None else repr(tokenizer.eot_text or tokenizer.eot)
-        echo(f"warning: {path.parent / TOKENIZER_CONFIG}: eos_token: {unusable}; documents end with {end} (--eot=TOKEN "
-             "names another)", sys.stderr)
+        echo(f"warning: {named_in}: eos_token: {unusable}; documents end with {end} (--eot=TOKEN names another)",
+             sys.stderr)
     return tokenizer
 
 
-def checkpoint_eos(folder: Path) -> str | None:
-    """The end-of-sentence token that the tokenizer_config.json of a checkpoint's folder names."""
-    path = folder / TOKENIZER_CONFIG
-    try:
-        config = json.loads(read_file(path)) if exists(path) else {}
-    except (DataError, ValueError, RecursionError):
-        return None
-    token = config.get("eos_token") if isinstance(config, dict) else None
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) and text else None
+def checkpoint_eos(folder: Path) -> tuple[Path, str | None]:
+    """(file, token): the end-of-sentence token that a checkpoint's folder names, and where; None if it names none."""
+    for name in TOKEN_FILES:
+        path = folder / name
+        try:
+            config = json.loads(read_file(path)) if exists(path) else {}
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: is not JSON: {first_line(error)}") from None
+        token = config.get("eos_token") if isinstance(config, dict) else None
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str) and text:
+            return path, text
+    return folder, None
 
 
 def model_tokenizer(content: bytes, more: dict[str, Any]) -> Tokenizer:

@@ -33,14 +33,15 @@ from blockgpt.huggingface.rules import (
 
 # ---------------------------------------------------------------- keys that several families have
 
-# {value of hidden_act: keys here}. "gelu_new" and "gelu_pytorch_tanh" are the same function.
+# {value of hidden_act: keys here}. "gelu_new" and "gelu_pytorch_tanh" are the same function; "gelu_fast" is it, too,
+# with ten digits of sqrt(2 / pi).
 GATED = {"silu": dict(ffn_type="swiglu", activation="silu"), "swish": dict(ffn_type="swiglu", activation="silu"),
          "gelu_pytorch_tanh": dict(ffn_type="geglu", activation="gelu_tanh"),
          "gelu_new": dict(ffn_type="geglu", activation="gelu_tanh"),
          "gelu": dict(ffn_type="geglu", activation="gelu"), "relu": dict(ffn_type="reglu", activation="relu")}
 PLAIN = {name: dict(ffn_type="standard", activation=activation) for name, activation in {
-    "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "silu": "silu", "swish": "silu",
-    "relu": "relu", "relu2": "relu2", "leaky_relu": "leaky_relu"}.items()}
+    "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "silu": "silu", "swish": "silu", "relu": "relu", "relu2": "relu2", "leaky_relu": "leaky_relu"}.items()}
 
 
 def sizes(context: int, vocabulary: int, width: int, ffn: int, layers: int, heads: int) -> tuple[KeyRule, ...]:
@@ -375,7 +376,8 @@ ALL_BIAS = dict(bias=True, qkv_bias=True)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (
     Family("llama", "LlamaForCausalLM", "LLaMA 1 to 3.3, TinyLlama, SmolLM2, Falcon 3", "model.", RMS, (
         *sizes(2048, 32000, 4096, 11008, 32, 32), kv_heads(None), head_dim(), choice("hidden_act", "silu", GATED),
-        same("rms_norm_eps", "norm_eps", 1e-6), tied(False), rope(), biases("mlp_bias")), LLAMA),
+        same("rms_norm_eps", "norm_eps", 1e-6), tied(False), rope(), biases("mlp_bias")), LLAMA,
+        unread={"is_llama_config": True, "activation": "swiglu"}),  # SmolLM2's, Falcon 3's
     Family("mistral", "MistralForCausalLM", "Mistral 7B, Mistral Nemo, Mistral Small", "model.", RMS | NO_BIAS, (
         *sizes(4096 * 32, 32000, 4096, 14336, 32, 32), kv_heads(8), head_dim(), choice("hidden_act", "silu", GATED),
         same("rms_norm_eps", "norm_eps", 1e-6), tied(False), rope(), window(4096)), LLAMA),
@@ -438,7 +440,7 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (
                 lambda o: {"use_bias": o["bias"]})),
         (*TOP, *block(*ATTENTION, *PRE_NORMS, ("mlp.c_fc", "ffn.up_proj"), ("mlp.c_proj", "ffn.down_proj"))),
         {"attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0}, True,
-        {"layer_norm_epsilon": "norm_epsilon"}),
+        {"layer_norm_epsilon": "norm_epsilon"}, unread={"activation_function": "gelu", "scale_attn_weights": True}),
     Family("stablelm", "StableLmForCausalLM", "StableLM 2 1.6B, StableLM 3B", "model.",
            dict(normalization="layernorm", norm_position="pre", position_encoding="rope", bias=False), (
         *sizes(4096, 50304, 2560, 6912, 32, 32), kv_heads(32), choice("hidden_act", "silu", GATED),

@@ -5,11 +5,14 @@
 
 import json
 import re
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockgpt.errors import CheckpointError, UserError, did_you_mean, first_line, short_repr
+from blockgpt.console import echo
+from blockgpt.errors import CheckpointError, UserError, first_line, short_repr
 from blockgpt.files import exists, list_dir
 from blockgpt.huggingface.families import FAMILIES
 from blockgpt.huggingface.rules import REFUSED_KEYS, Family, StoredTensor, Unsupported, plan_tensors, read_keys
@@ -19,6 +22,7 @@ if TYPE_CHECKING:  # a config.json is read before torch loads
 
     from blockgpt.checkpoints.files import Index
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # narrower ones have scales elsewhere
 ENCODER_DECODER = "an encoder-decoder; no objective here trains one"
 ENCODER = "a bidirectional encoder; no objective here trains one"
 # {model_type: what it is}: of those that are recognised and cannot be represented, whatever their config.json says.
@@ -66,9 +70,11 @@ def find_family(config: Mapping[str, Any]) -> Family:
         if config.get(key):
             raise Unsupported(f"{key} is set: {reason} {works}")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise Unsupported(f"model_type {short_repr(name)} is not supported{did_you_mean(name, FAMILIES)} {works}")
-    heads = config.get("architectures") or []
-    if any(isinstance(head, str) and "MaskedLM" in head for head in heads):
+        raise Unsupported(f"model_type {short_repr(name)} is not supported {works}")
+    if not config.get("is_causal", True):
+        raise Unsupported(f"is_causal is {config['is_causal']}: {ENCODER} {works}")
+    heads = config.get("architectures")
+    if isinstance(heads, list) and any(isinstance(head, str) and "MaskedLM" in head for head in heads):
         raise Unsupported(f"{heads[0]} is {ENCODER} {works}")
     return FAMILIES[name]
 
@@ -103,8 +109,8 @@ class TensorFiles:
             files = self._listed("pytorch_model.bin")
             if not files:
                 raise UserError(f"{directory}: has no *.safetensors (and no pytorch_model.bin)")
-            self.warnings.append(f"{directory}: is read from {files[0]}, a pickle, by torch's weights-only loader "
-                                 "(safetensors are safer and faster)")
+            self.warnings.append(f"{files[0]}, a pickle, is read by torch's weights-only loader (safetensors are safer "
+                                 "and faster)")
         for file in files:
             for name in self._open(file).keys():  # noqa: SIM118 (safetensors' is not a dict)
                 if name in self.file_of:
@@ -170,19 +176,21 @@ class TensorFiles:
         file = self._open(self.file_of[name])
         return tuple(file[name].shape if self.pickled else file.get_slice(name).get_shape())
 
-
-    def dtype(self, name: str) -> "torch.dtype":
-        from blockgpt.checkpoints.files import TORCH_DTYPES
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype, as safetensors calls it."""
+        from blockgpt.checkpoints.files import SAFETENSORS_DTYPES
 
         file = self._open(self.file_of[name])
-        return file[name].dtype if self.pickled else TORCH_DTYPES[file.get_slice(name).get_dtype()]
+        if self.pickled:
+            return SAFETENSORS_DTYPES.get(file[name].dtype, str(file[name].dtype))
+        return str(file.get_slice(name).get_dtype())
 
 
 class Weights:
     """The parameters of a model here, read from a checkpoint by the rules of its family.
 
     Everything is checked before the first tensor is read: each parameter has its tensor, each tensor is used or is a
-    constant, all shapes fit.
+    constant, all shapes fit, none is quantised.
 
     Args:
         directory: of the checkpoint.
@@ -225,6 +233,10 @@ class Weights:
             if not target.rule.layout.accepts(found, target.shape):
                 raise UserError(f"{self.directory}: {target.name} has shape {found}, by config.json it has "
                                 f"{target.shape}")
+            dtype = self.files.dtype(self.file_names[target.name])
+            if dtype not in FLOATS:
+                raise UserError(f"{self.directory}: {target.name} is of {dtype}: quantised weights (use the checkpoint "
+                                "that they were made from)")
             if found[:1] != target.shape[:1]:
                 self.unused[target.name] = f"rows {target.shape[0]} to {found[0] - 1}: beyond block_size"
         used = {target.name for target in targets}
@@ -251,16 +263,23 @@ class Weights:
         self.unused[head] = f"equals {embedding}, to which it is tied"
 
     def notes(self) -> list[str]:
-        """What was not read, and how it was read, a line each."""
-        return [*self.files.warnings, *(f"{name}: not read ({reason})" for name, reason in self.unused.items())]
+        """What was not read, and how it was read, a line each; a tensor that all layers have is one line."""
+        layers = Counter((re.sub(r"\.\d+\.", ".{i}.", name), reason) for name, reason in self.unused.items())
+        return [*self.files.warnings, *(f"{name}: not read ({reason}{f'; {n} layers' if n > 1 else ''})"
+                                        for (name, reason), n in sorted(layers.items()))]
+
+    def echo_notes(self) -> None:
+        """Print the notes to stderr."""
+        for note in self.notes():
+            echo(f"note: {self.directory}: {note}", sys.stderr)
 
     def index(self) -> "Index":
         """The parameters, as the index of a checkpoint here."""
-        from blockgpt.checkpoints.files import Index, TensorEntry
+        from blockgpt.checkpoints.files import TORCH_DTYPES, Index, TensorEntry
 
         index = Index(self.directory, {})
         for name, shape in self.shapes.items():
-            dtype = self.files.dtype(self.file_names[self.target_of[name].name])
+            dtype = TORCH_DTYPES[self.files.dtype(self.file_names[self.target_of[name].name])]
             index.entries[name] = TensorEntry(dtype, shape, [])
         index.read_into = lambda key, local, offsets: self.read_into(key, local, offsets)  # type: ignore[method-assign]
         return index
@@ -270,9 +289,6 @@ class Weights:
         target = self.target_of[name]
         if self.last is None or self.last[0] != target.name:  # the parameters of one tensor follow each other
             tensor = self.files.read(self.file_names[target.name])
-            if not tensor.is_floating_point():
-                raise UserError(f"{self.directory}: {target.name} is of {tensor.dtype}: quantised weights (use the "
-                                "checkpoint that they were made from)")
             self.last = (target.name, target.rule.layout.split(tensor, target.shapes, self.keys))
         return self.last[1][target.ours.index(name)]
 

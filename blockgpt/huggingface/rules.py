@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from blockgpt.errors import UserError, did_you_mean, short_repr
+from blockgpt.errors import UserError, nearest, short_repr
 
 if TYPE_CHECKING:  # a config.json is read before torch loads
     import torch
@@ -231,6 +231,7 @@ class Family:
         every_dropout: whether these are on embeddings, attention weights and sublayer outputs, as the dropout here.
         aliases: {another name of a key: the name in `keys`}.
         buffers: regular expression of tensors that are constants, not weights.
+        unread: {key: value} that released checkpoints have, and the class does not read; another value is refused.
     """
 
     model_type: str
@@ -244,6 +245,7 @@ class Family:
     every_dropout: bool = False
     aliases: Mapping[str, str] = field(default_factory=dict)
     buffers: str = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
+    unread: Keys = field(default_factory=dict)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -256,7 +258,7 @@ class Family:
 
 
 # Keys of config.json that cannot change what the model computes, or only how it was made, saved or generates.
-IGNORED_KEYS = frozenset(re.findall(r"\w+", """
+IGNORED_KEYS = frozenset(re.findall(r"\S+", """
     _name_or_path _commit_hash _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled architectures
     auto_map attn_implementation base_model_tp_plan cache_implementation chunk_size_feed_forward dtype
     finetuning_task gradient_checkpointing id2label initializer_range init_std is_decoder label2id
@@ -271,6 +273,8 @@ IGNORED_KEYS = frozenset(re.findall(r"\w+", """
     num_return_sequences output_scores remove_invalid_values repetition_penalty temperature top_k top_p typical_p
     tf_legacy_loss skip_bias_add skip_bias_add_qkv bias_dropout_fusion masked_softmax_fusion offset_alibi
     attention_softmax_in_fp32 classifier_dropout reorder_and_upcast_attn language activation_dropout mlp_hidden_act
+    scale_attention_softmax_in_fp32 max_sequence_length model_max_length neftune_noise_alpha is_causal
+    transformers.js_config
     """))
 # Keys that say why a checkpoint cannot be represented, whatever its model_type; a value that is not empty refuses it.
 REFUSED_KEYS = {
@@ -295,16 +299,22 @@ def read_keys(family: Family, config: Keys) -> tuple[dict[str, Any], list[str]]:
         name = family.aliases.get(name, name)
         if name in theirs:
             theirs[name] = value
-        elif name not in IGNORED_KEYS and value not in (None, False, [], {}, ""):
-            hint = did_you_mean(name, theirs) if isinstance(name, str) else ""
+        elif name not in IGNORED_KEYS and value not in (None, False, [], {}, "", family.unread.get(name)):
+            near = nearest(name, theirs, 0.6)
+            hint = f"did you mean {near}?" if near else "delete it from config.json if it does not"
             raise Unsupported(f"{name}: {short_repr(value)} is not known for {family.model_type}: it may change what "
-                              f"the model computes{hint}")
+                              f"the model computes ({hint})")
     ours = dict(family.components)
     for rule in family.keys:
         try:
             ours |= rule.read(theirs)
-        except (TypeError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
+        except UserError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
             raise Unsupported(f"{', '.join(rule.defaults)}: cannot be read ({type(error).__name__})") from None
+    for name in family.dropouts:
+        if not isinstance(theirs[name] or 0.0, (int, float)):
+            raise Unsupported(f"{name}: {short_repr(theirs[name])} is not a number")
     values = {theirs[name] or 0.0 for name in family.dropouts}
     ours["dropout"] = values.pop() if family.every_dropout and len(values) == 1 else 0.0
     if any(values):

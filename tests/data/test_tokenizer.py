@@ -230,16 +230,22 @@ def test_the_end_of_text_token_can_be_named(sentencepiece_model):
             load_tokenizer(str(sentencepiece_model), text)
 
 
+CONFIG, MAP = "tokenizer_config.json", "special_tokens_map.json"
+PAD = {"__type": "AddedToken", "content": "<pad>"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("named, end, warns", [
-    ("<pad>", 1, False), ({"__type": "AddedToken", "content": "<pad>"}, 1, False),  # not the one that is known by name
-    ("</s>", 0, True), ("the", 0, True), (None, 0, False), (5, 0, False)])
+@pytest.mark.parametrize("files, end, unusable", [
+    ({CONFIG: "<pad>"}, 1, None), ({CONFIG: PAD}, 1, None), ({MAP: PAD}, 1, None),  # not the one that is known by name
+    ({CONFIG: "</s>"}, 0, CONFIG), ({CONFIG: "the"}, 0, CONFIG), ({CONFIG: {"content": "</s>"}, MAP: PAD}, 0, CONFIG),
+    ({CONFIG: None, MAP: "</s>"}, 0, MAP), ({CONFIG: 5}, 0, None)])
 def test_a_checkpoints_own_end_of_text_stands_between_documents_and_one_that_its_vocabulary_lacks_is_told(
-        tmp_path, named, end, warns):
+        tmp_path, files, end, unusable):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "tokenizer.json").write_text(hf_json())
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+    for name, named in files.items():
+        (folder / name).write_text(json.dumps({"eos_token": named}))
     texts = [f"the loss {i}" for i in range(40)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     done = run_python(ROOT / "data/files/prepare.py", "--name=mine", f"--input={tmp_path / 'texts.jsonl'}",
@@ -251,11 +257,23 @@ def test_a_checkpoints_own_end_of_text_stands_between_documents_and_one_that_its
     tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
     found = [tokenizer.decode(document) for document in np.split(ids, np.flatnonzero(ids == end) + 1)[:-1]]
     assert sorted(found) == sorted(text + tokenizer.decode([end]) for text in texts)
-    warnings = [line for line in done.stderr.splitlines() if "tokenizer_config.json" in line]
-    assert len(warnings) == warns
-    if warns:
-        assert warnings[0].startswith(f"warning: {folder}/tokenizer_config.json: eos_token: {named!r} is no special ")
+    warnings = [line for line in done.stderr.splitlines() if ".json" in line]
+    assert len(warnings) == (unusable is not None)
+    if unusable is not None:
+        named = files[unusable]["content"] if type(files[unusable]) is dict else files[unusable]
+        assert warnings[0].startswith(f"warning: {folder}/{unusable}: eos_token: {named!r} is no special token of the ")
         assert warnings[0].endswith("; documents end with '<|endoftext|>' (--eot=TOKEN names another)")
+
+
+def test_a_folder_is_read_whole_under_any_of_its_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text(hf_json())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<pad>"}))
+    assert load_tokenizer("~").eot_text == load_tokenizer(str(tmp_path)).eot_text == "<pad>"
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": ')
+    with pytest.raises(DataError, match=r"tokenizer .*/tokenizer_config\.json: is not JSON: Expecting value"):
+        load_tokenizer(str(tmp_path))
+    assert load_tokenizer(str(tmp_path), "<pad>").eot == 1  # it is not needed
 
 
 # Loading

@@ -119,9 +119,15 @@ def test_no_tensor_is_dropped_and_no_parameter_is_left(llama):
     assert "has no tensor model.norm.weight" in refused(llama)
 
 
-def test_quantised_tensors_are_refused(llama):
-    edit_tensors(llama, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int8)}))
-    assert "torch.int8: quantised weights" in refused(llama)
+@pytest.mark.parametrize("dtype, name", [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"),
+                                         (torch.float8_e8m0fnu, "F8_E8M0"), (torch.uint16, "U16")])
+def test_quantised_tensors_are_refused_before_one_is_read(llama, monkeypatch, dtype, name):
+    edit_tensors(llama, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(dtype)}))
+    monkeypatch.setattr(read.TensorFiles, "read", None)
+    assert f"model.norm.weight is of {name}: quantised weights" in refused(llama)
+    torch.save(load_file(llama / "model.safetensors"), llama / "pytorch_model.bin")
+    (llama / "model.safetensors").unlink()
+    assert "quantised weights" in refused(llama)
 
 
 def test_a_smaller_context_takes_the_first_positions(sources):
@@ -142,16 +148,25 @@ def test_a_smaller_context_takes_the_first_positions(sources):
     (dict(num_local_experts=8), "num_local_experts is set: a mixture of experts"),
     (dict(kv_lora_rank=64), "kv_lora_rank is set: multi-head latent attention"),
     (dict(quantization_config={"bits": 4}), "quantised weights (use the checkpoint that they were made from)"),
-    (dict(model_type="lama"), "model_type 'lama' is not supported (did you mean llama?) (supported: "),
+    (dict(model_type="gptj"), "model_type 'gptj' is not supported (supported: llama, mistral, "),
     (dict(model_type=None), "model_type None is not supported"),
     (dict(hidden_act="quick_gelu"), "hidden_act: 'quick_gelu' is not supported (only silu, "),
-    (dict(clip_qkv=8.0), "clip_qkv: 8.0 is not known for llama: it may change what the model computes"),
+    (dict(is_causal=False), "is_causal is False: a bidirectional encoder"),
+    (dict(is_causal=None), "is_causal is None: a bidirectional encoder"),  # as transformers reads it
+    (dict(clip_qkv=8.0), "clip_qkv: 8.0 is not known for llama: it may change what the model computes (delete it "),
+    (dict(num_key_value_head=8), "is not known for llama: it may change what the model computes (did you mean "
+                                 "num_key_value_heads?)"),
+    (dict(is_llama_config=5), "is_llama_config: 5 is not known for llama"),
+    (dict(activation="geglu"), "activation: 'geglu' is not known for llama"),
     (dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), "rope_scaling: 'longrope' is not supported"),
     (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "rope_scaling: 'dynamic' is not supported"),
+    (dict(rope_scaling=dict(type="linear", factor="two")), "rope_parameters: cannot be read (ValueError)"),
     (dict(rope_scaling=dict(type="yarn", factor=2.0, beta_fast=16)), "beta_fast is not 32"),
     (dict(rope_scaling=dict(type="yarn", factor=2.0, mscale=0.7)), "rope_scaling: mscale is not supported for yarn"),
     (dict(rope_scaling=dict(type="llama3", factor=2.0, low_freq_factor=2.0)), "low_freq_factor is not 1"),
     (dict(attention_bias=True), "attention_bias: True with no biases in the FFN is not supported"),
+    (dict(attention_dropout=[0.1]), "attention_dropout: [0.1] is not a number"),
+    (dict(architectures=7, clip_qkv=8.0), "clip_qkv: 8.0 is not known"),
 ])
 def test_what_cannot_be_represented_is_one_line(llama, keys, message):
     assert message in refused(edit_config(llama, **keys), read.architecture)

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, config_error, environment, records
 from forked import run_train
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import sample
@@ -60,8 +60,12 @@ def start(folder):
 
 @pytest.mark.slow
 def test_one_key_trains_another_model(folder, start):
+    constants = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)}
+    save_file({**load_file("gemma2/model.safetensors"), **constants}, "gemma2/model.safetensors")
     done = start("--init_from=hf:gemma2", "--max_iters=2", "--learning_rate=1e-9", "--min_lr=0", "--block_size=16")
     assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("note: ")] == [
+        "note: gemma2: model.layers.{i}.self_attn.rotary_emb.inv_freq: not read (a constant; 2 layers)"]
     record = json.loads(Path("runs/new/run.json").read_text())
     source = record["initial_weights"]
     assert (source["name"], source["path"], source["model_type"]) == ("hf:gemma2", "gemma2", "gemma2")
@@ -131,9 +135,12 @@ def test_what_cannot_be_read_is_one_line(folder):
 
 def test_sampling_a_checkpoint(folder, capsys):
     argv = ["--run=hf:gpt2", "--device=cpu", "--prompt=def f", "--max_new_tokens=8", "--temperature=0"]
+    torch.save(load_file("gpt2/model.safetensors"), "gpt2/pytorch_model.bin")
+    Path("gpt2/model.safetensors").unlink()
     sample.main(argv)
-    text = capsys.readouterr().out
+    text, notes = capsys.readouterr()
     assert text.startswith("def f") and len(text) > 7
+    assert notes.startswith("note: gpt2: pytorch_model.bin, a pickle, is read by torch's weights-only loader (")
     sample.main([*argv, "--stream"])
     assert capsys.readouterr().out == text
     sample.main([*argv, "--num_samples=2"])

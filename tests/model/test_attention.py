@@ -147,7 +147,8 @@ def test_flex_has_the_gradients_of_manual_for_every_mask_on_cuda():
     dict(causal=False, sliding_window=3), dict(sliding_window=1), dict(sliding_window=99), dict(mask_documents=True),
     dict(mask_documents=True, position_encoding="alibi", sliding_window=5, window_pattern="SL"),
     dict(position_encoding="alibi", n_kv_head=2), dict(attn_scale=0.9, qk_norm="head", attn_gate="elementwise"),
-    dict(n_head=1), dict(n_head=1, sliding_window=5)], ids=str)
+    dict(n_head=1), dict(n_head=1, sliding_window=5), dict(rope_pattern="RN", sliding_window=5, window_pattern="SL")],
+    ids=str)
 @pytest.mark.parametrize("B, T", [(2, 24), (1, 1)])
 def test_all_backends_give_the_same_model(keys, B, T, untraced):
     idx = torch.randint(0, 61, (B, T), generator=torch.Generator().manual_seed(1))

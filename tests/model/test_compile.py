@@ -45,8 +45,8 @@ def test_a_preset_compiles_into_one_graph(name):
 
 
 @pytest.mark.slow
-def test_a_loss_by_chunks_compiles_into_one_graph():
-    compare("gemma2", "aot_eager", loss_chunk=12)  # of 32 tokens
+def test_a_loss_by_chunks_and_a_layer_without_rope_compile_into_one_graph():
+    compare("gemma2", "aot_eager", loss_chunk=12, rope_pattern="NR")  # of 32 tokens
 
 
 @pytest.mark.long

@@ -96,7 +96,7 @@ RUNS = [
     ["--arch_preset=gemma3", "--qk_norm=head", "--attn_gate=elementwise", "--value_embeddings=1", "--x0_mix=True",
      "--weight_tying=True", "--init=mup", "--qkv_bias=True", "--gradient_accumulation_steps=4",
      "--loss_chunk=20"],
-    ["--gradient_log_interval=1", "--packing=documents", "--grad_clip=0.1"],
+    ["--gradient_log_interval=1", "--packing=documents", "--grad_clip=0.1", "--rope_pattern=NR"],
     ["--dropout=0.3", "--gradient_accumulation_steps=4"],
 ]
 WITHOUT_DROPOUT = ["--gradient_accumulation_steps=4"]
