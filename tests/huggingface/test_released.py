@@ -7,6 +7,9 @@ import tiny_checkpoints as tiny
 import transformers
 from conftest import run_python
 
+from blockgpt.errors import UserError
+from tools import convert_hf
+
 # What nearly all have, and what no model computes with.
 COMMON = dict(bos_token_id=1, eos_token_id=2, initializer_range=0.02, torch_dtype="bfloat16", use_cache=True,
               transformers_version="4.40.2", tie_word_embeddings=False, attention_dropout=0.0)
@@ -115,11 +118,23 @@ def test_a_released_models_keys_are_read_as_transformers_reads_them(tmp_path, na
         assert tiny.difference(model(tiny.tokens()), reference(tiny.tokens()).logits) < 1e-10
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_released_model_that_cannot_be_represented_is_one_line_and_writes_nothing(tmp_path, name):
     config, message = REFUSED[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    done = run_python("-m", "tools.convert_hf", "import", str(tmp_path), "--out", str(tmp_path / "out"), "--no-verify")
-    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
-    assert done.stderr.startswith(f"error: {tmp_path}/config.json: {message}") and done.stderr.count("\n") == 1
+    with pytest.raises(UserError) as raised:
+        convert_hf.main(["import", str(tmp_path), "--out", str(tmp_path / "out"), "--no-verify"])
+    line = str(raised.value)
+    assert line.startswith(f"{tmp_path}/config.json: {message}") and "\n" not in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_refusal_is_the_only_line_of_the_command_and_precedes_torch(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(REFUSED["T5 small"][0]))
+    command = ("-X", "importtime", "-m", "tools.convert_hf", "import", tmp_path, "--out", tmp_path / "out")
+    done = run_python(*command)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2 and done.stdout == "" and len(lines) == 1
+    assert lines[0].startswith(f"error: {tmp_path}/config.json: t5 is an encoder-decoder")
+    assert "torch" not in {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
