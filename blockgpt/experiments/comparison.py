@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypedDict, TypeVar
 
 from blockgpt.errors import UserError, did_you_mean
-from blockgpt.experiments.log_values import printable, printable_text, without_index
+from blockgpt.experiments.log_values import printable, without_index
 from blockgpt.experiments.records import Change, Run, ValData, columns
 from blockgpt.training.criterion import Criterion
 
@@ -114,7 +114,7 @@ def changes_of(run: Run) -> list[Change]:
 
 def value_text(value: Any) -> str:
     """A value in a message; a digest or commit by its first characters."""
-    text = printable_text(value) if isinstance(value, str) else printable(value)
+    text = printable(value)
     return DIGEST.sub(r"\1", text) if len(text) >= 40 else text  # a dirty tree's commit ends in -dirty
 
 
@@ -141,8 +141,9 @@ def compared_values(run: Run) -> dict[str, Any]:
         changes = [change for change in changes_of(run) if change.key == key]
         values[key] = value_text(changes[0].before) + "".join(
             f" → {value_text(change.now)} at step {change.step:,}" for change in changes)
-    return {key: value_text(value) if isinstance(value, str) else value for key, value in values.items()
-            if key not in NOT_COMPARED}
+    # Texts of a log are printable; only long ones, such as digests, are shortened.
+    return {key: value_text(value) if isinstance(value, str) and len(value) >= 40 else value
+            for key, value in values.items() if key not in NOT_COMPARED}
 
 
 def differences(runs: list[Run]) -> dict[str, dict[str, Any]]:

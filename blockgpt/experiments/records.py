@@ -20,6 +20,7 @@ from blockgpt.experiments.log_values import (
     is_missing,
     modified_time,
     numeric_value,
+    parse_lines,
     parse_object,
     plain_value,
     plain_values,
@@ -263,15 +264,17 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
     records: list[dict[str, Any]] = []
     lines = list(filter(bytes.strip, read_bytes(path).split(b"\n")))
     broken = 0
-    for line in lines:
-        try:
-            record = parse_object(line)
-            if record.get("kind") == "resume":
+    for record in parse_lines(lines):
+        if record is not None and record.get("kind") == "resume":
+            try:
                 step = numeric_value(record, "step")
                 records = [r for r in records if step is None or not is_beyond(r, step)]
-            records.append(record)
-        except BrokenLogError:
+            except BrokenLogError:
+                record = None
+        if record is None:
             broken += 1
+        else:
+            records.append(record)
     if lines and broken == len(lines):
         raise BrokenLogError(f"metrics.jsonl: not one of its {broken} lines is readable")
     return records, broken

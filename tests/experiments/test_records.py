@@ -13,7 +13,7 @@ from run_helpers import compared, document, evaluation, main, make_run, names, s
 
 import compare_architectures as tool
 from blockgpt.experiments import comparison as comparison_module
-from blockgpt.experiments import records
+from blockgpt.experiments import log_values, records
 
 # ---- one run ----
 
@@ -77,6 +77,18 @@ def test_unreadable_lines_are_skipped_and_counted(tmp_path):
     assert run["val_loss"] == 2.0 and run["status"] == "finished"
     assert run["warnings"] == ["5 unreadable lines of metrics.jsonl skipped"]
     assert "a: 5 unreadable lines of metrics.jsonl skipped" in compared(path)["warnings"]
+
+
+LINES = [b'{"kind": "step", "step": 1}', b'{"kind": "step", "st', b'{"loss": NaN, "norm": 1e999}', b"[{}]", b"3", b"null",
+         b'{"a": [1, 2]}', b'{"a": "\xff"}', b'{"a": 1},{"b": 2}', b"\x00", "{\"a\": \"Ż\"}".encode(), b"{}"]
+
+
+@given(st.lists(st.sampled_from(LINES), max_size=6))
+def test_lines_parsed_at_once_are_those_parsed_one_by_one(lines):
+    one_by_one = [found for line in lines for found in log_values.parse_lines([line])]
+    assert log_values.parse_lines(lines) == one_by_one
+    assert log_values.parse_lines([LINES[8]]) == [None] and log_values.parse_lines(LINES[2:3]) == [
+        {"loss": None, "norm": None}]
 
 
 def test_a_loss_that_is_not_finite_is_never_the_best_and_brings_a_warning(tmp_path):
