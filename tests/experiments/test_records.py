@@ -79,15 +79,15 @@ def test_unreadable_lines_are_skipped_and_counted(tmp_path):
     assert "a: 5 unreadable lines of metrics.jsonl skipped" in compared(path)["warnings"]
 
 
-LINES = [b'{"kind": "step", "step": 1}', b'{"kind": "step", "st', b'{"loss": NaN, "norm": 1e999}', b"[{}]", b"3", b"null",
-         b'{"a": [1, 2]}', b'{"a": "\xff"}', b'{"a": 1},{"b": 2}', b"\x00", "{\"a\": \"Ż\"}".encode(), b"{}"]
+LINES = [b'{"kind": "step", "step": 1}', b'{"kind": "step", "st', b'{"loss": NaN, "norm": 1e999}', b"[{}]", b"3",
+         b"null", b'{"a": [1, 2]}', b'{"a": "\xff"}', b'{"a": 1},{"b": 2}', b"\x00", "{\"a\": \"Ż\"}".encode(), b"{}"]
 
 
 @given(st.lists(st.sampled_from(LINES), max_size=6))
 def test_lines_parsed_at_once_are_those_parsed_one_by_one(lines):
     one_by_one = [found for line in lines for found in log_values.parse_lines([line])]
     assert log_values.parse_lines(lines) == one_by_one
-    assert log_values.parse_lines([LINES[8]]) == [None] and log_values.parse_lines(LINES[2:3]) == [
+    assert log_values.parse_lines([b'{"a": 1},{"b": 2}']) == [None] and log_values.parse_lines(LINES[2:3]) == [
         {"loss": None, "norm": None}]
 
 
